@@ -1,0 +1,38 @@
+# make demo: set up, then generate a data set, train CPN and a plain CAM on it, and score both.
+# make test: set up, then lint, format check, type check and the whole suite.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test setup clean
+
+demo: setup
+	$(BIN)/cpn-fast demo
+
+# mypy finds packages by folder and not by setup.py's mapping: it is shown the tree as installed.
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .venv/types && mkdir -p .venv/types/cpn_fast
+	ln -s $(CURDIR)/cpn_fast/* $(CURDIR)/kernels $(CURDIR)/pipelines .venv/types/cpn_fast/
+	cd .venv/types && ../bin/mypy --config-file ../../pyproject.toml -p cpn_fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+setup: .venv/ready
+
+# Without an NVIDIA driver the CPU build of torch saves gigabytes, where the index has one; triton 3.7.1 is its match.
+# fast-slic and pydensecrf2 build from source and import numpy, Cython and setuptools while they do.
+.venv/ready: setup.py Makefile
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("cpn-fast needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
+	$(PIP) "setuptools>=68" wheel numpy Cython
+	@if command -v nvidia-smi >/dev/null; then $(PIP) torch; \
+	 elif $(PIP) "torch==2.13.0+cpu" "triton==3.7.1" 2>/dev/null; then echo "CPU build of torch"; \
+	 else echo "No CPU build of torch in the index: installing the ordinary one"; $(PIP) torch; fi
+	$(PIP) --no-build-isolation fast-slic pydensecrf2
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

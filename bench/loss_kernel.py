@@ -1,0 +1,111 @@
+"""The losses from small CAMs: eager at full resolution, compiled eager, tiled and Triton, forward + backward.
+
+The released variant (both TCP terms, CPCR with OHEM, background suppression) on 20 classes, of which images have 1.56
+on average as in VOC; then a batch in which every image has 4, where the hardest errors have to be selected. Errors are
+against eager in float64: of the loss, and RMS over RMS of the refined maps' gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import arguments, folder, machine, median_seconds, peak_extra_bytes, plot_bars, print_table, write_json
+from torch import Tensor
+
+from cpn_fast.kernels import background_suppression, complementary_losses
+
+CLASSES = 20
+VOC = (1, 2, 1, 1, 3, 1, 2, 1, 1, 2, 1, 1, 3, 1, 2, 2)  # present classes of successive images: 25 in 16
+
+
+def data(counts: list[int], side: int, device: torch.device) -> list[Tensor]:
+    """Smooth random maps, lambdas and labels."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3 * len(counts), 1 + CLASSES, max(2, side // 4), max(2, side // 4))
+    maps = []
+    for _ in range(2):
+        coarse = torch.randn(shape, generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+        maps.append(fine.view(3, len(counts), 1 + CLASSES, side, side).to(device))
+    labels = torch.zeros(len(counts), CLASSES)
+    for row, count in zip(labels, counts, strict=True):
+        row[torch.randperm(CLASSES, generator=generator)[:count]] = 1
+    visible = torch.rand(len(counts), generator=generator)
+    return [maps[0].requires_grad_(), maps[1].abs().requires_grad_(), visible.to(device), labels.to(device)]
+
+
+def loss(cam: Tensor, refined: Tensor, visible: Tensor, labels: Tensor, *, size: int, backend: Any) -> Tensor:
+    terms = complementary_losses(cam, refined, visible, labels, size=(size, size), backend=backend)
+    suppression = background_suppression(refined[0], labels, size=(size, size), backend=backend)
+    return terms.tcp + terms.tcp_refined + terms.cpcr + suppression
+
+
+def step(run: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss and the refined maps' gradient; the raw maps' is computed as well."""
+    value = run(*tensors)
+    return value.detach(), torch.autograd.grad(value, tensors[:2])[1]
+
+
+def errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    difference = (found[1].double() - exact[1]).square().mean().sqrt() / exact[1].square().mean().sqrt()
+    return float((found[0].double() - exact[0]).abs() / exact[0].abs()), float(difference)
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    device = options.device
+    if device.type == "cuda":
+        names = ["eager", "compiled eager", "tiled", "triton"]
+        cases = [("12 x 56 -> 448", list(VOC[:12]), 56, 448), ("12 x 56 -> 448, 4 classes", [4] * 12, 56, 448)]
+        left_out = {}
+    else:
+        names = ["eager", "tiled"]
+        cases = [
+            ("4 x 29 -> 225", list(VOC[:4]), 29, 225),
+            ("4 x 29 -> 225, 4 classes", [4] * 4, 29, 225),
+            ("2 x 56 -> 448", list(VOC[:2]), 56, 448),
+        ]
+        left_out = {"triton": "needs a GPU", "compiled eager, batch 12": "take more than a few minutes on a CPU"}
+    rows: list[dict[str, Any]] = []
+    for title, counts, side, size in cases:
+        tensors = data(counts, side, device)
+        reference = functools.partial(loss, size=size, backend="eager")
+        small = [tensors[0][:, :2], tensors[1][:, :2], tensors[2][:2], tensors[3][:2]]
+        small = [t.detach().requires_grad_(i < 2) for i, t in enumerate(small)]
+        exact = step(reference, [t.detach().double().requires_grad_(i < 2) for i, t in enumerate(small)])
+        for name in names:
+            run: Callable[..., Tensor] = functools.partial(loss, size=size, backend=name.removeprefix("compiled "))
+            if name.startswith("compiled"):
+                run = torch.compile(run, dynamic=False)
+            call = functools.partial(step, run, tensors)
+            median, low, high = median_seconds(call, device, budget=8)
+            of_loss, of_gradient = errors(step(run, small), exact)
+            rows.append(
+                {
+                    "case": title,
+                    "backend": name,
+                    "ms": median * 1e3,
+                    "ms p20": low * 1e3,
+                    "ms p80": high * 1e3,
+                    "extra MiB": peak_extra_bytes(call, device) / 2**20,
+                    "loss error": of_loss,
+                    "gradient error": of_gradient,
+                }
+            )
+    described = machine(device)
+    print_table(f"losses, forward + backward, {described['device']}", rows)
+    for what, why in left_out.items():
+        print(f"left out: {what}: {why}")
+    target = folder(options.out, device)
+    write_json(target / "loss_kernel.json", described, rows, left_out=left_out)
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault(row["case"], {})[row["backend"]] = row["ms"]
+    plot_bars(target / "loss_kernel.png", f"Losses, {described['device']}", "ms", groups)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Region pooling and region correlation (PRCM): eager, compiled eager, tiled and Triton, forward + backward.
+
+GB/s count every input and output once (forward reads and writes them, backward does so again with the gradients);
+errors are RMS against float64 over its RMS, worst of the output and the gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import arguments, folder, machine, median_seconds, peak_extra_bytes, plot_bars, print_table, write_json
+from torch import Tensor
+
+from cpn_fast.kernels import region_correlation, region_pooling
+
+CLASSES, FEATURES, DEPTH = 21, 195, 192
+SIZES = {"cpu": ((4, 56, 56), (1, 95, 125)), "cuda": ((12, 56, 56), (2, 94, 125), (1, 135, 240))}
+
+
+def pooling(cam: Tensor, features: Tensor, *, backend: Any) -> Tensor:
+    return region_pooling(cam, features, backend=backend)
+
+
+def correlation(cam: Tensor, keys: Tensor, queries: Tensor, *, backend: Any) -> Tensor:
+    return region_correlation(cam, keys, queries, scale=CLASSES**-0.5, backend=backend)
+
+
+def step(op: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Output and the gradients of all inputs."""
+    out = op(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+
+def worst_error(found: list[Tensor], exact: list[Tensor]) -> float:
+    errors = [
+        (f.double() - e).square().mean().sqrt() / e.square().mean().sqrt() for f, e in zip(found, exact, strict=True)
+    ]
+    return float(max(errors))
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    device = options.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = ["eager", "compiled eager", "tiled"] + ["triton"] * (device.type == "cuda")
+    rows: list[dict[str, Any]] = []
+    for batch, height, width in SIZES[device.type]:
+        for op, shapes in (
+            (pooling, ((batch, CLASSES, height, width), (batch, FEATURES, height, width))),
+            (
+                correlation,
+                ((batch, CLASSES, height, width), (batch, CLASSES, DEPTH), (batch, DEPTH, height, width)),
+            ),
+        ):
+            generator = torch.Generator(device).manual_seed(0)
+            values = [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
+            leaves = [value.requires_grad_() for value in values]
+            wide = [value.detach().double().requires_grad_() for value in values]
+            gradient = torch.randn(op(*leaves, backend="eager").shape, device=device, generator=generator).to(dtype)
+            exact = step(functools.partial(op, backend="eager"), wide, gradient.double())
+            moved = 2 * (sum(value.nbytes for value in values) + gradient.nbytes)
+            for name in names:
+                run: Callable[..., Tensor] = functools.partial(op, backend=name.removeprefix("compiled "))
+                if name.startswith("compiled"):
+                    run = torch.compile(run, dynamic=False)
+                call = functools.partial(step, run, leaves, gradient)
+                median, low, high = median_seconds(call, device, budget=3)
+                rows.append(
+                    {
+                        "size": f"{batch} x {height} x {width}",
+                        "op": op.__name__,
+                        "backend": name,
+                        "ms": median * 1e3,
+                        "ms p20": low * 1e3,
+                        "ms p80": high * 1e3,
+                        "extra MiB": peak_extra_bytes(call, device) / 2**20,
+                        "GB/s": moved / median / 1e9,
+                        "error": worst_error(call(), exact),
+                    }
+                )
+    described = machine(device)
+    left_out = {} if device.type == "cuda" else {"triton": "needs a GPU"}
+    print_table(f"region ops, forward + backward, {described['device']}, {dtype}", rows)
+    for what, why in left_out.items():
+        print(f"left out: {what}: {why}")
+    target = folder(options.out, device)
+    write_json(target / "region_kernel.json", described, rows, left_out=left_out)
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['op']}\n{row['size']}", {})[row["backend"]] = row["ms"]
+    plot_bars(target / "region_kernel.png", f"Region ops, {described['device']}", "ms", groups)
+
+
+if __name__ == "__main__":
+    main()

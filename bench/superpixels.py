@@ -1,0 +1,232 @@
+"""Time per image to make a complementary pair from a 448 x 448 crop: the released way against ours.
+
+The released way segments every augmented crop with scikit-image, as normalised floats (which scikit-image stretches to
+0..1 since 0.19), and looks up each pixel's patch in a list of hidden ones. Ours is fast-slic on the crop (online) or a
+PNG of the cache, then ``complementary_pair``. One thread each.
+
+A second table has the quality of the superpixels: the share of true boundary pixels that a superpixel's boundary comes
+within 2 pixels of (boundary recall), and of pixels that are right when each superpixel takes its most common true class
+(accuracy).
+
+    python bench/superpixels.py [--images FOLDER] [--voc VOC2012] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from skimage.segmentation import find_boundaries, slic
+from timing import arguments, folder, machine, plot_bars, print_table, write_json
+
+from cpn_fast.config import Patches, Superpixels
+from cpn_fast.dataset import Sample
+from cpn_fast.patches import Pair, complementary_pair
+from cpn_fast.pipelines.superpixels import SuperpixelCache, engine, read_image, segment, segment_batch
+
+SIZE = 448
+MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+
+
+def normalise(image: np.ndarray) -> np.ndarray:
+    return ((image - MEAN) / STD).astype(np.float32)
+
+
+def released_segments(image: np.ndarray) -> np.ndarray:
+    return slic(image, n_segments=300, compactness=10, start_label=1)
+
+
+def released_pair(image: np.ndarray, segments: np.ndarray) -> Pair:
+    patches = segments.max() + 1
+    hidden = np.random.default_rng().integers(patches, size=patches // 2)
+    shown = np.zeros(segments.shape, np.float32)
+    for row in range(segments.shape[0]):
+        for column in range(segments.shape[1]):
+            if segments[row, column] not in hidden:
+                shown[row, column] = 1
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    mask = torch.from_numpy(shown)
+    return Pair(pixels * mask, pixels * (1 - mask), mask.mean()[None])
+
+
+def our_pair(image: torch.Tensor, labels: np.ndarray, generator: torch.Generator) -> Pair:
+    superpixels = torch.from_numpy(labels.astype(np.int32))[None].to(image.device)
+    pair = complementary_pair(image, superpixels, Patches(), None, generator, patch_limit=Superpixels().count)
+    if image.is_cuda:
+        torch.cuda.synchronize()
+    return pair
+
+
+def time_pairs(title: str, crops: list[np.ndarray], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row per way: superpixels, share hidden, and medians over crops and repeats of the parts and their sum in ms.
+
+    The released way stays on the CPU; of ours, hiding runs on ``device``. The ways take turns on each crop, so that
+    they share whatever else the machine is doing.
+    """
+    config, generator = Superpixels(), torch.Generator(device).manual_seed(0)
+    floats = [normalise(crop) for crop in crops]
+    tensors = [torch.from_numpy(image).permute(2, 0, 1)[None].contiguous().to(device) for image in floats]
+    with tempfile.TemporaryDirectory() as temporary:
+        samples = [Sample(str(index), Path(temporary) / f"{index}.png", None, None) for index in range(len(crops))]
+        for sample, crop in zip(samples, crops, strict=True):
+            Image.fromarray(crop).save(sample.image)
+        cache = SuperpixelCache(Path(temporary), config)
+        cache.build(samples, workers=1)
+        entries = [cache.path(sample.id) for sample in samples]
+        ways: dict[str, tuple[Callable[[int], np.ndarray], Callable[[int, np.ndarray], Pair]]] = {
+            "released": (
+                lambda index: released_segments(floats[index]),
+                lambda index, labels: released_pair(floats[index], labels),
+            ),
+            "ours, online": (
+                lambda index: segment_batch(crops[index][None], config, 1)[0],
+                lambda index, labels: our_pair(tensors[index], labels, generator),
+            ),
+            "ours, cached": (
+                lambda index: np.asarray(Image.open(entries[index])),
+                lambda index, labels: our_pair(tensors[index], labels, generator),
+            ),
+        }
+        runs: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in ways}
+        for repeat in range(repeats + 1):
+            for index in range(len(crops)):
+                for name, (segmenting, pairing) in ways.items():
+                    start = time.perf_counter()
+                    labels = segmenting(index)
+                    middle = time.perf_counter()
+                    pair = pairing(index, labels)
+                    end = time.perf_counter()
+                    check(pair, tensors[index])
+                    if repeat:  # the first round warms up
+                        hidden = 1 - pair.share.item()
+                        runs[name].append((middle - start, end - middle, len(np.unique(labels)), hidden))
+    rows = []
+    for name, run in runs.items():
+        segmentation, hiding, found, shares = np.array(run).T
+        total = 1e3 * (segmentation + hiding)
+        row = {"images": title, "way": name, "superpixels": found.mean(), "hidden": shares.mean()}
+        row |= {"segmentation ms": 1e3 * np.median(segmentation), "hiding ms": 1e3 * np.median(hiding)}
+        row |= {"total ms": np.median(total), "p20 ms": np.quantile(total, 0.2), "p80 ms": np.quantile(total, 0.8)}
+        rows.append(row)
+    for row in rows:
+        row["times faster"] = rows[0]["total ms"] / row["total ms"]
+    return rows
+
+
+def check(pair: Pair, image: torch.Tensor) -> None:
+    """A time counts for nothing unless the pair is complementary and its share is what is visible."""
+    visible, complement, share = (part.to(image.device) for part in pair)
+    torch.testing.assert_close(visible + complement, image)
+    torch.testing.assert_close((visible != 0).all(1).double().mean((1, 2)), share.double(), atol=1e-5, rtol=0)
+
+
+def compare_quality(title: str, scenes: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
+    """Superpixels of uint8 images against their true classes (255 unknown), per way: means over the images."""
+    asked = Superpixels().count
+
+    def matched(image: np.ndarray) -> np.ndarray:
+        wanted, found = segment(image, Superpixels()).max() + 1, slic(image, n_segments=asked, compactness=10).max()
+        return slic(image, n_segments=round(asked * wanted / found), compactness=10)
+
+    ways = {
+        f"fast-slic, {asked} asked for": lambda image: segment(image, Superpixels()),
+        "scikit-image, about as many": matched,
+        "scikit-image on normalised floats, 300 asked for": lambda image: released_segments(normalise(image)),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, segmenting in ways.items():
+        maps = [segmenting(image) for image, _ in scenes]
+        scores = np.array([score(labels, truth) for labels, (_, truth) in zip(maps, scenes, strict=True)])
+        recall, accuracy = np.nanmean(scores, 0)
+        counts = [len(np.unique(labels)) for labels in maps]
+        row = {"images": title, "way": name, "superpixels": np.mean(counts)}
+        rows.append(row | {"boundary recall": recall, "accuracy": accuracy})
+    return rows
+
+
+def score(labels: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Boundary recall (nan if there is no boundary) and achievable accuracy."""
+    known = truth != 255
+    # Unknown pixels line the objects: there, the true boundary is halfway between the nearest known ones.
+    _, nearest = cv2.distanceTransformWithLabels((~known).astype(np.uint8), cv2.DIST_L2, 5, labelType=1)
+    classes = np.zeros(nearest.max() + 1, truth.dtype)
+    classes[nearest[known]] = truth[known]
+    edges = find_boundaries(classes[nearest])
+    found = cv2.dilate(find_boundaries(labels).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    votes = np.zeros((labels.max() + 1, 256))
+    np.add.at(votes, (labels[known], truth[known]), 1)
+    return float(found[edges].mean()) if edges.any() else math.nan, votes.max(1).sum() / known.sum()
+
+
+def generated_scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image of curved, textured regions and the map of the regions."""
+    rng = np.random.default_rng(seed)
+    points, warp = rng.random((25, 2)) * SIZE, cv2.resize(rng.normal(0, 15, (8, 8, 2)), (SIZE, SIZE))
+    grid = np.moveaxis(np.mgrid[:SIZE, :SIZE], 0, -1) + warp
+    regions = np.linalg.norm(grid[:, :, None] - points, axis=-1).argmin(-1)
+    texture = cv2.resize(rng.normal(0, 12, (SIZE // 4, SIZE // 4, 3)), (SIZE, SIZE)) + rng.normal(0, 6, (SIZE, SIZE, 3))
+    image = rng.uniform(30, 225, (25, 3))[regions] + texture
+    return cv2.GaussianBlur(image.clip(0, 255).astype(np.uint8), (3, 3), 0), regions.astype(np.uint8)
+
+
+def voc_scene(mask: Path) -> tuple[np.ndarray, np.ndarray]:
+    image = read_image(mask.parents[1] / "JPEGImages" / f"{mask.stem}.jpg")
+    return image, np.asarray(Image.open(mask))
+
+
+def center_crop(path: Path) -> np.ndarray:
+    """The middle of an image whose short side was resized to the crop's."""
+    image = read_image(path)
+    scale = SIZE / min(image.shape[:2])
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    top, left = (image.shape[0] - SIZE) // 2, (image.shape[1] - SIZE) // 2
+    return np.ascontiguousarray(image[top : top + SIZE, left : left + SIZE])
+
+
+def spread(items: Sequence[Path], count: int) -> list[Path]:
+    """About ``count`` of the items, evenly spread."""
+    return list(items[:: max(1, len(items) // count)][:count])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--images", type=Path, help="a folder of JPEGs to time beside the generated images")
+    parser.add_argument("--voc", type=Path, help="a folder with JPEGImages and SegmentationClass to score on")
+    parser.add_argument("--count", type=int, default=6, help="images to time of each kind")
+    parser.add_argument("--scored", type=int, default=60, help="images to score of each kind")
+    parser.add_argument("--repeats", type=int, default=5, help="times that each image is timed")
+    options = parser.parse_args()
+    device, out = options.device, folder(options.out, options.device)
+    torch.set_num_threads(1)
+
+    crops = [generated_scene(seed)[0] for seed in range(options.count)]
+    times = time_pairs("generated", crops, options.repeats, device)
+    scores = compare_quality("generated", [generated_scene(seed) for seed in range(options.scored)])
+    if options.images:
+        files = spread(sorted(options.images.glob("*.jpg")), options.count)
+        times += time_pairs("JPEGs", [center_crop(file) for file in files], options.repeats, device)
+    if options.voc:
+        masks = spread(sorted((options.voc / "SegmentationClass").glob("*.png")), options.scored)
+        scores += compare_quality("VOC", [voc_scene(mask) for mask in masks])
+
+    print_table("A complementary pair of a 448 x 448 crop", times)
+    print_table("Quality of the superpixels", scores)
+    described = machine(device) | {"fast_slic": engine(), "scikit_image": importlib.metadata.version("scikit-image")}
+    write_json(out / "superpixels.json", described, times, quality=scores)
+    bars: dict[str, dict[str, float]] = {}
+    for row in times:
+        bars.setdefault(row["images"], {})[row["way"]] = row["total ms"]
+    plot_bars(out / "superpixels.png", "A complementary pair of a 448 x 448 crop", "ms, one thread", bars)
+
+
+if __name__ == "__main__":
+    main()

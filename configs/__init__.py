@@ -1,0 +1,1 @@
+"""The shipped experiments, installed as package data of cpn_fast.configs."""

@@ -1,0 +1,3 @@
+from cpn_fast.cli import main
+
+main()

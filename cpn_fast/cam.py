@@ -1,0 +1,143 @@
+"""Stage ``cam``: multi-scale CAM seeds of a trained network, with masks and overlays to look at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpn_fast.config import Config
+from cpn_fast.dataset import Sample, load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.masks import overlay, write_mask
+from cpn_fast.models.network import Network, build_network
+from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
+from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.seeds import Seed, read_seed, unit_scale, write_seed
+from cpn_fast.train import autocast, progress_bar
+from cpn_fast.weights import load_into, read_weights, to_network_keys
+
+
+def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
+    """Write ``seeds/ID.npz``, ``masks/ID.png`` and ``overlays/ID.jpg`` for a list; returns their folder.
+
+    Finished images are kept when the weights and the settings are the same, and made again when they are not.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    list_path = list_path or config.data.eval_list
+    samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
+    network = load_network(config, weights).to(device, memory_format=torch.channels_last).eval()
+
+    folder = config.run / "cams" / list_path.stem
+    _open_folder(folder, config, weights)
+    missing = [sample for sample in samples if not _finished(folder, sample)]
+    batches = scaled_images(
+        missing,
+        scales=config.cam.scales,
+        flip=config.cam.flip,
+        mean=network.mean,
+        std=network.std,
+        batch=config.cam.batch,
+        device=device,
+        threads=config.train.data_threads,
+        fit=network.backbone.fit,
+    )
+    with ThreadPoolExecutor(2) as pool, progress_bar() as bar:
+        task = bar.add_task("cam", total=len(samples), completed=len(samples) - len(missing), note="")
+        writing: deque[Future[None]] = deque()
+        for batch in batches:
+            chosen = [missing[i] for i in batch.indices]
+            labels = torch.from_numpy(np.stack([sample.label for sample in chosen])).to(device)
+            with torch.inference_mode(), autocast(config.train.precision, device):
+                cams = summed_cams(network, batch, labels, config.cam.map, flip=config.cam.flip)
+            for sample, cam in zip(chosen, cams, strict=True):
+                seed = Seed(np.flatnonzero(sample.label), unit_scale(cam).cpu().numpy())
+                writing.append(pool.submit(_write, folder, sample, seed, config))
+            while len(writing) > 4 * config.cam.batch:  # bounds what waits in memory
+                writing.popleft().result()
+            bar.advance(task, len(chosen))
+        for written in writing:
+            written.result()
+    return folder
+
+
+def load_network(config: Config, weights: Path) -> Network:
+    """The experiment's network with trained weights: a checkpoint, ``model.safetensors`` or a released ``.pth``."""
+    network = build_network(config)
+    load_into(network, to_network_keys(read_weights(weights)), source=weights)
+    return network
+
+
+def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, map: str, *, flip: bool) -> list[Tensor]:
+    """Sum over scales and flips of the CAMs of present classes, at the original size.
+
+    labels (B, classes) bool; returns float32 (present classes, H, W) an image.
+    """
+    sums: list[Tensor] = []
+    for images in batch.scales:
+        images = images.contiguous(memory_format=torch.channels_last)
+        views = 2 if flip else 1
+        cams = network(images, labels.repeat(views, 1).float())
+        cam = cams.refined if map == "refined" else F.relu(cams.raw)
+        cam = cam[:, 1:].float()
+        if flip:
+            straight, mirrored = cam.chunk(2)
+            cam = straight + mirrored.flip(3)
+        present = [own[label] for own, label in zip(cam, labels, strict=True)]
+        # Twice, as released: the network's output size first, then the image's.
+        full = [_resize(_resize(own, images.shape[2:], corners=True), batch.size, corners=False) for own in present]
+        sums = [a + b for a, b in zip(sums, full, strict=True)] if sums else full
+    return sums
+
+
+def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
+    if maps.shape[0] == 0:
+        return maps.new_zeros(0, *size)
+    return F.interpolate(maps[None], tuple(size), mode="bilinear", align_corners=corners)[0]
+
+
+def _write(folder: Path, sample: Sample, seed: Seed, config: Config) -> None:
+    mask = seed.mask(config.cam.mask_threshold)
+    write_mask(folder / "masks" / f"{sample.id}.png", mask)
+    picture = overlay(read_image(sample.image), mask, config.classes)
+    path = folder / "overlays" / f"{sample.id}.jpg"
+    if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
+        raise UserError(f"{path}: could not be written; is the disk full?")
+    write_seed(folder / "seeds" / f"{sample.id}.npz", seed)  # last: its presence says that the image is done
+
+
+def _finished(folder: Path, sample: Sample) -> bool:
+    path = folder / "seeds" / f"{sample.id}.npz"
+    if not path.exists():
+        return False
+    try:
+        read_seed(path)
+    except UserError:
+        return False
+    return True
+
+
+def _open_folder(folder: Path, config: Config, weights: Path) -> None:
+    """Make the folder; empty it when it holds seeds of other weights or settings."""
+    made_by = {
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "classes": list(config.classes),
+        "model": config.model.model_dump(mode="json"),
+        "cam": config.cam.model_dump(mode="json", exclude={"batch"}),
+    }
+    manifest = folder / "made_by.json"
+    if folder.exists() and (not manifest.exists() or json.loads(manifest.read_text()) != made_by):
+        shutil.rmtree(folder)
+    for name in ("seeds", "masks", "overlays"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps(made_by, indent=2) + "\n")

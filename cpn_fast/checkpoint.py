@@ -1,0 +1,51 @@
+"""Training checkpoints: written whole or not at all, readable with ``weights_only=True``.
+
+Shuffling, augmentation, hiding and dropout all follow from (seed, step), so the step is also the state of the
+random generators and of the data pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpn_fast.errors import UserError
+
+KEPT = 2
+
+
+def write(folder: Path, step: int, *, model: dict[str, Any], optimizer: dict[str, Any], config: str) -> Path:
+    """Write ``step-NNNNNN.pt`` through a temporary name and remove all but the newest ``KEPT``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save({"step": step, "model": model, "optimizer": optimizer, "config": config}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    for old in existing(folder)[KEPT:]:
+        old.unlink()
+    return path
+
+
+def existing(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def read(path: Path, device: torch.device) -> dict[str, Any]:
+    """The newest state as ``write`` was given it; raises UserError for a damaged or foreign file."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}). "
+            "Delete it to continue from the one before it, or its folder to start again"
+        ) from None
+    if not isinstance(state, dict) or not {"step", "model", "optimizer", "config"} <= state.keys():
+        raise UserError(f"{path}: not a training checkpoint; expected keys step, model, optimizer and config")
+    return state

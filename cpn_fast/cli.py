@@ -1,0 +1,130 @@
+"""The command line: ``cpn-fast COMMAND CONFIG``. Each command is one stage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpn_fast.errors import UserError
+
+app = typer.Typer(
+    help="Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in train.lr=0.02. Repeatable.")
+]
+ListFile = Annotated[
+    Path | None, typer.Option("--list", help="A list of images instead of data.eval_list.", show_default=False)
+]
+
+# Stages are imported in their commands: --help should not wait for torch.
+
+
+@app.command()
+def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
+    """Fill the superpixel cache for the training list; what is there already is kept."""
+    from cpn_fast.config import load
+    from cpn_fast.dataset import load_samples
+    from cpn_fast.pipelines.superpixels import SuperpixelCache
+
+    settings = load(config, overrides)
+    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
+    cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
+    cache.build(samples, workers=settings.train.data_threads)
+    print(f"Superpixels of {len(samples)} images are in {cache.folder}")
+    _next(f"cpn-fast train {config}")
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Train, or continue a run that was interrupted."""
+    from cpn_fast import train
+    from cpn_fast.config import load
+
+    weights = train.run(load(config, overrides))
+    print(f"Weights are in {weights}, curves in {weights.parent / 'metrics.jsonl'} (and for TensorBoard)")
+    _next(f"cpn-fast cam {config} --checkpoint {weights}")
+
+
+@app.command()
+def cam(
+    config: ConfigFile,
+    checkpoint: Annotated[Path, typer.Option(help="Trained weights: .safetensors, .pt or .pth.", show_default=False)],
+    list_file: ListFile = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Make CAM seeds, masks and overlays for a list of tagged images."""
+    from cpn_fast import cam
+    from cpn_fast.config import load
+
+    folder = cam.run(load(config, overrides), checkpoint, list_file)
+    print(f"Seeds, masks and overlays are in {folder}")
+    _next(f"cpn-fast evaluate {config} --cams {folder / 'seeds'}" + (f" --list {list_file}" if list_file else ""))
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    cams: Annotated[Path | None, typer.Option(help="A folder of seeds (.npz).", show_default=False)] = None,
+    masks: Annotated[Path | None, typer.Option(help="A folder of mask PNGs.", show_default=False)] = None,
+    list_file: ListFile = None,
+    threshold_from: Annotated[
+        Path | None, typer.Option(help="evaluation.json whose best threshold is used here.", show_default=False)
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Score seeds (every background threshold at once) or masks against the ground truth."""
+    from cpn_fast import evaluate
+    from cpn_fast.config import load
+
+    evaluate.run(load(config, overrides), cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
+
+
+@app.command()
+def convert(source: Path, destination: Path) -> None:
+    """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth."""
+    from cpn_fast.weights import convert
+
+    print(convert(source, destination))
+
+
+@app.command()
+def export(
+    seeds: Annotated[Path, typer.Argument(help="A folder of seeds (.npz).")],
+    destination: Path,
+    form: Annotated[str, typer.Option(help="cpn, seam or irn: the released code that is to read them.")],
+) -> None:
+    """Write seeds in the form that released code reads."""
+    from cpn_fast.seeds import export_seeds
+
+    print(f"{export_seeds(seeds, destination, form)} seeds in {form}'s form are in {destination}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the generated data set and the runs.")] = Path("runs/demo"),
+) -> None:
+    """Generate a small data set, train CPN and a plain CAM on it, and score both."""
+    from cpn_fast import demo
+
+    demo.run(out)
+
+
+def _next(command: str) -> None:
+    print(f"Next: {command}")
+
+
+def main() -> None:
+    """Entry point: what a user can mend is printed without a traceback, with exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"Error: {error}")

@@ -1,0 +1,371 @@
+"""One YAML per experiment, validated strictly: every key is documented where it is defined, here.
+
+Where the paper and the released code differ, the key's docstring gives both values. Defaults are the released
+ones (``configs/voc.yaml``); ``configs/voc_paper.yaml`` sets the paper's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from cpn_fast.errors import UserError
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Rgb = tuple[float, float, float]
+
+
+class Section(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the images, lists, labels and masks are. Relative paths start at ``root``."""
+
+    root: Path
+    """Folder in VOC's layout (the one that holds JPEGImages)."""
+    images: Path = Path("JPEGImages")
+    """Folder of the images; an id ``x`` is ``x.jpg``."""
+    masks: Path = Path("SegmentationClass")
+    """Folder of the ground-truth palette PNGs, read by ``evaluate`` alone."""
+    train_list: Path = Path("ImageSets/Segmentation/train_aug.txt")
+    """Images to train on: bare ids, or the psa form ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``."""
+    eval_list: Path = Path("ImageSets/Segmentation/train.txt")
+    """Images that ``cam`` makes seeds for and ``evaluate`` scores; ``--list`` names another one."""
+    labels: Path = Path("Annotations")
+    """Image-level labels: a folder of VOC XML files, psa's ``cls_labels.npy``, or CSV/JSON of id -> class names."""
+
+
+class Superpixels(Section):
+    """SLIC superpixels (fast-slic)."""
+
+    count: Annotated[int, Field(ge=1, le=32_000)] = 200
+    """Superpixels asked for per image. Paper 200; released 300, of which skimage 0.17 made about 140 to 190."""
+    compactness: Positive = 10.0
+    """Weight of distance against colour."""
+    iterations: Count = 10
+    """Rounds of k-means."""
+    mode: Literal["cached", "online"] = "cached"
+    """``cached``: once per image, moved with the image. ``online`` (paper and released): on every augmented crop."""
+    cache: Path = Path("superpixels")
+    """Cache folder; relative paths start at ``out``, so that runs share it."""
+
+
+class Augment(Section):
+    """Training augmentation, in this order: resize, flip, colour, normalise, crop."""
+
+    long_side: tuple[Count, Count] = (448, 768)
+    """The long side is resized to a whole number drawn from this closed range."""
+    crop: Count = 448
+    """Side of the square crop; smaller images are padded with 0 (the mean colour) at a random offset."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    brightness: Share = 0.3
+    """Factor from U[1 - x, 1 + x]."""
+    contrast: Share = 0.3
+    """Factor from U[1 - x, 1 + x]."""
+    saturation: Share = 0.3
+    """Factor from U[1 - x, 1 + x]."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Turn of the colour wheel from U[-x, x], as a share of the full circle."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if self.long_side[0] > self.long_side[1]:
+            raise ValueError(f"long_side goes from {self.long_side[0]} down to {self.long_side[1]}: swap them")
+        return self
+
+
+class Patches(Section):
+    """How an image is split into a complementary pair."""
+
+    kind: Literal["superpixel", "grid"] = "superpixel"
+    """What a patch is."""
+    hide: Share = 0.5
+    """Probability (share, when drawn with replacement) of hiding a patch."""
+    sampling: Literal["independent", "with-replacement"] = "with-replacement"
+    """Paper ``independent``: one coin per patch. Released ``with-replacement``: floor(hide * n) draws, hiding about
+    39 % at hide = 0.5. Grid patches are independent in both."""
+    share: Literal["pixels", "patches"] = "pixels"
+    """What lambda counts as visible. Paper ``patches``; released ``pixels`` for superpixels, ``patches`` for grids."""
+    fill: Rgb | None = None
+    """RGB (0 to 255) of hidden pixels; null is the normalisation's mean (released). Paper: the training set's mean."""
+    grid_sizes: tuple[Count, ...] = (56, 112)
+    """Sides of grid cells in pixels, one drawn per image. Paper's best 56, 112; released 224, 448."""
+
+    @model_validator(mode="after")
+    def _has_grid_sizes(self) -> Self:
+        if not self.grid_sizes:
+            raise ValueError("grid_sizes is empty: name at least one cell side in pixels")
+        return self
+
+
+class Model(Section):
+    """Backbone, class head and the two refinements of the CAM."""
+
+    backbone: Literal["resnet38d", "mobilenet_v2", "narrow"] = "resnet38d"
+    """ResNet38d (paper), MobileNetV2 (small), or the demo's narrow net."""
+    stride: Literal[8, 16] = 8
+    """Output stride of the backbone: 8 (paper and released), or 16 with mobilenet_v2, four times cheaper."""
+    weights: Path | None = None
+    """Pretrained weights: .safetensors, .pth or MXNet .params. Null trains from random weights."""
+    mean: Rgb | None = None
+    """RGB (0 to 255) subtracted from the input; null is what the backbone's usual weights were trained with."""
+    std: Rgb | None = None
+    """RGB (0 to 255) that divides the input; null as for ``mean``."""
+    pcm: bool = True
+    """Pixel correlation module (eqs. 8 to 10)."""
+    prcm: bool = True
+    """Pixel-region correlation module (eq. 11)."""
+    pcm_norm: Literal["l2", "l1-squared"] = "l2"
+    """Norm that divides an embedding in eq. 10. Paper (as printed) ``l1-squared``; released ``l2``."""
+    pcm_sum: Literal["column", "all"] = "column"
+    """What an affinity is divided by in eq. 9. Paper (as printed) ``all`` pairs; released each target's ``column``."""
+    prcm_relu: bool = True
+    """ReLU on keys and queries of eq. 11. Paper (linear) false; released true."""
+    prcm_scale: Literal["classes", "one"] = "classes"
+    """Factor before eq. 11's softmax. Paper ``one``; released ``classes``: (classes + 1) ** -0.5."""
+    prcm_keys: Literal["transposed", "reread"] = "reread"
+    """Layout of phi(Z). Paper ``transposed``; released ``reread``: its memory read as if it had been transposed."""
+    mask_absent: bool = False
+    """Zero the classes that an image is not tagged with before PCM and PRCM. Paper true; released false."""
+
+
+class Loss(Section):
+    """Weights and variants of the loss terms. A weight of 0 switches a term off."""
+
+    tcp: NotNegative = 1.0
+    """Weight of the triplet consistency term on raw CAMs (eq. 14)."""
+    tcp_refined: NotNegative = 1.0
+    """Weight of the same on refined CAMs."""
+    cpcr: NotNegative = 1.0
+    """Weight of cross regularisation (eq. 15)."""
+    background_suppression: NotNegative = 1.0
+    """Weight of the mean of the refined map's lowest 25 % pixels. Paper 0; released 1."""
+    detach_refined_pair: bool = False
+    """Stop the gradient of the pair in the refined eq. 14. Paper true; released false."""
+    cpcr_target: Literal["difference", "one-hot"] = "one-hot"
+    """Paper ``difference`` Y_o - lambda Y_h; released keeps only each pixel's largest channel, ``one-hot``."""
+    normalise: Literal["max", "min-max"] = "min-max"
+    """CAMs enter the terms divided by their ``max`` (paper), or stretched from their minimum too (released)."""
+    background: Literal["before-lambda", "after-lambda"] = "after-lambda"
+    """1 - max(foreground) (eq. 16) taken before (paper) or after (released) a branch is scaled by its lambda."""
+    refined_background: Literal["own", "recomputed"] = "recomputed"
+    """Background of refined maps: their ``own`` channel (paper) or eq. 16 again (released)."""
+    hard_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the largest eq. 15 errors that count (OHEM); 1 is the plain mean. Both 0.2."""
+    hard_over: Literal["image", "batch"] = "image"
+    """Errors compete within a mini-``batch`` (paper) or an ``image`` (released)."""
+
+
+class Train(Section):
+    """Optimiser, schedule and loop."""
+
+    batch: Count = 4
+    """Images per forward pass (three views each for CPN)."""
+    accumulate: Count = 1
+    """Batches per optimiser step; their gradients are averaged."""
+    epochs: Count | None = None
+    """Passes over the list; give this or ``steps``. Paper and released 8."""
+    steps: Count | None = None
+    """Optimiser steps; give this or ``epochs``."""
+    lr: Positive = 0.01
+    """Initial rate of backbone weights; biases x2, new layers x10, their biases x20."""
+    power: NotNegative = 0.9
+    """Poly schedule: lr * (1 - step / steps) ** power."""
+    momentum: Share = 0.0005
+    """Paper 0.9; released 0.0005 (its weight decay landed in the momentum slot)."""
+    weight_decay: NotNegative = 5e-4
+    """L2 on weights, not on biases."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Autocast of the forward pass; null is bf16 on CUDA, fp32 on CPU."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Shuffling, augmentation, hiding, dropout and new layers all follow from it."""
+    data_threads: Count = 2
+    """DALI's CPU threads."""
+    log_every: Count = 20
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints; the last step always writes one."""
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+
+class Cam(Section):
+    """Multi-scale inference of CAM seeds."""
+
+    map: Literal["refined", "raw"] = "refined"
+    """Which map becomes the seed; a model with neither pcm nor prcm has only ``raw``."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
+    """Image scales whose CAMs are summed."""
+    flip: bool = True
+    """Adds the mirrored image at each scale."""
+    batch: Count = 4
+    """Images of one size that share a batch (each twice when flipped)."""
+    mask_threshold: Share = 0.3
+    """Background score of the palette PNGs and overlays written beside the seeds."""
+
+
+class Evaluate(Section):
+    """Scoring against ground-truth masks."""
+
+    thresholds: Annotated[int, Field(ge=2, le=1000)] = 100
+    """Background scores tried: 0, 1/n, ... (n - 1)/n."""
+    threshold: Share | None = None
+    """A background score fixed beforehand; null reports only the best one on this ground truth (the oracle)."""
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """Names the run's folder."""
+    out: Path = Path("runs")
+    """Parent of run folders; relative to the working directory."""
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] = VOC_CLASSES
+    """Foreground class names in the order of labels and mask values (value 0 is background)."""
+    method: Literal["cpn", "cam"] = "cpn"
+    """``cpn``: the triplet of image, patches and complement. ``cam``: the plain classifier."""
+    data: Data
+    superpixels: Superpixels = Superpixels()
+    augment: Augment = Augment()
+    patches: Patches = Patches()
+    model: Model = Model()
+    loss: Loss = Loss()
+    train: Train
+    cam: Cam = Cam()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+            raise ValueError(f"classes has {', '.join(twice)} more than once")
+        if len(self.classes) > 254:
+            raise ValueError(
+                f"classes has {len(self.classes)} names; 8-bit masks hold 254 beside background and ignore"
+            )
+        if self.model.stride == 16 and self.model.backbone != "mobilenet_v2":
+            raise ValueError(f"model.stride 16 is for mobilenet_v2; {self.model.backbone} has stride 8")
+        refines = self.model.pcm or self.model.prcm
+        if self.cam.map == "refined" and not refines:
+            raise ValueError("cam.map is refined but model.pcm and model.prcm are off: set cam.map to raw")
+        if self.method == "cam" and refines:
+            raise ValueError("method cam trains no refinement: set model.pcm and model.prcm to false")
+        if self.method == "cpn" and not refines and (self.loss.tcp_refined or self.loss.cpcr):
+            raise ValueError("loss.tcp_refined and loss.cpcr need a refined map: switch on model.pcm or model.prcm")
+        return self
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.out / self.name
+
+    @property
+    def superpixel_cache(self) -> Path:
+        """Parent folder of superpixel caches."""
+        return self.out / self.superpixels.cache
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and apply ``key.sub=value`` overrides (values are YAML).
+
+    The key ``base`` names a file, relative to this one, whose keys hold where this one says nothing.
+    Raises UserError with every problem found: unreadable file, unknown keys (with the nearest known one), values.
+    """
+    tree = _read(path)
+    for override in overrides or []:
+        _override(tree, override)
+    return parse(tree, str(path))
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        raise UserError(f"{path}: no such config. There are: {', '.join(near) or 'none in that folder'}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    if "base" not in tree:
+        return tree
+    base = path.parent / str(tree.pop("base"))
+    if base in above:
+        raise UserError(f"{path}: base {base} leads back to itself")
+    return _merged(_read(base, (*above, base)), tree)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def parse(tree: dict[str, Any], source: str) -> Config:
+    """Validate a tree of plain values; ``source`` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML that ``load`` reads back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {text!r}: expected key.sub=value")
+    *parents, last = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {text!r}: {name} is a value, not a section")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text!r}: the value is not YAML: {error}") from None
+
+
+def _explain(problem: Any) -> str:
+    where = [str(part) for part in problem["loc"]]
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where[-1], _known(where[:-1]), n=1, cutoff=0.5)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("missing", "value_error"):
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, found {problem['input']!r}"
+
+
+def _known(where: list[str]) -> list[str]:
+    section: Any = Config
+    for name in where:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)

@@ -1,0 +1,230 @@
+"""The data set: lists of image ids, the files behind them, and checks that report every problem in one go."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from rich.progress import track
+
+from cpn_fast.config import Data
+from cpn_fast.errors import UserError
+from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
+from cpn_fast.masks import IGNORE, read_mask
+from cpn_fast.seeds import replacing
+
+_PATHS = re.compile(r"(\S.*?\.(?:jpe?g|png))(?:\s+(\S.*\.png))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what is known about it."""
+
+    id: str
+    image: Path
+    mask: Path | None
+    """Ground-truth palette PNG."""
+    label: np.ndarray | None = field(compare=False)
+    """bool (classes,), read-only."""
+
+
+class DatasetError(UserError):
+    """All that is wrong with a data set: one line per kind of problem, with a count and the first few names."""
+
+
+def load_samples(data: Data, classes: Sequence[str], list_path: Path, *, labels: bool, masks: bool) -> list[Sample]:
+    """The images of a list (a relative path starts at ``data.root``), in its order.
+
+    A line is an id, or paths from the root as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``: the image's stem
+    is the id, and the second path, if there is one, replaces the mask in ``data.masks``. Files are looked up by name
+    and not opened; ``check_files`` does that.
+
+    Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing or empty labels.
+    """
+    if not data.root.is_dir():
+        raise DatasetError(f"data.root: {data.root} is not a folder; expected the one that holds {data.images}")
+    path = data.root / list_path
+    names_in = functools.cache(_names_in)  # listing a folder once is quicker than looking for every file in it
+    problems: dict[str, list[str]] = defaultdict(list)
+    samples: dict[str, Sample] = {}
+    for number, line in _lines(path):
+        entry = _parse(line, data)
+        if entry is None:
+            problems["lines that are neither an id nor paths inside data.root"].append(f"line {number} {line!r}")
+            continue
+        id_, image, mask = entry
+        if id_ in samples:
+            problems["ids listed more than once"].append(f"line {number} {id_}")
+            continue
+        if image is None:
+            folder = data.root / data.images
+            found = [name for suffix in IMAGE_SUFFIXES if (name := id_ + suffix) in names_in(folder)]
+            image = folder / (found or [f"{id_}.jpg"])[0]
+            if len(found) > 1:
+                problems["ids with more than one image"].append(f"{id_} ({', '.join(found)})")
+        if image.name not in names_in(image.parent):
+            problems[f"images missing in {image.parent}"].append(image.name)
+        if masks and mask.name not in names_in(mask.parent):
+            problems[f"masks missing in {mask.parent}"].append(mask.name)
+        samples[id_] = Sample(id_, image, mask if masks else None, None)
+    if not samples:
+        problems["list without any id"].append(str(path))
+    if labels:
+        samples = _with_labels(samples, data.root / data.labels, classes, problems)
+    _raise_problems(f"{path} lists {len(samples)} images", problems)
+    return list(samples.values())
+
+
+def check_files(samples: Sequence[Sample], *, workers: int, classes: int = 254, verified: Path | None = None) -> None:
+    """Decode every image and mask of ``samples`` in ``workers`` threads.
+
+    A mask must hold only the values 0 to ``classes`` and IGNORE and be as large as its image, turned as its EXIF says.
+    ``verified`` names a file that remembers what passed: it is skipped while its files keep their size and time.
+
+    Raises DatasetError with everything found.
+    """
+    known = _read_verified(verified)
+    todo = [(sample, mark) for sample in samples if (mark := _fingerprint(sample, classes)) not in known]
+    passed = set()
+    problems: dict[str, list[str]] = defaultdict(list)
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda pair: _check(pair[0], classes), todo)
+        try:
+            progress = track(results, "Checking images", total=len(todo), disable=not todo)
+            for (_, mark), found in zip(todo, progress, strict=True):
+                if not found:
+                    passed.add(mark)
+                for kind, name in found:
+                    problems[kind].append(name)
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the rest
+            if verified and passed:
+                with replacing(verified) as file:
+                    file.write(json.dumps(sorted(known | passed), indent=0).encode())
+    _raise_problems(f"{len(samples)} images checked", problems)
+
+
+# Lists
+
+
+def _lines(path: Path) -> Iterable[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        there = sorted(file.name for file in path.parent.glob("*.txt"))
+        raise DatasetError(f"{path}: no such list. Lists in {path.parent}: {', '.join(there) or 'none'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: not readable as a list of images: {error}") from None
+    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
+    """Id, image (None: to be found by the id) and mask; None if the line is neither an id nor paths inside the root."""
+    paths = _PATHS.fullmatch(line)
+    if paths is None:
+        plain = line == PurePosixPath(line).name and line != ".."
+        return (line, None, data.root / data.masks / f"{line}.png") if plain else None
+    image, mask = (PurePosixPath((part or "").lstrip("/")) for part in paths.groups())
+    if ".." in (*image.parts, *mask.parts):
+        return None
+    return (
+        image.stem,
+        data.root / (data.images if len(image.parts) == 1 else "") / image,
+        data.root / (mask if mask.name else data.masks / f"{image.stem}.png"),
+    )
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))  # noqa: PTH208 (names, not 10,000 Path objects)
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+
+
+def _with_labels(
+    samples: dict[str, Sample], path: Path, classes: Sequence[str], problems: dict[str, list[str]]
+) -> dict[str, Sample]:
+    try:
+        labels = read_labels(path, samples.keys(), classes)
+    except UserError as error:
+        problems["label source that is not usable"].append(str(error))
+        return samples
+    problems[f"ids without labels in {path}"] += [id_ for id_ in samples if id_ not in labels]
+    problems[f"images that no class is present in, by {path}"] += [
+        id_ for id_, label in labels.items() if not label.any()
+    ]
+    return {id_: Sample(id_, old.image, old.mask, labels.get(id_)) for id_, old in samples.items()}
+
+
+def _raise_problems(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+    lines = [
+        f"  {len(names)} {kind}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise DatasetError("\n".join([f"{what}; found", *lines]))
+
+
+# Contents
+
+
+def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
+    """(kind of problem, name) of everything wrong with one image and its mask."""
+    try:
+        with Image.open(sample.image, formats=("JPEG", "PNG")) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            size = image.size[::-1] if turned else image.size
+            image.draft("RGB", (1, 1))  # reads every byte of a JPEG, but computes an eighth of its resolution
+            image.load()
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        return [("images that cannot be decoded", f"{sample.image} ({_reason(sample.image, error)})")]
+    if sample.mask is None:
+        return []
+    try:
+        mask = read_mask(sample.mask)
+    except UserError as error:
+        return [("masks that cannot be used", str(error))]
+    found = []
+    if mask.shape[::-1] != size:
+        sizes = "{}x{}, image {}x{}".format(*mask.shape[::-1], *size)
+        found.append(("masks of another size than their image", f"{sample.mask} ({sizes})"))
+    counts = np.bincount(mask.ravel(), minlength=256)
+    wrong = [str(value) for value in range(classes + 1, IGNORE) if counts[value]]
+    if wrong:
+        kind = f"masks with values other than 0 to {classes} and {IGNORE}"
+        found.append((kind, f"{sample.mask} ({', '.join(wrong[:5])})"))
+    return found
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "empty file"
+    return "neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _fingerprint(sample: Sample, classes: int) -> str:
+    parts = [str(classes)]
+    for path in filter(None, (sample.image, sample.mask)):
+        try:
+            stat = path.stat()
+            parts += [str(path.absolute()), str(stat.st_size), str(stat.st_mtime_ns)]
+        except OSError:
+            parts += [str(path.absolute()), "unreadable"]
+    return " ".join(parts)
+
+
+def _read_verified(path: Path | None) -> set[str]:
+    try:
+        return set(json.loads(path.read_text())) if path else set()
+    except (OSError, ValueError, TypeError):
+        return set()  # nothing is lost: everything is checked again

@@ -1,0 +1,20 @@
+"""Backbones and the network on top of them."""
+
+from __future__ import annotations
+
+from cpn_fast.config import Model
+from cpn_fast.models.backbone import Backbone, Features
+from cpn_fast.models.mobilenet_v2 import MobileNetV2
+from cpn_fast.models.narrow import Narrow
+from cpn_fast.models.resnet38d import ResNet38d
+
+__all__ = ["Backbone", "Features", "build_backbone"]
+
+
+def build_backbone(options: Model) -> Backbone:
+    """The backbone that a config asks for, with random weights."""
+    if options.backbone == "resnet38d":
+        return ResNet38d()
+    if options.backbone == "mobilenet_v2":
+        return MobileNetV2(options.stride)
+    return Narrow()

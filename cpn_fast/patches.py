@@ -1,0 +1,80 @@
+"""Complementary pairs: an image whose patches are hidden at random, and the same image with only those shown."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpn_fast.config import Patches
+
+
+class Pair(NamedTuple):
+    visible: Tensor
+    """(B, 3, H, W), hidden patches filled."""
+    complement: Tensor
+    """(B, 3, H, W), visible patches filled."""
+    share: Tensor
+    """(B,) float32, how much of the image ``visible`` shows (lambda)."""
+
+
+def complementary_pair(
+    images: Tensor,
+    superpixels: Tensor | None,
+    config: Patches,
+    fill: Tensor | None,
+    generator: torch.Generator,
+    *,
+    patch_limit: int,
+) -> Pair:
+    """Hide patches of normalised images, (B, 3, H, W) of any float dtype, on their device and without a host sync.
+
+    ``superpixels`` (B, H, W) holds integer labels from 0 to ``patch_limit - 1``; labels that a crop lacks count
+    nowhere. Grids ignore both. ``fill`` (3,) is the normalised colour of hidden pixels, None is 0. Every random number
+    comes from ``generator``, on its own device: the same state gives the same pair.
+    """
+    if config.kind == "grid":
+        patches, patch_limit = _grid(images, config.grid_sizes, generator)
+    elif superpixels is None:
+        raise ValueError("superpixels is None, but patches.kind is superpixel")
+    else:
+        patches = superpixels.flatten(1).long()
+    present = torch.zeros(len(images), patch_limit, dtype=torch.bool, device=images.device).scatter_(1, patches, True)
+    if config.kind == "superpixel" and config.sampling == "with-replacement":
+        hidden = _draw_with_replacement(present, config.hide, generator)
+    else:
+        hidden = _uniform(present.shape, present.device, generator) < config.hide
+
+    shown = ~hidden.gather(1, patches)
+    share = shown.float().mean(1) if config.share == "pixels" else (present & ~hidden).sum(1) / present.sum(1)
+    mask = shown.view(-1, 1, *images.shape[2:])
+    colour = images.new_zeros(()) if fill is None else fill.to(images).view(3, 1, 1)
+    return Pair(torch.where(mask, images, colour), torch.where(mask, colour, images), share)
+
+
+def _grid(images: Tensor, sizes: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, int]:
+    """Square cells of a side drawn per image, the last ones cut off: cell numbers (B, H * W) and their bound."""
+    height, width = images.shape[2:]
+    y, x = (torch.arange(side, device=images.device) for side in (height, width))
+    cells = [(y // size)[:, None] * math.ceil(width / size) + x // size for size in sizes]
+    drawn = _uniform((len(images),), images.device, generator).mul(len(sizes)).long()
+    return torch.stack(cells).flatten(1)[drawn], math.ceil(height / min(sizes)) * math.ceil(width / min(sizes))
+
+
+def _draw_with_replacement(present: Tensor, hide: float, generator: torch.Generator) -> Tensor:
+    """Draw floor(hide * n) of an image's n present patches, a patch perhaps more than once: bool like ``present``."""
+    count = present.sum(1, keepdim=True)
+    draws = math.floor(hide * present.shape[1])
+    ranks = (_uniform((len(present), draws), present.device, generator) * count).long()
+    # The number of draws differs between images, but the shapes must not: surplus draws fall on an extra rank.
+    surplus = torch.arange(draws, device=present.device) >= (hide * count.double()).floor()
+    ranks = ranks.masked_fill(surplus, present.shape[1])
+    drawn = torch.zeros_like(torch.nn.functional.pad(present, (0, 1))).scatter_(1, ranks, True)
+    return drawn.gather(1, present.cumsum(1).sub(1).clamp(min=0)) & present
+
+
+def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+    """float32 from [0, 1); its product with a whole number n never rounds up to n."""
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)

@@ -1,0 +1,296 @@
+"""Stage ``train``: from images and tags to a trained network. One straight loop for every method."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+import cpn_fast
+from cpn_fast import checkpoint
+from cpn_fast import config as configs
+from cpn_fast.config import Config, Train
+from cpn_fast.dataset import check_files, load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.methods import METHODS
+from cpn_fast.models.network import HEADS, Network, build_network
+from cpn_fast.pipelines.superpixels import SuperpixelCache
+from cpn_fast.pipelines.training import TrainingPipeline
+from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
+
+DROPOUT, HIDING = range(2)  # streams of random numbers
+
+
+def run(config: Config) -> Path:
+    """Train, or continue where the run's newest checkpoint stands; returns the file of final weights.
+
+    Raises UserError for anything wrong with the data, the weights, or a run folder that belongs to another config.
+    """
+    train, device = config.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    final = config.run / "model.safetensors"
+    state = _open_run(config, device)
+    if state is not None and final.exists():
+        return final
+
+    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
+    check_files(samples, workers=train.data_threads, verified=config.run / "verified.json")
+    torch.manual_seed(train.seed)
+    network = build_network(config)
+    if state is None and config.model.weights is not None:
+        load_into(
+            network,
+            to_network_keys(read_weights(config.model.weights)),
+            source=config.model.weights,
+            allow_missing=[f"{head}.*" for head in HEADS],
+            allow_unexpected=[f"backbone.{pattern}" for pattern in network.backbone.classifier],
+        )
+    network.to(device, memory_format=torch.channels_last).train()
+    method = METHODS[config.method](config, network.mean, network.std)
+    cache = None
+    if method.uses_superpixels and config.superpixels.mode == "cached":
+        cache = SuperpixelCache(config.superpixel_cache, config.superpixels)
+        cache.build(samples, workers=train.data_threads)
+
+    optimizer = make_optimizer(network, train, device)
+    start = 0
+    if state is not None:
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    pipeline = TrainingPipeline(
+        samples,
+        config.augment,
+        batch=train.batch,
+        mean=network.mean,
+        std=network.std,
+        seed=train.seed,
+        device=device,
+        threads=train.data_threads,
+        superpixel_path=cache and (lambda sample: cache.path(sample.id)),
+        online=config.superpixels if method.uses_superpixels and cache is None else None,
+        start_step=start * train.accumulate,
+    )
+    steps = train.steps or train.epochs * pipeline.steps_per_epoch // train.accumulate
+    if steps == 0:
+        raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
+    size = (config.augment.crop, config.augment.crop)
+    generator = torch.Generator(device)
+    meter = Meter(config, start, pipeline.steps_per_epoch // train.accumulate)
+    batches = timed(pipeline, meter)
+
+    with meter, progress_bar() as bar:
+        task = bar.add_task("train", total=steps, completed=start, note="")
+        for step in range(start, steps):
+            torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
+            generator.manual_seed(keyed_seed(train.seed, step, HIDING))
+            factor = (1 - step / steps) ** train.power
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(train.accumulate):
+                batch = next(batches)
+                views = method.views(batch, generator)
+                with autocast(train.precision, device):
+                    cams = network(views.images.contiguous(memory_format=torch.channels_last), views.labels)
+                losses = method.losses(cams, views, size)
+                (losses.total / train.accumulate).backward()
+                meter.add(losses.total.detach(), losses.parts, losses.logits, batch.labels)
+            optimizer.step()
+            done = step + 1
+            if done % train.log_every == 0 or done == steps:
+                bar.update(task, note=meter.write(done, train.lr * factor))
+            if done % train.checkpoint_every == 0 or done == steps:
+                checkpoint.write(
+                    config.run / "checkpoints",
+                    done,
+                    model=network.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    config=configs.dump(config),
+                )
+            bar.update(task, completed=done)
+    temporary = final.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in to_released_keys(network.state_dict()).items()}, temporary)
+    temporary.replace(final)
+    return final
+
+
+def make_optimizer(network: Network, train: Train, device: torch.device) -> torch.optim.SGD:
+    """SGD over four groups: backbone weights x1, its biases x2, head weights x10, their biases x20 (biases undecayed)."""
+    groups: list[dict[str, Any]] = []
+    for is_head, is_bias, times in ((False, False, 1), (False, True, 2), (True, False, 10), (True, True, 20)):
+        parameters = [
+            parameter
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad
+            and not name.startswith("backbone.") == is_head
+            and name.endswith("bias") == is_bias
+        ]
+        decay = 0.0 if is_bias else train.weight_decay
+        groups.append({"params": parameters, "base_lr": train.lr * times, "weight_decay": decay})
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=device.type == "cuda")
+
+
+def autocast(precision: str | None, device: torch.device) -> Any:
+    """The forward pass's autocast: bf16 on CUDA and none on CPU unless ``precision`` says otherwise."""
+    bf16 = precision == "bf16" or (precision is None and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def keyed_seed(*key: int) -> int:
+    """A seed for (seed, step, stream): streams of different keys are independent."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+def timed(batches: Any, meter: Meter) -> Iterator[Any]:
+    """The batches, with the time spent waiting for them told to the meter."""
+    iterator = iter(batches)
+    while True:
+        began = time.perf_counter()
+        batch = next(iterator)
+        meter.waited += time.perf_counter() - began
+        yield batch
+
+
+class Meter:
+    """Running means since the last line, written to metrics.jsonl and TensorBoard.
+
+    Values stay on the device until a line is written, so that the loop does not wait for them.
+    """
+
+    def __init__(self, config: Config, start: int, steps_per_epoch: int) -> None:
+        self.path = config.run / "metrics.jsonl"
+        self.batch, self.classes, self.steps_per_epoch = config.train.batch, config.classes, max(1, steps_per_epoch)
+        kept = [line for line in _lines(self.path) if line["step"] <= start]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.board = SummaryWriter(config.run, purge_step=start + 1)
+        self.last_step = start
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self._restart()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.board.close()
+
+    def _restart(self) -> None:
+        self.began, self.waited = time.perf_counter(), 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def add(self, total: Tensor, parts: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        for name, value in {"loss": total, **parts}.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.logits.append(logits)
+        self.labels.append(labels)
+        self.batches += 1
+
+    def write(self, step: int, lr: float) -> str:
+        """Write a line; returns a short note for the progress bar. Raises UserError when the loss is not finite."""
+        means = {name: float(value) / self.batches for name, value in self.sums.items()}
+        seconds = time.perf_counter() - self.began
+        line: dict[str, Any] = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr, **means}
+        line["images_per_second"] = self.batches * self.batch / seconds
+        line["waiting"] = self.waited / seconds
+        if step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
+            line["mAP"] = mean_average_precision(torch.cat(self.labels), torch.cat(self.logits))
+            self.logits.clear()
+            self.labels.clear()
+        if not math.isfinite(means["loss"]):
+            raise UserError(f"the loss is {means['loss']} at step {step}: lower train.lr or train.momentum")
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name not in ("step", "epoch"):
+                self.board.add_scalar(name, value, step)
+        self.last_step = step
+        note = f"loss {means['loss']:.3f}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}"
+        self._restart()
+        return note
+
+
+def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
+    """Mean over the classes that occur, of the average precision of their logits; (N, classes) each."""
+    truth, scores = labels.cpu().numpy() > 0.5, logits.float().cpu().numpy()
+    occurring = truth.any(axis=0)
+    return float(average_precision_score(truth[:, occurring], scores[:, occurring]))
+
+
+def _open_run(config: Config, device: torch.device) -> dict[str, Any] | None:
+    """Make the run's folder, or read its newest checkpoint; refuse the folder of another config."""
+    resolved = configs.dump(config)
+    path = config.run / "config.yaml"
+    if path.exists():
+        differing = _differences(yaml.safe_load(path.read_text()), yaml.safe_load(resolved))
+        if differing:
+            raise UserError(
+                f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
+                "Give this one another name, or delete that folder"
+            )
+    config.run.mkdir(parents=True, exist_ok=True)
+    path.write_text(resolved)
+    environment = {
+        "cpn_fast": cpn_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+    }
+    (config.run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    found = checkpoint.existing(config.run / "checkpoints")
+    return checkpoint.read(found[0], device) if found else None
+
+
+# What may change between two starts of one run: nothing that its weights depend on.
+FREE = {"out", "cam", "evaluate", "data.eval_list", "data.masks"} | {
+    f"train.{key}" for key in ("log_every", "checkpoint_every", "data_threads")
+}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        key, a, b = prefix + name, old.get(name), new.get(name)
+        if a == b or key in FREE:
+            continue
+        keys += _differences(a, b, key + ".") if isinstance(a, dict) and isinstance(b, dict) else [key]
+    return keys
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # the last line of a killed run
+    return lines

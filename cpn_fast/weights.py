@@ -1,0 +1,348 @@
+"""Weight files: .safetensors, .pth and .pt, and MXNet's .params (ResNet38's ImageNet weights) without mxnet.
+
+In memory and on disk, tensors go by the released names: ``conv1a.weight``, ``fc8.weight``. The network holds its
+backbone as a submodule, ``backbone.conv1a.weight``; ``to_network_keys`` and ``to_released_keys`` translate.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cpn_fast.errors import UserError
+from cpn_fast.models.network import HEADS
+
+_SHOWN = 5
+_NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file on the CPU, by released names.
+
+    A .pth or .pt file is a state dict, bare or under ``state_dict`` or ``model`` (training checkpoints); prefixes
+    that data parallelism and compilation add are removed. A .params file is ResNet38's; its ImageNet classifier is
+    left out. Nothing in a file is executed. Raises UserError for a missing, damaged or foreign file.
+    """
+    return _read(path).tensors
+
+
+def to_network_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released names to ``Network``'s: all but the heads are its ``backbone``'s."""
+    return {key if key.split(".")[0] in HEADS else f"backbone.{key}": tensor for key, tensor in tensors.items()}
+
+
+def to_released_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``Network``'s names to the released ones; names that are released already stay."""
+    released = {key.removeprefix("backbone."): tensor for key, tensor in tensors.items()}
+    if len(released) < len(tensors):
+        twice = next(key for key in tensors if key.startswith("backbone.") and key.removeprefix("backbone.") in tensors)
+        raise UserError(f"{twice} and {twice.removeprefix('backbone.')} are one weight in two spellings: remove one")
+    return released
+
+
+class Loaded(NamedTuple):
+    """What ``load_into`` was allowed to pass over."""
+
+    missing: list[str]
+    unexpected: list[str]
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: Path | str,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> Loaded:
+    """Copy tensors into a module whose keys and shapes they must match; nothing is copied when they do not.
+
+    ``allow_missing`` and ``allow_unexpected`` are key patterns such as ``fc8.*``. Batch normalisation's
+    ``num_batches_tracked`` may always be absent or present. Raises UserError, naming ``source``, with every kind of
+    mismatch.
+    """
+    expected = module.state_dict()
+    allow_missing, allow_unexpected = list(allow_missing), list(allow_unexpected)
+    absent = [key for key in expected if key not in tensors and not _is_counter(key)]
+    surplus = [key for key in tensors if key not in expected and not _is_counter(key)]
+    missing = [key for key in absent if not _matches(key, allow_missing)]
+    unexpected = [key for key in surplus if not _matches(key, allow_unexpected)]
+    shared = {key: tensor for key, tensor in tensors.items() if key in expected and not _is_counter(key)}
+    other_kind = [
+        key
+        for key, tensor in shared.items()
+        if tensor.shape != expected[key].shape or tensor.is_floating_point() != expected[key].is_floating_point()
+    ]
+    if missing or unexpected or other_kind:
+        lines = [f"{source}: the weights do not fit the model"]
+        lines += _listed("missing", [_with_rename(key, expected[key], unexpected, tensors) for key in missing])
+        lines += _listed("unexpected", [f"{key} {_kind(tensors[key])}" for key in unexpected])
+        lines += _listed(
+            "of another shape or type",
+            [f"{key}: expected {_kind(expected[key])}, found {_kind(tensors[key])}" for key in other_kind],
+        )
+        lines.append("Check model.backbone, classes and the model's other keys against the file's origin.")
+        raise UserError("\n".join(lines))
+    module.load_state_dict(shared, strict=False)
+    return Loaded(absent, surplus)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` wrote; ``str`` of it is for people."""
+
+    destination: Path
+    tensors: int
+    parameters: int
+    """Elements of all tensors but batch normalisation's statistics."""
+    dropped: tuple[str, ...]
+    """Entries of the source that are not in the destination."""
+
+    def __str__(self) -> str:
+        text = f"{self.destination}: {self.tensors} tensors, {self.parameters:,} parameters"
+        return f"{text}; left out {', '.join(self.dropped)}" if self.dropped else text
+
+
+def convert(source: Path, destination: Path) -> Conversion:
+    """Rewrite a weight file as .safetensors or .pth (a bare state dict), by released names.
+
+    Raises UserError for an unreadable source, and for a destination that exists or has another suffix.
+    """
+    if destination.suffix not in (".safetensors", ".pth"):
+        raise UserError(f"{destination}: can write .safetensors and .pth, not {destination.suffix or 'no suffix'!r}")
+    if destination.exists():
+        raise UserError(f"{destination}: exists already; remove it or choose another name")
+    if not destination.parent.is_dir():
+        raise UserError(f"{destination}: cannot be written: there is no folder {destination.parent}")
+    content = _read(source)
+    # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
+    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if destination.suffix == ".pth":
+                torch.save(tensors, file)
+            else:
+                file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(destination)
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    trained = [tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in _NOT_TRAINED]
+    return Conversion(destination, len(tensors), sum(tensor.numel() for tensor in trained), tuple(content.dropped))
+
+
+class _Content(NamedTuple):
+    tensors: dict[str, Tensor]
+    dropped: list[str]
+
+
+def _read(path: Path) -> _Content:
+    readers = {".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch, ".params": _read_params}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: expected a weight file that ends in {', '.join(readers)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = readers[path.suffix](path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not content.tensors:
+        raise UserError(f"{path}: holds no weights")
+    for key, tensor in content.tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise UserError(f"{path}: {key} is sparse or quantised; expected dense tensors")
+    try:
+        return _Content(to_released_keys(content.tensors), content.dropped)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_safetensors(path: Path) -> _Content:
+    try:
+        return _Content(safetensors.torch.load_file(path), [])
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a readable .safetensors file: {error}") from None
+
+
+def _read_torch(path: Path) -> _Content:
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise from any part of torch.load
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{path}: not readable as plain weights ({type(error).__name__}: {reason}). A file that holds whole "
+            "Python objects is refused, since reading it runs its code: save the model's state_dict() instead"
+        ) from None
+    dropped: list[str] = []
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            dropped += [str(key) for key in state if key != wrapper]
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: expected a state dict of named tensors, found {type(state).__name__}")
+    size = path.stat().st_size
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path}: expected names and tensors, found {key!r} with {type(value).__name__}")
+        if value.layout is torch.strided and value.nbytes > size:
+            raise UserError(f"{path}: {key} claims {value.nbytes} bytes in a file of {size}: damaged")
+    tensors = {key: value.detach() for key, value in state.items()}
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled before or after it was made parallel
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return _Content(tensors, dropped)
+
+
+# MXNet's .params: a header, the arrays, then their names; all little-endian.
+_PARAMS_MAGIC = 0x112
+_V2, _V1 = 0xF993FAC9, 0xF993FAC8  # first word of an array; in the oldest format it is the number of dimensions
+_MAX_DIMS = 32
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.uint8, torch.int32, torch.int8, torch.int64)
+
+
+class _ParamsFile:
+    """Reads a .params file front to back; no length is believed that goes beyond the file's end."""
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        self.path = path
+        self.file = file
+        self.left = path.stat().st_size
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.path}: not a readable .params file: {message}")
+
+    def take(self, length: int) -> bytearray:
+        if length > self.left:
+            raise self.error(f"{length} bytes expected where {self.left} are left; it is damaged or cut short")
+        data = bytearray(length)
+        if self.file.readinto(data) != length:
+            raise self.error("it became shorter while it was read")
+        self.left -= length
+        return data
+
+    def number(self, form: str) -> int:
+        """One integer, by its code in the ``struct`` module."""
+        (value,) = struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))
+        return int(value)
+
+    def array(self) -> Tensor:
+        version = self.number("I")
+        dims, form = version, "I"
+        if version in (_V1, _V2):
+            if version == _V2 and self.number("i") != 0:
+                raise self.error("it holds a sparse array; expected dense ones")
+            dims, form = self.number("I"), "q"
+        if not 1 <= dims <= _MAX_DIMS:
+            raise self.error(f"an array has {dims:#x} dimensions or an unknown version; expected 1 to {_MAX_DIMS}")
+        shape = [self.number(form) for _ in range(dims)]
+        if min(shape) < 1:
+            raise self.error(f"an array has shape {shape}")
+        self.take(8)  # the device that it was saved from
+        code = self.number("i")
+        if not 0 <= code < len(_TYPES):
+            raise self.error(f"an array has type {code}; expected 0 to {len(_TYPES) - 1}")
+        data = self.take(math.prod(shape) * _TYPES[code].itemsize)
+        return torch.frombuffer(data, dtype=_TYPES[code]).reshape(shape)
+
+    def name(self) -> str:
+        data = self.take(self.number("Q"))
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise self.error(f"a name is not text: {bytes(data[:40])!r}") from None
+
+
+def _read_params(path: Path) -> _Content:
+    with path.open("rb") as opened:
+        file = _ParamsFile(path, opened)
+        if file.number("Q") != _PARAMS_MAGIC:
+            raise file.error(f"it does not start with {_PARAMS_MAGIC:#x}")
+        file.take(8)  # reserved
+        arrays = [file.array() for _ in range(file.number("Q"))]
+        if (count := file.number("Q")) != len(arrays):
+            raise file.error(f"{len(arrays)} arrays have {count} names")
+        names = [file.name() for _ in range(count)]
+        if file.left:
+            raise file.error(f"{file.left} bytes follow the last name")
+    tensors: dict[str, Tensor] = {}
+    dropped = []
+    for name, tensor in zip(names, arrays, strict=True):
+        if "linear1000" in name:
+            dropped.append(name)
+            continue
+        key = _from_mxnet(name)
+        if key is None or key in tensors:
+            raise file.error(f"{name!r} is a name that ResNet38 does not have, or has once")
+        tensors[key] = tensor
+    return _Content(tensors, dropped)
+
+
+_MXNET_NAME = re.compile(
+    r"(?:arg|aux):(?:(conv1a)_(weight)"
+    r"|res(\d)(?:a|b(\d+))_(branch\w+)_(weight)"
+    r"|bn(\d)(?:a|b(\d+))_(branch\w+)_(gamma|beta|moving_mean|moving_var)"
+    r"|(bn7)_(gamma|beta|moving_mean|moving_var))"
+)
+_FIELDS = {
+    "weight": "weight", "gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var",
+}  # fmt: skip
+
+
+def _from_mxnet(name: str) -> str | None:
+    """``arg:res2b1_branch2a_weight`` -> ``b2_1.conv_branch2a.weight``; None for names of other networks."""
+    match = _MXNET_NAME.fullmatch(name)
+    if match is None:
+        return None
+    conv1a, _, conv_stage, conv_block, conv_branch, _, bn_stage, bn_block, bn_branch, _, bn7, _ = match.groups()
+    field = _FIELDS[match[match.lastindex or 0]]
+    if conv1a or bn7:
+        return f"{conv1a or bn7}.{field}"
+    block = conv_block or bn_block
+    kind = f"conv_{conv_branch}" if conv_branch else f"bn_{bn_branch}"
+    return f"b{conv_stage or bn_stage}{f'_{block}' if block else ''}.{kind}.{field}"
+
+
+def _is_counter(key: str) -> bool:
+    return key.rpartition(".")[2] == "num_batches_tracked"
+
+
+def _matches(key: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _kind(tensor: Tensor) -> str:
+    shape = ", ".join(map(str, tensor.shape))
+    return f"({shape})" if tensor.is_floating_point() else f"({shape}) {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _with_rename(key: str, tensor: Tensor, unexpected: list[str], tensors: Mapping[str, Tensor]) -> str:
+    same_shape = [other for other in unexpected if tensors[other].shape == tensor.shape]
+    near = difflib.get_close_matches(key, same_shape, n=1)
+    return f"{key} {_kind(tensor)}" + (f"; the file has {near[0]}" if near else "")
+
+
+def _listed(title: str, lines: list[str]) -> list[str]:
+    if not lines:
+        return []
+    shown = [f"    {line}" for line in lines[:_SHOWN]]
+    return [f"  {len(lines)} {title}:", *shown, *(["    ..."] if len(lines) > _SHOWN else [])]

@@ -1,0 +1,239 @@
+"""Fused operations of weakly supervised segmentation, usable on their own.
+
+Every operation takes ``backend``: ``"eager"`` (the plain formula), ``"tiled"`` (any device, never a full affinity or a
+full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits: Triton on CUDA, unless the tensors are
+float64, or float32 while ``torch.get_float32_matmul_precision()`` forbids TF32; else tiled, but for the region ops, of
+which eager is as fast. All are differentiable once in every CAM, embedding, feature, key and query, work under autocast
+and ``torch.compile(fullgraph=True)``, and raise ValueError or TypeError for arguments that do not fit.
+
+Products run in the dtype of the embedding, features or queries (autocast's dtype under autocast; tiled: always float32
+or float64), sums, norms and softmaxes in float32. RMS of the error over RMS of the float64 result, the worst of output
+and gradients, is below 2e-6 for float32, 6e-2 for bfloat16 and 2e-2 for float16 inputs; the outputs alone are ten times
+closer. float32 in Triton is TF32, whose error is about float16's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpn_fast.kernels import eager, losses_tiled, pixel_tiled, region_tiled
+
+__all__ = [
+    "ComplementaryLosses",
+    "background_suppression",
+    "complementary_losses",
+    "pixel_correlation",
+    "pooled_logits",
+    "region_correlation",
+    "region_pooling",
+]
+
+Backend = Literal["eager", "tiled", "triton"]
+
+_PIXEL: dict[str, Any] = {"eager": eager, "tiled": pixel_tiled}
+_REGION: dict[str, Any] = {"eager": eager, "tiled": region_tiled}
+_LOSSES: dict[str, Any] = {"eager": eager, "tiled": losses_tiled}
+if importlib.util.find_spec("triton"):
+    from cpn_fast.kernels import losses_triton, pixel_triton, region_triton
+
+    _PIXEL["triton"] = pixel_triton
+    _REGION["triton"] = region_triton
+    _LOSSES["triton"] = losses_triton
+
+
+class ComplementaryLosses(NamedTuple):
+    """Scalars: eq. 14 on raw and on refined CAMs, and eq. 15."""
+
+    tcp: Tensor
+    tcp_refined: Tensor
+    cpcr: Tensor
+
+
+def pixel_correlation(cam: Tensor, embedding: Tensor, *, eps: float = 1e-5, backend: Backend | None = None) -> Tensor:
+    """Refine a CAM along pixel affinities (PCM, eqs. 8 to 10 as released).
+
+    ``cam`` (N, C, H, W) and ``embedding`` (N, D, H, W), not yet normalised, give (N, C, H, W) in the CAM's dtype:
+    g = embedding / (its L2 norm over D + eps), A = relu(g^T g) with each column divided by its sum + eps, cam @ A.
+    """
+    _check_maps("cam", cam, "embedding", embedding)
+    embedding = _autocast(embedding)
+    module = _choose(_PIXEL, backend, embedding)
+    with eager.full_precision(cam):
+        return module.pixel_correlation(cam.flatten(2), embedding.flatten(2), eps).view(cam.shape)
+
+
+def region_pooling(cam: Tensor, features: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """Region vectors: the softmax of ``cam`` (N, C, H, W) over pixels, times ``features`` (N, D, H, W): (N, C, D).
+
+    The result has the features' dtype.
+    """
+    _check_maps("cam", cam, "features", features)
+    features = _autocast(features)
+    module = _choose(_REGION, backend, features)
+    with eager.full_precision(cam):
+        return module.region_pooling(cam.flatten(2), features.flatten(2))
+
+
+def region_correlation(
+    cam: Tensor, keys: Tensor, queries: Tensor, *, scale: float, backend: Backend | None = None
+) -> Tensor:
+    """Weigh a CAM by how well each pixel fits each region (PRCM, eq. 11).
+
+    ``cam`` (N, C, H, W) times the softmax over pixels of scale * ``keys`` (N, C, E) @ ``queries`` (N, E, H, W):
+    (N, C, H, W) in the CAM's dtype.
+    """
+    _check_maps("cam", cam, "queries", queries)
+    expected = (*cam.shape[:2], queries.shape[1])
+    if keys.shape != expected:
+        raise ValueError(f"keys: expected (N, C, E) = {expected} from cam and queries, found {tuple(keys.shape)}")
+    keys, queries = _autocast(keys), _autocast(queries)
+    module = _choose(_REGION, backend, queries)
+    with eager.full_precision(cam):
+        return module.region_correlation(cam.flatten(2), keys, queries.flatten(2), scale).view(cam.shape)
+
+
+def complementary_losses(
+    cam: Tensor,
+    refined: Tensor | None,
+    visible: Tensor,
+    labels: Tensor,
+    *,
+    size: tuple[int, int],
+    normalise: Literal["max", "min-max"] = "min-max",
+    background: Literal["before-lambda", "after-lambda"] = "after-lambda",
+    refined_background: Literal["own", "recomputed"] = "recomputed",
+    cpcr_target: Literal["difference", "one-hot"] = "one-hot",
+    detach_refined_pair: bool = False,
+    hard_share: float = 0.2,
+    hard_over: Literal["image", "batch"] = "image",
+    backend: Backend | None = None,
+) -> ComplementaryLosses:
+    """Triplet consistency (TCP, eq. 14) and cross regularisation (CPCR, eqs. 15 and 16) of a complementary pair.
+
+    Shapes: ``cam`` (3, N, 1 + C, h, w), the CAM logits of image, visible patches and their complement, channel 0 being
+    background (replaced by eq. 16); ``refined`` likewise or None (then only TCP on the raw maps, the others are 0);
+    ``visible`` (N,), lambda of branch 1, branch 2 having 1 - lambda; ``labels`` (N, C), 0 or 1; ``size`` (H, W), to
+    which maps are upsampled bilinearly with aligned corners before anything else.
+
+    normalise: each map divided by its ``max``, or stretched from its minimum too; then times label and lambda.
+    background: 1 - max(foreground) taken before or after the map is scaled by its lambda.
+    refined_background: the refined map's ``own`` channel 0, or eq. 16 again.
+    cpcr_target: the ``difference`` of image and branch, or only each pixel's largest channel of it.
+    detach_refined_pair: stop the gradient of branches 1 and 2 in TCP on refined maps (on raw maps it always is).
+    hard_share: share of the largest CPCR errors that count, competing within each ``image`` or the whole ``batch``.
+
+    Everything is computed in float32 (float64 for float64 inputs).
+    """
+    if cam.ndim != 5 or cam.shape[0] != 3 or cam.shape[2] < 2 or 0 in cam.shape:
+        raise ValueError(f"cam: expected (3, N, 1 + C, h, w), none of them 0, found {tuple(cam.shape)}")
+    if refined is not None and refined.shape != cam.shape:
+        raise ValueError(f"refined: expected the shape of cam, {tuple(cam.shape)}, found {tuple(refined.shape)}")
+    if visible.shape != cam.shape[1:2]:
+        raise ValueError(f"visible: expected {tuple(cam.shape[1:2])}, found {tuple(visible.shape)}")
+    _check_labels(labels, cam.shape[1], cam.shape[2] - 1)
+    _check_share("hard_share", hard_share)
+    for name, value, known in (
+        ("normalise", normalise, ("max", "min-max")),
+        ("background", background, ("before-lambda", "after-lambda")),
+        ("refined_background", refined_background, ("own", "recomputed")),
+        ("cpcr_target", cpcr_target, ("difference", "one-hot")),
+        ("hard_over", hard_over, ("image", "batch")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+    variant = eager.Variant(
+        size, normalise, background, refined_background, cpcr_target, detach_refined_pair, hard_share, hard_over
+    )
+    module = _choose(_LOSSES, backend, cam)
+    wide = eager.statistics_dtype(cam)
+    with eager.full_precision(cam):
+        losses = module.complementary_losses(
+            cam.to(wide), None if refined is None else refined.to(wide), visible.to(wide), labels.to(wide), variant
+        )
+    return ComplementaryLosses(*losses)
+
+
+def background_suppression(
+    refined: Tensor, labels: Tensor, *, size: tuple[int, int], share: float = 0.25, backend: Backend | None = None
+) -> Tensor:
+    """Mean of the lowest ``share`` of each image's strongest present foreground score; not in the paper.
+
+    ``refined`` (N, 1 + C, h, w), upsampled to ``size`` (H, W) without normalisation; ``labels`` (N, C), 0 or 1. The
+    score of a pixel is its largest foreground channel, absent classes being 0; negative scores count as 0. A scalar.
+    """
+    if refined.ndim != 4 or refined.shape[1] < 2 or 0 in refined.shape:
+        raise ValueError(f"refined: expected (N, 1 + C, h, w), none of them 0, found {tuple(refined.shape)}")
+    _check_labels(labels, refined.shape[0], refined.shape[1] - 1)
+    _check_share("share", share)
+    module = _choose(_LOSSES, backend, refined)
+    wide = eager.statistics_dtype(refined)
+    with eager.full_precision(refined):
+        return module.background_suppression(refined.to(wide), labels.to(wide), size, share)
+
+
+def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
+    """Mean over pixels of ``cam`` (N, C, h, w) upsampled bilinearly (aligned corners) to ``size``: (N, C).
+
+    Upsampling is linear and separable, so the mean is a weighted one of the small map and no large map is formed.
+    """
+    wide = eager.statistics_dtype(cam)
+    with eager.full_precision(cam):
+        height, width = (
+            eager.upsample(torch.eye(small, dtype=wide, device=cam.device)[None, None], (large, small))[0, 0].mean(0)
+            for small, large in zip(cam.shape[2:], size, strict=True)
+        )
+        return ((cam.to(wide) * width).sum(dim=3) * height).sum(dim=2)
+
+
+def _choose(modules: dict[str, Any], backend: str | None, operand: Tensor) -> Any:
+    """The module of a backend; for None, by what the products' operand allows."""
+    if backend is None:
+        fits = operand.is_cuda and operand.dtype != torch.float64 and "triton" in modules
+        if modules is not _LOSSES and operand.dtype == torch.float32:
+            fits = fits and _tf32_allowed()  # its float32 products are TF32
+        plain = "eager" if modules is _REGION else "tiled"  # eager regions are linear in the pixels, and as fast
+        backend = "triton" if fits else plain
+    if backend not in modules:
+        raise ValueError(f"backend: expected one of {', '.join(modules)} or None, found {backend!r}")
+    return modules[backend]
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """In autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
+
+
+def _check_maps(name: str, first: Tensor, other_name: str, other: Tensor) -> None:
+    for label, tensor in ((name, first), (other_name, other)):
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(f"{label}: expected four dimensions, none of them 0, found {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{label}: expected a floating dtype, found {tensor.dtype}")
+    if first.shape[0] != other.shape[0] or first.shape[2:] != other.shape[2:]:
+        raise ValueError(
+            f"{other_name}: expected N, H and W of {name} {tuple(first.shape)}, found {tuple(other.shape)}"
+        )
+    if first.device != other.device:
+        raise ValueError(f"{other_name}: expected on {first.device} like {name}, found on {other.device}")
+
+
+def _check_labels(labels: Tensor, batch: int, classes: int) -> None:
+    if labels.shape != (batch, classes):
+        raise ValueError(f"labels: expected (N, C) = {(batch, classes)}, found {tuple(labels.shape)}")
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"{name}: expected a share in (0, 1], found {share}")

@@ -1,0 +1,413 @@
+"""Pixel correlation in Triton: attention with relu for exp and Q = K, so one pass and no running maximum.
+
+Forward prepares g / (||g|| + eps) as (N, pixels, D) and the CAM as (N, pixels, classes) with a column of ones behind
+the classes, both padded with zeros to whole blocks: the main loop then needs no mask (a zero embedding has affinity
+zero), and the ones give the column sums with the very rounding that the products see. D runs in chunks, so 192 is
+three of 64.
+
+Backward is one pass too. With s the column sums, O the output, Y = [cam, 1] and Z = [dO / s, -sum_c(dO O) / s]:
+dA[i, j] + dA[j, i] = Y_i . Z_j + Z_i . Y_j where A[i, j] > 0. The block that recomputes A[i, j] forms both, so the
+program of row block i sums all of dg_i itself: no atomics, and the same bits every time. Z is multiplied by the number
+of pixels, which keeps float16 in range, and the sums divided by it.
+
+Per image of P pixels: forward 2 P^2 (D + C) useful FLOPs, backward 2 P^2 (2 D + 2 C), and 2 P^2 C more where the CAM
+needs a gradient (the forward kernel again, on Z). Bytes are a few times P (D + C): the tensor
+cores bound both.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Arguments of kernels have no Python types.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cpn_fast.kernels.launch import check, next_power, on_device, precision, product, tuned
+
+PAD = 128  # pixels are padded to a multiple of this, and every block of pixels divides it
+DK = 64  # channels in one product
+MAX_DEPTH = 4 * DK
+
+
+def _configs(*rows: tuple[int, int, bool, int, int]) -> list[triton.Config]:
+    """From target and source pixels of a block, whether the targets stay in registers, warps, stages."""
+    return [
+        triton.Config({"BM": bm, "BN": bn, "RESIDENT": resident}, num_warps=warps, num_stages=stages)
+        for bm, bn, resident, warps, stages in rows
+    ]
+
+
+FORWARD = {
+    ("half", "ampere"): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (128, 64, True, 8, 2)),
+    ("half", "hopper"): _configs(
+        (128, 64, True, 8, 2), (128, 64, True, 8, 3), (128, 128, True, 8, 2), (64, 64, True, 4, 2)
+    ),
+    ("tf32", "ampere"): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3), (128, 64, False, 8, 3)),
+    ("tf32", "hopper"): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (64, 32, False, 4, 3)),
+}
+BACKWARD = {
+    ("half", "ampere"): _configs((64, 32, False, 4, 2), (32, 64, True, 4, 2), (32, 64, False, 4, 2)),
+    ("half", "hopper"): _configs(
+        (128, 64, True, 8, 2), (128, 64, False, 8, 3), (64, 64, True, 8, 2), (64, 64, False, 8, 2)
+    ),
+    ("tf32", "ampere"): _configs((64, 32, False, 8, 2), (32, 64, False, 4, 2), (32, 32, False, 4, 2)),
+    ("tf32", "hopper"): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
+}
+
+
+@triton.jit
+def _prepare_kernel(
+    g, y, norm, embedding, cam,
+    stride_en, stride_ed, stride_ep, stride_cn, stride_cc, stride_cp,
+    pixels, padded, D, C, eps,
+    DP: tl.constexpr, CB: tl.constexpr, DK: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Unit embeddings, their norms, and the CAM with its column of ones, pixels leading."""
+    i_n = tl.program_id(1).to(tl.int64)
+    o_p = tl.program_id(0) * BP + tl.arange(0, BP)
+    m_p = o_p < pixels
+    o_d = tl.arange(0, DK)
+    p_e = embedding + i_n * stride_en + o_p.to(tl.int64)[:, None] * stride_ep
+    b_square = tl.zeros([BP], dtype=tl.float32)
+    for start in range(0, DP, DK):
+        m_e = m_p[:, None] & (start + o_d < D)[None, :]
+        b_e = tl.load(p_e + (start + o_d)[None, :] * stride_ed, mask=m_e, other=0.0).to(tl.float32)  # [BP, DK]
+        b_square += tl.sum(b_e * b_e, 1)
+    b_norm = tl.sqrt(b_square)
+    tl.store(norm + i_n * padded + o_p, b_norm)
+    p_g = g + (i_n * padded + o_p)[:, None] * DP
+    for start in range(0, DP, DK):
+        m_e = m_p[:, None] & (start + o_d < D)[None, :]
+        b_e = tl.load(p_e + (start + o_d)[None, :] * stride_ed, mask=m_e, other=0.0).to(tl.float32)  # [BP, DK]
+        tl.store(p_g + (start + o_d)[None, :], (b_e / (b_norm + eps)[:, None]).to(g.dtype.element_ty))
+
+    o_c = tl.arange(0, CB)
+    p_c = cam + i_n * stride_cn + o_p.to(tl.int64)[:, None] * stride_cp
+    groups = tl.cdiv(C, CB - 1)
+    for group in range(groups):
+        o_class = group * (CB - 1) + o_c
+        m_c = (o_class < C) & (o_c < CB - 1)
+        b_c = tl.load(p_c + o_class[None, :] * stride_cc, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+        b_c = tl.where((o_c == CB - 1)[None, :] & m_p[:, None], 1.0, b_c)  # [BP, CB]
+        p_y = y + ((i_n * groups + group) * padded + o_p)[:, None] * CB + o_c[None, :]
+        tl.store(p_y, b_c.to(y.dtype.element_ty))
+
+
+@triton.jit
+def _load_chunks(p_q, DK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Up to four chunks of channels; those beyond CHUNKS repeat the first and go unused."""
+    b_q0 = tl.load(p_q)
+    b_q1, b_q2, b_q3 = b_q0, b_q0, b_q0
+    if CHUNKS > 1:
+        b_q1 = tl.load(p_q + DK)
+    if CHUNKS > 2:
+        b_q2 = tl.load(p_q + 2 * DK)
+    if CHUNKS > 3:
+        b_q3 = tl.load(p_q + 3 * DK)
+    return b_q0, b_q1, b_q2, b_q3
+
+
+@tuned(FORWARD, key=["DK", "CHUNKS", "CB", "PRECISION"])
+@triton.jit
+def _forward_kernel(
+    out, total, g, y,
+    stride_on, stride_oc, stride_op,
+    pixels, padded, C, eps,
+    DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, PRECISION: tl.constexpr, NORMALISE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """out_j = sum_i A[i, j] Y_i for BM target pixels j and one group of CB - 1 classes.
+
+    NORMALISE divides by total_j = sum_i A[i, j] + eps and stores it; without it the sum is divided by the pixels.
+    """
+    i_group = tl.program_id(1)
+    groups = tl.num_programs(1)
+    i_n = tl.program_id(2).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, DK)
+    o_c = tl.arange(0, CB)
+    D: tl.constexpr = DK * CHUNKS
+    g += i_n * padded * D
+    p_q = g + o_m[:, None] * D + o_d[None, :]
+    p_k = g + o_n[:, None] * D + o_d[None, :]
+    p_y = y + (i_n * groups + i_group) * padded * CB + o_n[:, None] * CB + o_c[None, :]
+    if RESIDENT:
+        b_q0, b_q1, b_q2, b_q3 = _load_chunks(p_q, DK, CHUNKS)  # [BM, DK]
+    acc = tl.zeros([BM, CB], dtype=tl.float32)
+    for _ in range(0, padded, BN):
+        b_s = tl.zeros([BM, BN], dtype=tl.float32)
+        if RESIDENT:
+            b_s = product(b_q0, tl.load(p_k).T, b_s, PRECISION)
+            if CHUNKS > 1:
+                b_s = product(b_q1, tl.load(p_k + DK).T, b_s, PRECISION)
+            if CHUNKS > 2:
+                b_s = product(b_q2, tl.load(p_k + 2 * DK).T, b_s, PRECISION)
+            if CHUNKS > 3:
+                b_s = product(b_q3, tl.load(p_k + 3 * DK).T, b_s, PRECISION)
+        else:
+            for o_chunk in range(0, DK * CHUNKS, DK):
+                b_s = product(tl.load(p_q + o_chunk), tl.load(p_k + o_chunk).T, b_s, PRECISION)
+        b_a = tl.maximum(b_s, 0.0).to(y.dtype.element_ty)  # [BM, BN]
+        acc = product(b_a, tl.load(p_y), acc, PRECISION)
+        p_k += BN * D
+        p_y += BN * CB
+    if NORMALISE:
+        b_total = tl.sum(tl.where((o_c == CB - 1)[None, :], acc, 0.0), 1) + eps
+        acc = acc / b_total[:, None]
+        if i_group == 0:
+            tl.store(total + i_n * padded + o_m, b_total)
+    else:
+        acc = acc / pixels
+    o_class = i_group * (CB - 1) + o_c
+    m_o = (o_m < pixels)[:, None] & ((o_class < C) & (o_c < CB - 1))[None, :]
+    p_o = out + i_n * stride_on + o_m.to(tl.int64)[:, None] * stride_op + o_class[None, :] * stride_oc
+    tl.store(p_o, acc.to(out.dtype.element_ty), mask=m_o)
+
+
+@triton.jit
+def _prepare_backward_kernel(
+    z, grad, out, total,
+    stride_gn, stride_gc, stride_gp, stride_on, stride_oc, stride_op,
+    pixels, padded, C, eps,
+    CB: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Z = pixels * [dO / s, -sum_c(dO O) / s], pixels leading; zeros where a column has no affinity at all."""
+    i_n = tl.program_id(1).to(tl.int64)
+    o_p = tl.program_id(0) * BP + tl.arange(0, BP)
+    o_c = tl.arange(0, CB)
+    b_total = tl.load(total + i_n * padded + o_p)
+    b_scale = tl.where(b_total > eps, pixels / b_total, 0.0)
+    groups = tl.cdiv(C, CB - 1)
+    for group in range(groups):
+        o_class = group * (CB - 1) + o_c
+        m_c = (o_p < pixels)[:, None] & ((o_class < C) & (o_c < CB - 1))[None, :]
+        o_64 = o_p.to(tl.int64)[:, None]
+        p_g = grad + i_n * stride_gn + o_64 * stride_gp + o_class[None, :] * stride_gc
+        p_o = out + i_n * stride_on + o_64 * stride_op + o_class[None, :] * stride_oc
+        b_g = tl.load(p_g, mask=m_c, other=0.0).to(tl.float32) * b_scale[:, None]  # [BP, CB]
+        b_o = tl.load(p_o, mask=m_c, other=0.0).to(tl.float32)
+        b_z = tl.where((o_c == CB - 1)[None, :], -tl.sum(b_g * b_o, 1)[:, None], b_g)
+        p_z = z + ((i_n * groups + group) * padded + o_p)[:, None] * CB + o_c[None, :]
+        tl.store(p_z, b_z.to(z.dtype.element_ty))
+
+
+@tuned(BACKWARD, key=["DK", "CHUNKS", "CB", "PRECISION"])
+@triton.jit
+def _backward_kernel(
+    d_embedding, g, y, z, norm,
+    stride_en, stride_ed, stride_ep,
+    pixels, padded, D, groups, eps,
+    DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """d_embedding of BM pixels i."""
+    i_n = tl.program_id(1).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, DK)
+    o_c = tl.arange(0, CB)
+    DP: tl.constexpr = DK * CHUNKS
+    g += i_n * padded * DP
+    y += i_n * groups * padded * CB
+    z += i_n * groups * padded * CB
+    p_q = g + o_m[:, None] * DP + o_d[None, :]
+    p_k = g + o_n[:, None] * DP + o_d[None, :]
+    o_mc = o_m[:, None] * CB + o_c[None, :]
+    o_nc = o_n[:, None] * CB + o_c[None, :]
+    if RESIDENT:
+        b_q0, b_q1, b_q2, b_q3 = _load_chunks(p_q, DK, CHUNKS)  # [BM, DK]
+    acc0 = tl.zeros([BM, DK], dtype=tl.float32)
+    if CHUNKS > 1:
+        acc1 = tl.zeros([BM, DK], dtype=tl.float32)
+    if CHUNKS > 2:
+        acc2 = tl.zeros([BM, DK], dtype=tl.float32)
+    if CHUNKS > 3:
+        acc3 = tl.zeros([BM, DK], dtype=tl.float32)
+    for start in range(0, padded, BN):
+        b_s = tl.zeros([BM, BN], dtype=tl.float32)
+        if RESIDENT:
+            b_s = product(b_q0, tl.load(p_k).T, b_s, PRECISION)
+            if CHUNKS > 1:
+                b_s = product(b_q1, tl.load(p_k + DK).T, b_s, PRECISION)
+            if CHUNKS > 2:
+                b_s = product(b_q2, tl.load(p_k + 2 * DK).T, b_s, PRECISION)
+            if CHUNKS > 3:
+                b_s = product(b_q3, tl.load(p_k + 3 * DK).T, b_s, PRECISION)
+        else:
+            for o_chunk in range(0, DK * CHUNKS, DK):
+                b_s = product(tl.load(p_q + o_chunk), tl.load(p_k + o_chunk).T, b_s, PRECISION)
+        b_both = tl.zeros([BM, BN], dtype=tl.float32)
+        for group in range(groups):
+            o_group = group * padded * CB
+            p_j = o_group + start * CB + o_nc
+            b_both = product(tl.load(y + o_group + o_mc), tl.load(z + p_j).T, b_both, PRECISION)
+            b_both = product(tl.load(z + o_group + o_mc), tl.load(y + p_j).T, b_both, PRECISION)
+        b_both = tl.where(b_s > 0, b_both, 0.0).to(g.dtype.element_ty)  # [BM, BN]
+        acc0 = product(b_both, tl.load(p_k), acc0, PRECISION)
+        if CHUNKS > 1:
+            acc1 = product(b_both, tl.load(p_k + DK), acc1, PRECISION)
+        if CHUNKS > 2:
+            acc2 = product(b_both, tl.load(p_k + 2 * DK), acc2, PRECISION)
+        if CHUNKS > 3:
+            acc3 = product(b_both, tl.load(p_k + 3 * DK), acc3, PRECISION)
+        p_k += BN * DP
+
+    # through g = e / (||e|| + eps): (dg - g (g . dg) (||e|| + eps) / ||e||) / (||e|| + eps)
+    b_along = tl.sum(tl.load(p_q).to(tl.float32) * acc0, 1)
+    if CHUNKS > 1:
+        b_along += tl.sum(tl.load(p_q + DK).to(tl.float32) * acc1, 1)
+    if CHUNKS > 2:
+        b_along += tl.sum(tl.load(p_q + 2 * DK).to(tl.float32) * acc2, 1)
+    if CHUNKS > 3:
+        b_along += tl.sum(tl.load(p_q + 3 * DK).to(tl.float32) * acc3, 1)
+    b_norm = tl.load(norm + i_n * padded + o_m)
+    b_scale = 1.0 / ((b_norm + eps) * pixels)
+    b_along *= tl.where(b_norm > 0, (b_norm + eps) / b_norm, 0.0)
+    m_p = (o_m < pixels)[:, None]
+    p_d = d_embedding + i_n * stride_en + o_m.to(tl.int64)[:, None] * stride_ep + o_d[None, :] * stride_ed
+    _store_chunk(p_d, p_q, acc0, b_along, b_scale, m_p & (o_d < D)[None, :])
+    if CHUNKS > 1:
+        _store_chunk(p_d + DK * stride_ed, p_q + DK, acc1, b_along, b_scale, m_p & (DK + o_d < D)[None, :])
+    if CHUNKS > 2:
+        _store_chunk(p_d + 2 * DK * stride_ed, p_q + 2 * DK, acc2, b_along, b_scale, m_p & (2 * DK + o_d < D)[None, :])
+    if CHUNKS > 3:
+        _store_chunk(p_d + 3 * DK * stride_ed, p_q + 3 * DK, acc3, b_along, b_scale, m_p & (3 * DK + o_d < D)[None, :])
+
+
+@triton.jit
+def _store_chunk(p_d, p_g, acc, b_along, b_scale, mask):
+    b_d = (acc - tl.load(p_g).to(tl.float32) * b_along[:, None]) * b_scale[:, None]
+    tl.store(p_d, b_d.to(p_d.dtype.element_ty), mask=mask)
+
+
+def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
+    """As ``eager.pixel_correlation``."""
+    check(cam, embedding)
+    if embedding.shape[1] > MAX_DEPTH:
+        raise ValueError(f"embedding: backend 'triton' takes up to {MAX_DEPTH} channels, found {embedding.shape[1]}")
+    return _forward(cam, embedding, eps)[0]
+
+
+class _Blocks(NamedTuple):
+    """Sizes that follow from a problem's."""
+
+    padded: int  # pixels
+    chunk: int  # channels in one product
+    chunks: int
+    columns: int  # classes in one group, and the ones
+    groups: int
+
+    @classmethod
+    def of(cls, pixels: int, depth: int, classes: int) -> _Blocks:
+        chunk = min(DK, next_power(depth))
+        columns = min(128, next_power(classes + 1))
+        return cls(
+            triton.cdiv(pixels, PAD) * PAD, chunk, triton.cdiv(depth, chunk), columns, triton.cdiv(classes, columns - 1)
+        )
+
+    def kernel_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {"DK": self.chunk, "CHUNKS": self.chunks, "CB": self.columns, "PRECISION": precision(dtype)}
+
+
+@torch.library.custom_op("cpn_fast::pixel_correlation_triton", mutates_args=())
+def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, its column sums (N, padded), g (N, padded, D), Y (N, groups, padded, columns), norms (N, padded)."""
+    (batch, classes, pixels), depth = cam.shape, embedding.shape[1]
+    blocks = _Blocks.of(pixels, depth, classes)
+    out, total, g, y, norm = _fake_forward(cam, embedding, eps)
+    with on_device(cam):
+        _prepare_kernel[(blocks.padded // 32, batch)](
+            g, y, norm, embedding, cam, *embedding.stride(), *cam.stride(), pixels, blocks.padded, depth, classes, eps,
+            DP=g.shape[2], CB=blocks.columns, DK=blocks.chunk, BP=32,
+        )  # fmt: skip
+        _forward_kernel[lambda meta: (blocks.padded // meta["BM"], blocks.groups, batch)](
+            out, total, g, y, *out.stride(), pixels, blocks.padded, classes, eps,
+            NORMALISE=True, **blocks.kernel_options(g.dtype),
+        )  # fmt: skip
+    return out, total, g, y, norm
+
+
+@torch.library.custom_op("cpn_fast::pixel_correlation_triton_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    out: Tensor,
+    total: Tensor,
+    g: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    eps: float,
+    depth: int,
+    channels_last: bool,
+    cam_needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, classes, pixels = out.shape
+    blocks = _Blocks.of(pixels, depth, classes)
+    d_cam, d_embedding = _fake_backward(grad, out, total, g, y, norm, eps, depth, channels_last, cam_needs_grad)
+    z = torch.empty_like(y)
+    options = blocks.kernel_options(g.dtype)
+    with on_device(grad):
+        _prepare_backward_kernel[(blocks.padded // 32, batch)](
+            z, grad, out, total, *grad.stride(), *out.stride(), pixels, blocks.padded, classes, eps,
+            CB=blocks.columns, BP=32,
+        )  # fmt: skip
+        _backward_kernel[lambda meta: (blocks.padded // meta["BM"], batch)](
+            d_embedding, g, y, z, norm, *d_embedding.stride(), pixels, blocks.padded, depth, blocks.groups, eps,
+            **options,
+        )  # fmt: skip
+        if cam_needs_grad:
+            _forward_kernel[lambda meta: (blocks.padded // meta["BM"], blocks.groups, batch)](
+                d_cam, total, g, z, *d_cam.stride(), pixels, blocks.padded, classes, eps, NORMALISE=False, **options
+            )
+    return d_cam, d_embedding
+
+
+@_forward.register_fake
+def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, classes, pixels), depth = cam.shape, embedding.shape[1]
+    blocks = _Blocks.of(pixels, depth, classes)
+    statistic = torch.empty(batch, blocks.padded, dtype=torch.float32, device=cam.device)
+    g = embedding.new_empty(batch, blocks.padded, blocks.chunk * blocks.chunks)
+    y = embedding.new_empty(batch, blocks.groups, blocks.padded, blocks.columns)
+    return cam.new_empty(cam.shape), statistic, g, y, torch.empty_like(statistic)
+
+
+@_backward.register_fake
+def _fake_backward(
+    grad: Tensor,
+    out: Tensor,
+    total: Tensor,
+    g: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    eps: float,
+    depth: int,
+    channels_last: bool,
+    cam_needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, _, pixels = out.shape
+    d_cam = grad.new_empty(out.shape if cam_needs_grad else (0,))
+    if channels_last:
+        return d_cam, g.new_empty(batch, pixels, depth).mT
+    return d_cam, g.new_empty(batch, depth, pixels)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, embedding, ctx.eps = inputs
+    ctx.depth = embedding.shape[1]
+    ctx.channels_last = embedding.stride(1) == 1
+    ctx.save_for_backward(*output)
+
+
+def _differentiate(ctx, grad, *_):
+    cam_needs_grad = ctx.needs_input_grad[0]
+    d_cam, d_embedding = _backward(grad, *ctx.saved_tensors, ctx.eps, ctx.depth, ctx.channels_last, cam_needs_grad)
+    return d_cam if cam_needs_grad else None, d_embedding, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

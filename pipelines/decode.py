@@ -1,0 +1,96 @@
+"""Image files on their way into a DALI graph, and tensors on their way out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from cpn_fast.errors import UserError
+from cpn_fast.pipelines.superpixels import DECODE_ERRORS, read_image
+
+
+class Encoded(NamedTuple):
+    """A file's bytes, and the size its image has when turned upright by its EXIF tag."""
+
+    data: np.ndarray
+    """uint8 (bytes,)."""
+    height: int
+    width: int
+
+
+def read_encoded(path: Path) -> Encoded:
+    """Read an image for ``decode``.
+
+    RGB and gray JPEGs stay as they are: DALI turns them upright and, on the CPU, gives Pillow's pixels. Pillow decodes
+    all others (CMYK, PNG), which then travel as raw RGB. Raises UserError for a missing or unreadable file.
+    """
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                return Encoded(np.frombuffer(content, np.uint8), *_upright(image))
+    except DECODE_ERRORS as error:
+        raise unreadable(path, error) from None
+    pixels = read_image(path)
+    height, width, _ = pixels.shape
+    ppm = b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
+    return Encoded(np.frombuffer(ppm, np.uint8), height, width)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image turned upright, read from its header. Raises UserError as ``read_encoded`` does."""
+    try:
+        with Image.open(path) as image:
+            return _upright(image)
+    except DECODE_ERRORS as error:
+        raise unreadable(path, error) from None
+
+
+def decode(encoded: Any, device: torch.device) -> Any:
+    """DALI node of encoded images -> node of uint8 RGB (H, W, 3), upright, on ``device``."""
+    backend = "mixed" if device.type == "cuda" else "cpu"
+    return fn.decoders.image(encoded, device=backend, output_type=types.RGB, jpeg_fancy_upsampling=True)
+
+
+def device_id(device: torch.device) -> int | None:
+    """DALI's name of a device: the GPU's number, None for the CPU."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def run(pipeline: Pipeline, device: torch.device, paths: Iterable[Path]) -> list[Tensor]:
+    """The next batch of a pipeline's outputs as tensors, which share DALI's memory and keep it from being used again.
+
+    ``paths`` are looked through when the pipeline fails: UserError names the first damaged file.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    try:
+        outputs = pipeline.run(stream)
+    except RuntimeError:
+        for path in paths:
+            try:
+                with Image.open(path) as image:
+                    image.load()
+            except DECODE_ERRORS as error:
+                raise unreadable(path, error) from None
+        raise
+    return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
+
+
+def _upright(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: expected a readable image, found: {error}. Restore the file or take it off the list")

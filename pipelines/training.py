@@ -1,0 +1,271 @@
+"""DALI pipeline for training: shuffled images, augmented together with their superpixels.
+
+DALI draws no random numbers here. For every step a plan is made in NumPy: which images, and for each of them the crop
+in source pixels and the colour matrix, all from counter-based streams keyed by (seed, epoch, position in the epoch).
+The graph only carries it out. So any step can be started at, and a step is the same however many ranks share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+
+from cpn_fast.config import Augment, Rgb, Superpixels
+from cpn_fast.dataset import Sample
+from cpn_fast.errors import UserError
+from cpn_fast.pipelines.decode import decode, device_id, read_encoded, run
+from cpn_fast.pipelines.superpixels import segment_batch
+
+SHUFFLE, AUGMENT = range(2)  # streams of random numbers
+PREFETCH = 2  # batches
+GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # RGB -> its luma in every channel
+
+
+class Batch(NamedTuple):
+    """One rank's part of a step, on the pipeline's device."""
+
+    images: Tensor
+    """float32 (B, 3, crop, crop), normalised; padding is 0."""
+    superpixels: Tensor | None
+    """int32 (B, crop, crop); padding is 0."""
+    labels: Tensor
+    """float32 (B, classes), 0 or 1."""
+    indices: Tensor
+    """int64 (B,): which samples these are."""
+
+
+class TrainingPipeline:
+    """Iterates over augmented batches for ever.
+
+    Geometry is as released: the long side is resized to a drawn length with Keys' cubic filter, antialiased where it
+    shrinks (as in Pillow, but that DALI repeats the edge pixels beyond the border); then a flip and a crop, or padding
+    at a random offset along a side that is too short. The superpixel map takes the same way with the nearest
+    neighbour. Only the part that the crop shows is resized.
+
+    Colour is as in torchvision's ColorJitter: brightness, contrast (around the mean gray of the image) and saturation
+    factors and a turn of the hue, in random order. Unlike there, the four become one matrix, so that values are
+    clipped once at the end and not rounded; hue turns RGB around the gray axis, which equals the turn in HSV at
+    multiples of 120 degrees and differs from it between them; and the mean gray is taken before resizing.
+
+    An epoch is a new order of all samples, cut into steps of ``batch * world`` images; the rest is dropped.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        augment: Augment,
+        *,
+        batch: int,
+        mean: Rgb,
+        std: Rgb,
+        seed: int,
+        device: torch.device,
+        threads: int,
+        superpixel_path: Callable[[Sample], Path] | None = None,
+        online: Superpixels | None = None,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        """``batch`` images per rank and step, normalised as (x - mean) / std with x from 0 to 255.
+
+        Superpixels come from 8- or 16-bit gray PNGs (``superpixel_path``), are computed on each crop (``online``), or
+        are None. ``threads`` is DALI's. The first batch is that of ``start_step``.
+
+        Raises UserError if the samples do not fill one step; iterating raises it for a missing, damaged or stale file.
+        """
+        if superpixel_path is not None and online is not None:
+            raise ValueError("superpixel_path and online exclude each other")
+        labels = [sample.label for sample in samples if sample.label is not None]
+        if len(labels) < len(samples):
+            raise ValueError(f"{len(samples) - len(labels)} of {len(samples)} samples have no label")
+        self.steps_per_epoch = len(samples) // (batch * world)
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"train.batch is {batch} on {world} process(es), but the training list has only {len(samples)} "
+                "image(s): lower train.batch or list more images"
+            )
+        self._samples, self._augment, self._seed = samples, augment, seed
+        self._superpixel_path, self._online = superpixel_path, online
+        self._batch, self._rank, self._world = batch, rank, world
+        self._start = self._step = start_step
+        self._device, self._threads = device, threads
+        self._labels = torch.from_numpy(np.stack(labels).astype(np.float32))
+        self._mean, self._std = mean, std
+        if superpixel_path is not None:
+            _, _, _, self._bits = _read_superpixels(superpixel_path(samples[0]))
+        self._pipeline = Pipeline(batch, threads, device_id(device), prefetch_queue_depth=PREFETCH)
+        with self._pipeline:
+            self._pipeline.set_outputs(*self._graph())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        images, matrices, *maps = run(self._pipeline, self._device, self._files())
+        images = torch.bmm(matrices, images.flatten(2)).view_as(images)
+        for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
+            images[:, channel].clamp_(-mean / std, (255 - mean) / std)
+        superpixels = maps[0].squeeze(3) if maps else None
+        if self._online is not None:
+            superpixels = self._segment(images, self._online)
+        _, _, indices = self._chosen(self._step)
+        self._step += 1
+        labels = self._labels[indices]
+        return Batch(images, superpixels, labels.to(self._device), torch.from_numpy(indices).to(self._device))
+
+    def _segment(self, images: Tensor, config: Superpixels) -> Tensor:
+        mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self._mean, self._std))
+        pixels = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        superpixels = segment_batch(pixels.contiguous().cpu().numpy(), config, self._threads)
+        return torch.from_numpy(superpixels).to(self._device)
+
+    def _chosen(self, step: int) -> tuple[int, range, np.ndarray]:
+        """Epoch of a step, and this rank's positions and samples in it."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        first = (step * self._world + self._rank) * self._batch
+        positions = range(first, first + self._batch)
+        return epoch, positions, _order(self._seed, epoch, len(self._samples))[positions]
+
+    def _files(self) -> Iterator[Path]:
+        """Files of the batches that may be under way."""
+        for step in range(self._step, self._step + PREFETCH + 1):
+            for index in self._chosen(step)[2]:
+                yield self._samples[index].image
+                if self._superpixel_path is not None:
+                    yield self._superpixel_path(self._samples[index])
+
+    def _plan(self, iteration: int) -> tuple[list[Any], ...]:
+        """What the graph needs for a batch: a list over samples for each of its inputs."""
+        epoch, positions, indices = self._chosen(self._start + iteration)
+        rows = []
+        for position, index in zip(positions, indices, strict=True):
+            sample = self._samples[index]
+            image = read_encoded(sample.image)
+            rng = _generator(self._seed, AUGMENT, epoch, position)
+            row: list[Any] = [
+                image.data,
+                *_geometry(self._augment, image.height, image.width, rng),
+                *_colour(self._augment, self._mean, self._std, rng),
+            ]
+            if self._superpixel_path is not None:
+                path = self._superpixel_path(sample)
+                png, *found = _read_superpixels(path)
+                expected = [image.height, image.width, self._bits]
+                if found != expected:
+                    raise UserError(
+                        f"{path}: superpixels have height, width and bits {found}, expected {expected} for "
+                        f"{sample.image}. Delete the PNG and start again to rebuild it"
+                    )
+                row.append(png)
+            rows.append(row)
+        return tuple(list(column) for column in zip(*rows, strict=True))
+
+    def _graph(self) -> list[Any]:
+        """Crops whose colours lack their last step, the matrix (torch multiplies faster); the matrices; the maps."""
+        encoded, size, start, end, position, matrix, pivot, constant, *png = fn.external_source(
+            source=self._plan, num_outputs=8 + (self._superpixel_path is not None), batch=True
+        )
+        shown = {"size": size, "roi_start": start, "roi_end": end}
+        window = {
+            "crop": (self._augment.crop, self._augment.crop),
+            "crop_pos_y": position[0],
+            "crop_pos_x": position[1],
+            "out_of_bounds_policy": "pad",
+        }
+        images = decode(encoded, self._device)
+        average = fn.reshape(fn.reductions.mean(images, axes=[0, 1]), shape=[1, 3])
+        if self._device.type == "cuda":
+            average, matrix = average.cpu(), matrix.gpu()
+        zero = fn.squeeze(fn.coord_transform(average, M=pivot, T=constant), axes=0)
+        images = fn.resize(images, interp_type=types.INTERP_CUBIC, **shown)
+        outputs = [fn.crop_mirror_normalize(images, mean=zero, **window), matrix]
+        if png:
+            dtype = {8: types.UINT8, 16: types.UINT16}[self._bits]
+            maps = fn.decoders.image(png[0], device="cpu", output_type=types.ANY_DATA, dtype=dtype)
+            if self._device.type == "cuda":
+                maps = maps.gpu()
+            maps = fn.resize(maps, interp_type=types.INTERP_NN, **shown)
+            outputs.append(fn.cast(fn.crop(maps, **window), dtype=types.INT32))
+        return outputs
+
+
+@functools.lru_cache(maxsize=2)  # two, as the plan is ahead of the batches at the end of an epoch
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return _generator(seed, SHUFFLE, epoch, 0).permutation(count)
+
+
+def _generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed, counter=(0, position, epoch, stream)))
+
+
+def _geometry(augment: Augment, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """The crop's visible part as the graph wants it: its size, where it starts and ends in the source, its offset.
+
+    All are (y, x). The size is in pixels of the crop, start and end in pixels of the source (swapped in x for a flip).
+    The offset is what DALI calls a crop position: 0 to 1 over the room that the visible part leaves in the crop.
+    """
+    long_side = rng.integers(*augment.long_side, endpoint=True)
+    flip = rng.random() < augment.flip
+    rows = []
+    for axis, source in enumerate((height, width)):
+        resized = max(1, round(source * long_side / max(height, width)))
+        room = resized - augment.crop
+        offset = rng.integers(abs(room), endpoint=True)
+        size = min(resized, augment.crop)
+        first, before = (offset, 0) if room > 0 else (0, offset)
+        start, end = first * source / resized, (first + size) * source / resized
+        if flip and axis == 1:
+            start, end = end, start
+        rows.append((size, start, end, before / max(1, -room)))
+    return tuple(np.array(pair, np.float32) for pair in zip(*rows, strict=True))
+
+
+def _colour(augment: Augment, mean: Rgb, std: Rgb, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Jitter and normalisation: RGB x in an image of mean m becomes A (x - B m - c); A, B (3, 3) and c (3,).
+
+    In this form the colour that becomes 0 is subtracted first, so that zero padding may come before the matrix.
+    """
+    brightness, contrast, saturation = (
+        rng.uniform(1 - spread, 1 + spread) for spread in (augment.brightness, augment.contrast, augment.saturation)
+    )
+    hue = rng.uniform(-augment.hue, augment.hue)
+    pixel, pivot = np.eye(3), np.zeros((3, 3))  # x becomes pixel x + pivot m
+    for adjustment in rng.permutation(4):
+        if adjustment == 0:
+            pixel, pivot = brightness * pixel, brightness * pivot
+        elif adjustment == 1:
+            pixel, pivot = contrast * pixel, (1 - contrast) * GRAY @ pixel
+        else:
+            matrix = saturation * np.eye(3) + (1 - saturation) * GRAY if adjustment == 2 else _hue_turn(hue)
+            pixel, pivot = matrix @ pixel, matrix @ pivot
+    inverse = np.linalg.inv(pixel)
+    arrays = pixel / np.array(std)[:, None], -inverse @ pivot, inverse @ mean
+    return tuple(array.astype(np.float32) for array in arrays)
+
+
+def _hue_turn(turn: float) -> np.ndarray:
+    """Rotation of RGB around the gray axis; ``turn`` is a share of the circle, from red towards green."""
+    a, b, c = ((1 + 2 * math.cos(2 * math.pi * (turn - channel / 3))) / 3 for channel in range(3))
+    return np.array([[a, c, b], [b, a, c], [c, b, a]])
+
+
+def _read_superpixels(path: Path) -> tuple[np.ndarray, int, int, int]:
+    """A gray PNG's bytes, and the height, width and bits a pixel that its header gives."""
+    try:
+        data = path.read_bytes()
+        width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
+    except (OSError, struct.error) as error:
+        raise UserError(f"{path}: expected superpixels, found: {error}. Start again to rebuild the file") from None
+    if kind != 0 or bits not in (8, 16):
+        raise UserError(f"{path}: expected a gray PNG of 8 or 16 bits, found PNG type {kind} of {bits} bits")
+    return np.frombuffer(data, np.uint8), height, width, bits

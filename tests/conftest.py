@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpn_fast.demo_data import DEMO_CLASSES, generate
+
+
+@pytest.fixture(scope="session")
+def small_voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set in VOC's layout: 12 training and 4 validation images with tags and masks."""
+    root = tmp_path_factory.mktemp("voc")
+    generate(root, seed=0, train=12, val=4)
+    return root
+
+
+@pytest.fixture
+def tiny_config(small_voc: Path, tmp_path: Path):
+    """Writes a config of a few training steps on the small data set; keyword arguments are merged into it."""
+
+    def write(**changes: dict) -> Path:
+        tree: dict = {
+            "name": "tiny",
+            "out": str(tmp_path / "runs"),
+            "classes": list(DEMO_CLASSES),
+            "data": {"root": str(small_voc), "train_list": "ImageSets/Segmentation/train.txt"},
+            "superpixels": {"count": 30},
+            "augment": {"long_side": [64, 96], "crop": 64},
+            "model": {"backbone": "narrow"},
+            "train": {"batch": 2, "steps": 6, "log_every": 2, "checkpoint_every": 3, "data_threads": 1},
+            "cam": {"scales": [0.5, 1.0], "batch": 2},
+        }
+        for key, value in changes.items():
+            tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
+        path = tmp_path / f"{tree['name']}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write

@@ -1,0 +1,261 @@
+"""Every Triton kernel and gradient on the CPU against eager float64. Run by test_kernels_triton.py in the interpreter.
+
+All memory that the package allocates starts as NaN, so that a partial write cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cpn_fast import kernels
+from cpn_fast.kernels import losses_triton, pixel_triton, region_triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+few = settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # shrinking would take minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(autouse=True)
+def _memory_starts_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **options: Any) -> Tensor:
+            tensor = allocate(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))
+
+
+def rms_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).square().mean().sqrt())
+
+
+def assert_close(name: str, found: Tensor, exact: Tensor, bound: float) -> None:
+    """RMS of the error over RMS of the float64 result."""
+    assert found.isfinite().all(), f"{name} is not finite"
+    scale = float(exact.double().square().mean().sqrt())
+    assert rms_error(found, exact) <= bound * scale + 1e-9, (
+        f"{name}: error {rms_error(found, exact):.2e} of {scale:.2e}"
+    )
+
+
+def assert_matches(op: Callable[..., Tensor], arguments: list[Tensor]) -> None:
+    """Output and gradients err at most 4 times as much as plain PyTorch in the same dtype, plus one rounding; bfloat16
+    8 times, because the interpreter cuts it off where a GPU rounds, and such errors add up."""
+
+    def results(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).clone().requires_grad_() for t in arguments]
+        out = op(*leaves, backend=backend)
+        gradient = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+    dtype = arguments[0].dtype
+    factor, rounding = 8 if dtype == torch.bfloat16 else 4, torch.finfo(dtype).eps
+    everything = zip(results(dtype, "triton"), results(dtype, "eager"), results(torch.float64, "eager"), strict=True)
+    for index, (found, plain, exact) in enumerate(everything):
+        name = f"gradient {index}" if index else "output"
+        assert found.isfinite().all(), f"{name} is not finite"
+        allowed = factor * rms_error(plain, exact) + rounding * max(1e-2, float(exact.square().mean().sqrt()))
+        assert rms_error(found, exact) <= allowed, f"{name}: error {rms_error(found, exact):.2e}, allowed {allowed:.2e}"
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+shapes = {
+    "n": st.integers(1, 2), "c": st.integers(1, 24), "d": st.integers(1, 100), "h": st.integers(1, 13),
+    "w": st.integers(1, 13), "dtype": st.sampled_from(DTYPES), "channels_last": st.booleans(),
+}  # fmt: skip
+
+
+def tensors(n: int, c: int, d: int, h: int, w: int, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
+    cam, keys, features = random(n, c, h, w).to(dtype), random(n, c, d, seed=1).to(dtype), random(n, d, h, w).to(dtype)
+    if channels_last:
+        features = features.to(memory_format=torch.channels_last)
+    return [cam, keys, features]
+
+
+@few
+@given(**shapes)
+def test_pixel_correlation(**shape: Any) -> None:
+    cam, _, embedding = tensors(**shape)
+    assert_matches(kernels.pixel_correlation, [cam, embedding])
+
+
+@few
+@given(**shapes)
+def test_region_pooling(**shape: Any) -> None:
+    cam, _, features = tensors(**shape)
+    assert_matches(kernels.region_pooling, [cam, features])
+
+
+@few
+@given(**shapes)
+def test_region_correlation(**shape: Any) -> None:
+    cam, keys, queries = tensors(**shape)
+
+    def op(*leaves: Tensor, backend: Any) -> Tensor:
+        return kernels.region_correlation(*leaves, scale=0.2, backend=backend)
+
+    assert_matches(op, [cam, keys, queries])
+
+
+@pytest.mark.parametrize("depth", [192, 256])
+def test_chunks_of_channels(depth: int) -> None:
+    cam, _, embedding = tensors(1, 21, depth, 9, 15, torch.float32, True)
+    assert_matches(kernels.pixel_correlation, [cam, embedding])
+
+
+def test_groups_of_classes() -> None:
+    cam, _, features = tensors(1, 140, 20, 3, 5, torch.float32, False)
+    assert_matches(kernels.pixel_correlation, [cam, features])
+    assert_matches(kernels.region_pooling, [cam, features])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pixels_without_embedding(dtype: torch.dtype) -> None:
+    cam, _, embedding = tensors(2, 3, 8, 4, 5, dtype, False)
+    embedding[0] = 0
+    embedding[1, :, 2, 2] = 0
+    assert_matches(kernels.pixel_correlation, [cam, embedding])
+
+
+def test_constant_cam_and_strided_gradient() -> None:
+    cam, _, embedding = tensors(1, 2, 8, 4, 5, torch.float32, False)
+    leaf = embedding.requires_grad_()
+    (found,) = torch.autograd.grad(kernels.pixel_correlation(cam, leaf, backend="triton").sum(), leaf)
+    (exact,) = torch.autograd.grad(kernels.pixel_correlation(cam.double(), leaf.double(), backend="eager").sum(), leaf)
+    assert_close("gradient", found, exact.double(), 1e-5)
+
+
+def test_more_channels_than_fit_and_float64_are_refused() -> None:
+    cam = torch.zeros(1, 2, 3, 3)
+    with pytest.raises(ValueError, match="takes up to 256 channels, found 300"):
+        kernels.pixel_correlation(cam, torch.zeros(1, 300, 3, 3), backend="triton")
+    with pytest.raises(TypeError, match=r"found torch\.float64: use 'tiled'"):
+        kernels.region_pooling(cam.double(), cam.double(), backend="triton")
+
+
+def maps(counts: list[int], classes: int, h: int, w: int) -> list[Tensor]:
+    shape = (3, len(counts), 1 + classes, h, w)
+    labels = torch.zeros(len(counts), classes)
+    for row, count in zip(labels, counts, strict=True):
+        row[torch.randperm(classes, generator=torch.Generator().manual_seed(count))[:count]] = 1
+    visible = torch.linspace(0, 0.7, len(counts))
+    return [(random(*shape) + 0.3).float(), (random(*shape, seed=1) + 0.5).float(), visible, labels]
+
+
+def losses(data: list[Tensor], backend: str, **options: Any) -> list[Tensor]:
+    dtype = torch.float64 if backend == "eager" else torch.float32
+    cam, refined, visible, labels = (tensor.detach().to(dtype) for tensor in data)
+    cam.requires_grad_()
+    refined.requires_grad_()
+    found = kernels.complementary_losses(cam, refined, visible, labels, backend=backend, **options)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(found.tcp + 2 * found.tcp_refined + 3 * found.cpcr, (cam, refined))
+    return [torch.stack(found).detach(), *grads]
+
+
+@pytest.mark.parametrize(
+    ("counts", "options"),
+    [
+        ([1, 0], {}),
+        ([3, 1], {"normalise": "max", "background": "before-lambda"}),
+        ([3, 2], {"refined_background": "own", "cpcr_target": "difference", "detach_refined_pair": True}),
+        ([3, 3], {"hard_over": "batch", "refined_background": "own"}),
+        ([3, 0], {"hard_over": "batch", "hard_share": 0.6, "cpcr_target": "difference"}),
+        ([2, 3], {"hard_share": 1.0, "normalise": "max"}),
+    ],
+    ids=str,
+)
+def test_losses(counts: list[int], options: dict[str, Any]) -> None:
+    data = maps(counts, 3, 5, 4)
+    found = losses(data, "triton", size=(14, 11), **options)
+    exact = losses(data, "eager", size=(14, 11), **options)
+    for name, mine, reference in zip(("losses", "cam", "refined"), found, exact, strict=True):
+        assert_close(name, mine, reference, 1e-5)
+
+
+def test_losses_over_several_blocks_of_the_small_map() -> None:
+    data = maps([1], 1, 18, 17)
+    for found, exact in zip(losses(data, "triton", size=(40, 19)), losses(data, "eager", size=(40, 19)), strict=True):
+        assert_close("losses", found, exact, 1e-5)
+
+
+def test_losses_where_everything_ties() -> None:
+    """Whole numbers upsampled by halves are exact in every backend."""
+    cam, refined, visible, labels = maps([2, 1], 2, 3, 3)
+    refined = refined.round()
+    refined[:, :, 2] = refined[:, :, 1]
+    data = [cam.round(), refined, torch.full_like(visible, 0.5), labels]
+    options = {"size": (5, 5), "hard_share": 1.0}
+    for found, exact in zip(losses(data, "triton", **options), losses(data, "eager", **options), strict=True):
+        assert_close("losses", found, exact, 1e-5)
+
+
+def test_tcp_alone_without_gradients() -> None:
+    cam, _, visible, labels = maps([2], 2, 3, 4)
+    found = kernels.complementary_losses(cam, None, visible, labels, size=(6, 7), backend="triton")
+    exact = kernels.complementary_losses(cam.double(), None, visible, labels, size=(6, 7), backend="eager")
+    assert_close("tcp", found.tcp, exact.tcp, 1e-6)
+    assert found.tcp_refined == found.cpcr == 0
+
+
+@pytest.mark.parametrize("counts", [[2, 0], [3, 3]], ids=str)
+def test_background_suppression(counts: list[int]) -> None:
+    _, refined, _, labels = maps(counts, 3, 4, 5)
+    cases: tuple[tuple[Any, torch.dtype], ...] = (("triton", torch.float32), ("eager", torch.float64))
+    for source in (refined[0].abs(), refined[1].round()):
+        leaf = source.detach().requires_grad_()
+        found, exact = (
+            kernels.background_suppression(leaf.to(dtype), labels, size=(7, 9), backend=backend)
+            for backend, dtype in cases
+        )
+        assert_close("loss", found.detach(), exact.detach(), 1e-6)
+        mine, reference = (torch.autograd.grad(loss, leaf)[0] for loss in (found, exact))
+        assert_close("gradient", mine, reference.double(), 1e-5)
+
+
+def test_registered_operators_pass_opcheck() -> None:
+    cam, keys, features = (t.flatten(2).requires_grad_() for t in tensors(1, 3, 8, 2, 3, torch.float32, False))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(pixel_triton._forward, (cam, features, 1e-5), test_utils=checks)
+    torch.library.opcheck(region_triton._pool, (cam, features), test_utils=checks)
+    torch.library.opcheck(region_triton._correlate, (cam, keys, features, 0.3), test_utils=checks)
+    raw, refined, visible, labels = maps([1], 1, 2, 2)
+    options = ([3, 3], "max", "after-lambda", "recomputed", "one-hot", False, 1.0, "image", True)
+    leaves = (raw.requires_grad_(), refined.requires_grad_(), visible, labels)
+    torch.library.opcheck(losses_triton._losses, (*leaves, *options), test_utils=("test_schema", "test_faketensor"))
+    scores = refined[0].detach().requires_grad_()
+    arguments = (scores, labels, [3, 3], 0.25, True)
+    torch.library.opcheck(losses_triton._suppression, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_to_one_graph() -> None:
+    cam, keys, features = tensors(1, 3, 8, 3, 3, torch.float32, True)
+
+    def model(features: Tensor) -> Tensor:
+        refined = kernels.pixel_correlation(cam, features, backend="triton")
+        refined = refined + kernels.region_correlation(cam, keys, features, scale=0.2, backend="triton")
+        return refined.sum() + kernels.region_pooling(cam, features, backend="triton").sum()
+
+    leaf = features.requires_grad_()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(leaf)
+    expected = model(leaf)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, leaf), torch.autograd.grad(expected, leaf))

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cpn_fast import cam, config, train
+from cpn_fast.dataset import load_samples
+from cpn_fast.masks import read_mask
+from cpn_fast.models.network import Cams
+from cpn_fast.pipelines.inference import ScaledBatch
+from cpn_fast.seeds import read_seed
+
+
+@pytest.fixture
+def trained(tiny_config):
+    settings = config.load(tiny_config(train={"steps": 2}))
+    return settings, train.run(settings)
+
+
+def test_seeds_masks_and_overlays_of_a_list(trained) -> None:
+    settings, weights = trained
+    list_path = settings.data.train_list.with_name("val.txt")
+    folder = cam.run(settings, weights, list_path)
+    samples = load_samples(settings.data, settings.classes, list_path, labels=True, masks=True)
+    for sample in samples:
+        seed = read_seed(folder / "seeds" / f"{sample.id}.npz")
+        truth = read_mask(sample.mask)
+        assert list(seed.classes) == list(np.flatnonzero(sample.label))
+        assert seed.cam.shape == (len(seed.classes), *truth.shape)
+        assert seed.cam.min() >= 0
+        assert seed.cam.max() <= 1
+        mask = read_mask(folder / "masks" / f"{sample.id}.png")
+        assert set(np.unique(mask)) <= {0, *(seed.classes + 1)}
+        assert (folder / "overlays" / f"{sample.id}.jpg").stat().st_size > 0
+
+
+def test_finished_seeds_are_kept_and_damaged_ones_made_again(trained) -> None:
+    settings, weights = trained
+    folder = cam.run(settings, weights)
+    paths = sorted((folder / "seeds").iterdir())
+    contents = [path.read_bytes() for path in paths]
+    stamps = [path.stat().st_mtime_ns for path in paths]
+    paths[0].unlink()
+    paths[1].write_bytes(contents[1][:50])
+    cam.run(settings, weights)
+    assert [read_seed(path).cam.shape for path in paths]
+    assert [path.stat().st_mtime_ns for path in paths[2:]] == stamps[2:]
+
+
+def test_other_weights_or_settings_make_new_seeds(trained, tiny_config) -> None:
+    settings, weights = trained
+    folder = cam.run(settings, weights)
+    path = min((folder / "seeds").iterdir())
+    before = read_seed(path).cam
+    cam.run(settings.model_copy(update={"cam": settings.cam.model_copy(update={"scales": (1.5,)})}), weights)
+    assert not np.array_equal(before, read_seed(path).cam)
+
+
+class Painter(torch.nn.Module):
+    """A network whose CAM is the image itself, at an eighth of its size."""
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> Cams:
+        small = F.interpolate(images, scale_factor=1 / 8, mode="area")
+        maps = torch.cat([torch.zeros_like(small[:, :1]), small], dim=1)
+        return Cams(-maps, maps)
+
+
+def test_scales_and_flips_are_summed_in_place() -> None:
+    """A network that returns its input gives, at one scale, twice the image for a flip pair, and sums over scales."""
+    image = torch.zeros(1, 3, 64, 96)
+    image[:, 1, 16:32, 8:40] = 1.0
+    labels = torch.tensor([[False, True, True]])
+    scales = [image, F.interpolate(image, scale_factor=2)]
+    flipped = [torch.cat([scale, scale.flip(3)]) for scale in scales]
+    single = cam.summed_cams(Painter(), ScaledBatch([0], (64, 96), scales), labels, "refined", flip=False)[0]
+    double = cam.summed_cams(Painter(), ScaledBatch([0], (64, 96), flipped), labels, "refined", flip=True)[0]
+    assert single.shape == (2, 64, 96)
+    torch.testing.assert_close(double, 2 * single)
+    assert single[1].abs().max() == 0
+    assert single[0, 24, 24] > 1.9  # inside the rectangle, at both scales
+    assert single[0, 50, 80] == 0
+    raw = cam.summed_cams(Painter(), ScaledBatch([0], (64, 96), scales), labels, "raw", flip=False)[0]
+    assert raw.abs().max() == 0  # negative logits are no evidence

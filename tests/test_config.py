@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpn_fast import config
+from cpn_fast.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+MINIMAL = "name: x\ndata: {root: there}\ntrain: {epochs: 2}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str, name: str = "x.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_survive_a_round_trip(path: Path, write) -> None:
+    loaded = config.load(path)
+    assert loaded.name == path.stem
+    assert config.load(write(config.dump(loaded))) == loaded
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
+    path = write("name: x\ndata: {root: there, imags: a}\ntrain: {epochs: 2, lr: -1}\nmetod: cpn\n")
+    with pytest.raises(UserError) as error:
+        config.load(path)
+    text = str(error.value)
+    assert "3 problem(s)" in text
+    assert "data.imags: unknown key; did you mean images?" in text
+    assert "metod: unknown key; did you mean method?" in text
+    assert "train.lr" in text
+    assert "-1" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\ndata: {root: a}\ntrain: {}\n", "exactly one of train.epochs and train.steps"),
+        ("name: x\ndata: {root: a}\ntrain: {epochs: 1, steps: 1}\n", "exactly one of train.epochs and train.steps"),
+        (MINIMAL + "classes: [a, b, a]\n", "classes has a more than once"),
+        (MINIMAL + "augment: {long_side: [9, 8]}\n", "long_side goes from 9 down to 8"),
+        (MINIMAL + "model: {pcm: false, prcm: false}\n", "cam.map is refined"),
+        (MINIMAL + "method: cam\n", "method cam trains no refinement"),
+        (MINIMAL + "patches: {grid_sizes: []}\n", "grid_sizes is empty"),
+        (MINIMAL + "train: {epochs: 1, lr: .nan}\n", "train.lr"),
+        ("- a\n- b\n", "expected keys and values, found list"),
+        ("a: [\n", "not readable as YAML"),
+        ("base: nowhere.yaml\n", "no such config"),
+        ("base: x.yaml\n", "leads back to itself"),
+    ],
+)
+def test_what_is_wrong_is_said(text: str, message: str, write) -> None:
+    with pytest.raises(UserError) as error:
+        config.load(write(text))
+    assert message in str(error.value)
+
+
+def test_base_holds_where_the_file_says_nothing(write) -> None:
+    write(MINIMAL + "loss: {tcp: 0.5, cpcr: 0.25}\n", "base.yaml")
+    loaded = config.load(write("base: base.yaml\nname: own\nloss: {tcp: 2}\n"))
+    assert loaded.name == "own"
+    assert (loaded.loss.tcp, loaded.loss.cpcr) == (2, 0.25)
+    assert loaded.train.epochs == 2
+
+
+def test_overrides_are_yaml_values_and_are_validated(write) -> None:
+    path = write(MINIMAL)
+    loaded = config.load(path, ["augment.long_side=[100, 200]", "model.weights=a.pth", "patches.kind=grid"])
+    assert loaded.augment.long_side == (100, 200)
+    assert loaded.model.weights == Path("a.pth")
+    assert loaded.patches.kind == "grid"
+    for wrong in ("train.epochs", "name.sub=1", "train.epoch=3", "train.lr=[1"):
+        with pytest.raises(UserError):
+            config.load(path, [wrong])
+
+
+def test_windows_line_ends_and_byte_order_mark_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+    assert config.load(path).name == "x"
+
+
+def test_a_missing_config_names_its_neighbours(write) -> None:
+    path = write(MINIMAL)
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        config.load(path.with_name("y.yaml"))
+
+
+def test_every_key_is_documented() -> None:
+    def undocumented(section, prefix=""):
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
+                yield from undocumented(field.annotation, f"{prefix}{name}.")
+            elif not field.description and prefix:
+                yield prefix + name
+
+    assert list(undocumented(config.Config)) == []

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cpn_fast import checkpoint, config, train
+from cpn_fast.errors import UserError
+
+PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, PLAIN, {"patches": {"kind": "grid", "grid_sizes": [16, 32]}}, {"superpixels": {"mode": "online"}}],
+    ids=["cpn", "cam", "grid", "online"],
+)
+def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny_config, monkeypatch) -> None:
+    whole = config.load(tiny_config(name="whole", **changes))
+    broken = config.load(tiny_config(name="broken", **changes))
+    expected = load_file(train.run(whole))
+
+    class Killed(Exception):
+        pass
+
+    real = train.checkpoint.write
+
+    def write_then_die(*args, **kwargs):
+        real(*args, **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(train.checkpoint, "write", write_then_die)
+    with pytest.raises(Killed):
+        train.run(broken)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.existing(broken.run / "checkpoints")] == ["step-00000003.pt"]
+
+    continued = load_file(train.run(broken))
+    assert expected.keys() == continued.keys()
+    assert all(torch.equal(expected[name], continued[name]) for name in expected)
+    assert [line["step"] for line in lines(broken.run)] == [2, 4, 6]
+    for a, b in zip(lines(whole.run)[1:], lines(broken.run)[1:], strict=True):
+        assert b["lr"] == a["lr"]
+
+
+def test_a_run_trains_and_writes_what_it_should(tiny_config) -> None:
+    settings = config.load(tiny_config())
+    weights = load_file(train.run(settings))
+    assert "fc8.weight" in weights
+    found = lines(settings.run)
+    assert [line["step"] for line in found] == [2, 4, 6]
+    terms = {"classification", "tcp", "tcp_refined", "cpcr", "background_suppression"}
+    for line in found:
+        assert terms <= line.keys()
+        assert line["loss"] == pytest.approx(sum(line[name] for name in terms), rel=1e-4)
+        assert line["images_per_second"] > 0
+        assert 0 <= line["waiting"] <= 1
+    assert 0 <= found[-1]["mAP"] <= 1  # 12 images are one epoch of 6 steps
+    assert found[0]["lr"] == pytest.approx(0.01 * (5 / 6) ** 0.9)
+    assert config.load(settings.run / "config.yaml") == settings
+    assert list(settings.run.glob("events.*"))
+    before = (settings.run / "model.safetensors").stat().st_mtime_ns
+    assert train.run(settings).stat().st_mtime_ns == before  # a finished run is left alone
+
+
+def test_the_loss_falls(tiny_config) -> None:
+    settings = config.load(tiny_config(train={"batch": 4, "steps": 40, "log_every": 10, "lr": 0.02, "momentum": 0.9}))
+    train.run(settings)
+    found = lines(settings.run)
+    assert found[-1]["classification"] < found[0]["classification"]
+
+
+def test_accumulated_batches_equal_one_large_batch(tiny_config) -> None:
+    """Without dropout and hiding, whose random numbers follow the batch."""
+    same = {**PLAIN, "name": "one", "train": {"batch": 4, "steps": 2}}
+    one = config.load(tiny_config(**same))
+    two = config.load(tiny_config(**{**same, "name": "two", "train": {"batch": 2, "accumulate": 2, "steps": 2}}))
+    results = []
+    for settings in (one, two):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Dropout2d, "forward", lambda self, x: x)
+            results.append(load_file(train.run(settings)))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_another_config_does_not_continue_the_run(tiny_config) -> None:
+    train.run(config.load(tiny_config()))
+    with pytest.raises(UserError, match=r"train\.lr"):
+        train.run(config.load(tiny_config(train={"lr": 0.5})))
+    train.run(config.load(tiny_config(train={"log_every": 1})))  # says nothing about weights
+
+
+def test_damaged_checkpoints_are_named(tiny_config) -> None:
+    settings = config.load(tiny_config())
+    train.run(settings)
+    (settings.run / "model.safetensors").unlink()
+    newest, older = checkpoint.existing(settings.run / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(UserError, match=newest.name):
+        train.run(settings)
+    newest.unlink()
+    train.run(settings)
+    assert older.exists()
+    assert newest.exists()
+
+
+def test_checkpoints_execute_nothing(tmp_path) -> None:
+    class Payload:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    path = tmp_path / "step-00000001.pt"
+    torch.save({"step": Payload()}, path)
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.read(path, torch.device("cpu"))
+
+
+def test_divergence_stops_with_advice(tiny_config) -> None:
+    with pytest.raises(UserError, match=r"lower train\.lr"):
+        train.run(config.load(tiny_config(train={"lr": 1e12, "steps": 12})))
+
+
+def test_pretrained_weights_are_taken(tiny_config) -> None:
+    first = train.run(config.load(tiny_config(name="first")))
+    warm = config.load(tiny_config(name="warm", model={"weights": str(first)}, train={"lr": 1e-20, "weight_decay": 0}))
+    a, b = load_file(first), load_file(train.run(warm))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+
+
+def test_seeds_of_streams_and_steps_differ() -> None:
+    seeds = {train.keyed_seed(seed, step, stream) for seed in range(3) for step in range(50) for stream in range(2)}
+    assert len(seeds) == 300

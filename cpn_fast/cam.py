@@ -36,7 +36,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
-    network = load_network(config, weights).to(device, memory_format=torch.channels_last).eval()
+    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     folder = config.run / "cams" / list_path.stem
     _open_folder(folder, config, weights)
@@ -57,11 +57,11 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
         writing: deque[Future[None]] = deque()
         for batch in batches:
             chosen = [missing[i] for i in batch.indices]
-            labels = torch.from_numpy(np.stack([sample.label for sample in chosen])).to(device)
+            labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen])).to(device)
             with torch.inference_mode(), autocast(config.train.precision, device):
                 cams = summed_cams(network, batch, labels, config.cam.map, flip=config.cam.flip)
             for sample, cam in zip(chosen, cams, strict=True):
-                seed = Seed(np.flatnonzero(sample.label), unit_scale(cam).cpu().numpy())
+                seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
                 writing.append(pool.submit(_write, folder, sample, seed, config))
             while len(writing) > 4 * config.cam.batch:  # bounds what waits in memory
                 writing.popleft().result()
@@ -69,6 +69,12 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
         for written in writing:
             written.result()
     return folder
+
+
+def tags(sample: Sample) -> np.ndarray:
+    """The labels of a sample that was loaded with them, bool (classes,)."""
+    assert sample.label is not None
+    return sample.label
 
 
 def load_network(config: Config, weights: Path) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -81,7 +82,9 @@ class Cpn:
         """Eqs. 13 to 15 and the released background suppression."""
         logits = pooled_logits(cams.raw[:, 1:], size=size)
         parts = {"classification": F.multilabel_soft_margin_loss(logits, views.labels)}
-        raw, refined = (None if cam is None else cam.unflatten(0, (3, -1)) for cam in cams)
+        assert views.visible is not None
+        raw = cams.raw.unflatten(0, (3, -1))
+        refined = None if cams.refined is None else cams.refined.unflatten(0, (3, -1))
         labels = views.labels.unflatten(0, (3, -1))[0]
         options = self.options
         parts |= complementary_losses(
@@ -105,4 +108,4 @@ class Cpn:
         return Losses(total, {name: part.detach() for name, part in parts.items()}, logits.detach().chunk(3)[0])
 
 
-METHODS = {"cam": PlainCam, "cpn": Cpn}
+METHODS: dict[str, Callable[[Config, Rgb, Rgb], Method]] = {"cam": PlainCam, "cpn": Cpn}

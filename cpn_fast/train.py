@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import cpn_fast
 from cpn_fast import checkpoint
 from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
-from cpn_fast.dataset import check_files, load_samples
+from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.methods import METHODS
 from cpn_fast.models.network import HEADS, Network, build_network
@@ -58,7 +58,7 @@ def run(config: Config) -> Path:
             allow_missing=[f"{head}.*" for head in HEADS],
             allow_unexpected=[f"backbone.{pattern}" for pattern in network.backbone.classifier],
         )
-    network.to(device, memory_format=torch.channels_last).train()
+    network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     method = METHODS[config.method](config, network.mean, network.std)
     cache = None
     if method.uses_superpixels and config.superpixels.mode == "cached":
@@ -80,11 +80,11 @@ def run(config: Config) -> Path:
         seed=train.seed,
         device=device,
         threads=train.data_threads,
-        superpixel_path=cache and (lambda sample: cache.path(sample.id)),
+        superpixel_path=None if cache is None else superpixel_path(cache),
         online=config.superpixels if method.uses_superpixels and cache is None else None,
         start_step=start * train.accumulate,
     )
-    steps = train.steps or train.epochs * pipeline.steps_per_epoch // train.accumulate
+    steps = train.steps or (train.epochs or 0) * pipeline.steps_per_epoch // train.accumulate
     if steps == 0:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
     size = (config.augment.crop, config.augment.crop)
@@ -129,15 +129,13 @@ def run(config: Config) -> Path:
 
 
 def make_optimizer(network: Network, train: Train, device: torch.device) -> torch.optim.SGD:
-    """SGD over four groups: backbone weights x1, its biases x2, head weights x10, their biases x20 (biases undecayed)."""
+    """SGD in four groups: backbone weights x1, biases x2, head weights x10, biases x20; biases do not decay."""
     groups: list[dict[str, Any]] = []
     for is_head, is_bias, times in ((False, False, 1), (False, True, 2), (True, False, 10), (True, True, 20)):
         parameters = [
             parameter
             for name, parameter in network.named_parameters()
-            if parameter.requires_grad
-            and not name.startswith("backbone.") == is_head
-            and name.endswith("bias") == is_bias
+            if parameter.requires_grad and name.startswith("backbone.") != is_head and name.endswith("bias") == is_bias
         ]
         decay = 0.0 if is_bias else train.weight_decay
         groups.append({"params": parameters, "base_lr": train.lr * times, "weight_decay": decay})
@@ -165,6 +163,10 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
+
+
+def superpixel_path(cache: SuperpixelCache) -> Callable[[Sample], Path]:
+    return lambda sample: cache.path(sample.id)
 
 
 def timed(batches: Any, meter: Meter) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cpn_fast.config import Model
 from cpn_fast.errors import UserError
 from cpn_fast.models import build_backbone
 from cpn_fast.models.resnet38d import Block

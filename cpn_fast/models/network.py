@@ -45,13 +45,14 @@ def printed_correlation(cam: Tensor, embedding: Tensor, *, norm: str, total: str
 
     Same shapes as ``kernels.pixel_correlation``; ``norm`` and ``total`` are ``Model.pcm_norm`` and ``Model.pcm_sum``.
     """
-    g = embedding.flatten(2).float()
-    size = g.norm(dim=1, keepdim=True) if norm == "l2" else g.abs().sum(dim=1, keepdim=True) ** 2
-    g = g / (size + eps)
-    affinity = F.relu(g.transpose(1, 2) @ g)
-    dims = (1,) if total == "column" else (1, 2)
-    affinity = affinity / (affinity.sum(dim=dims, keepdim=True) + eps)
-    return (cam.flatten(2) @ affinity).view_as(cam)
+    with torch.autocast(cam.device.type, enabled=False):  # sums over thousands of pixels need float32
+        g = embedding.flatten(2).float()
+        size = g.norm(dim=1, keepdim=True) if norm == "l2" else g.abs().sum(dim=1, keepdim=True) ** 2
+        g = g / (size + eps)
+        affinity = F.relu(g.transpose(1, 2) @ g)
+        dims = (1,) if total == "column" else (1, 2)
+        affinity = affinity / (affinity.sum(dim=dims, keepdim=True) + eps)
+        return (cam.flatten(2).float() @ affinity).view_as(cam)
 
 
 class Network(nn.Module):

@@ -43,6 +43,14 @@ setup(
         "fast-slic>=0.4",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "scikit-image>=0.22"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "scikit-image>=0.22",
+            "types-PyYAML",
+        ],
     },
 )

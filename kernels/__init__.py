@@ -8,8 +8,8 @@ and ``torch.compile(fullgraph=True)``, and raise ValueError or TypeError for arg
 
 Products run in the dtype of the embedding, features or queries (autocast's dtype under autocast; tiled: always float32
 or float64), sums, norms and softmaxes in float32. RMS of the error over RMS of the float64 result, the worst of output
-and gradients, is below 2e-6 for float32, 6e-2 for bfloat16 and 2e-2 for float16 inputs; the outputs alone are ten times
-closer. float32 in Triton is TF32, whose error is about float16's.
+and gradients, is below 2e-6 for float32, 6e-2 for bfloat16 and 2e-2 for float16 inputs
+(held in tests for eager and tiled). float32 in Triton is TF32, whose error is about float16's.
 """
 
 from __future__ import annotations

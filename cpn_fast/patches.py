@@ -31,8 +31,8 @@ def complementary_pair(
 ) -> Pair:
     """Hide patches of normalised images, (B, 3, H, W) of any float dtype, on their device and without a host sync.
 
-    ``superpixels`` (B, H, W) holds integer labels from 0 to ``patch_limit - 1``; labels that a crop lacks count
-    nowhere. Grids ignore both. ``fill`` (3,) is the normalised colour of hidden pixels, None is 0. Every random number
+    ``superpixels`` (B, H, W) holds integer labels from 0 to ``patch_limit - 1``, and -1 where padding is: that stays as
+    it is in both images. Labels that a crop lacks, and padding, count nowhere. Grids ignore both arguments. ``fill`` (3,) is the normalised colour of hidden pixels, None is 0. Every random number
     comes from ``generator``, on its own device: the same state gives the same pair.
     """
     if config.kind == "grid":
@@ -41,17 +41,23 @@ def complementary_pair(
         raise ValueError("superpixels is None, but patches.kind is superpixel")
     else:
         patches = superpixels.flatten(1).long()
-    present = torch.zeros(len(images), patch_limit, dtype=torch.bool, device=images.device).scatter_(1, patches, True)
+    inside = patches >= 0
+    patches = patches.where(inside, patch_limit)
+    present = torch.zeros(len(images), patch_limit + 1, dtype=torch.bool, device=images.device)
+    present = present.scatter_(1, patches, True)[:, :-1]
     if config.kind == "superpixel" and config.sampling == "with-replacement":
         hidden = _draw_with_replacement(present, config.hide, generator)
     else:
         hidden = _uniform(present.shape, present.device, generator) < config.hide
 
-    shown = ~hidden.gather(1, patches)
-    share = shown.float().mean(1) if config.share == "pixels" else (present & ~hidden).sum(1) / present.sum(1)
-    mask = shown.view(-1, 1, *images.shape[2:])
+    covered = torch.nn.functional.pad(hidden, (0, 1)).gather(1, patches)
+    if config.share == "pixels":
+        share = 1 - covered.sum(1) / inside.sum(1)
+    else:
+        share = (present & ~hidden).sum(1) / present.sum(1)
+    covered, shown = (mask.view(-1, 1, *images.shape[2:]) for mask in (covered, ~covered & inside))
     colour = images.new_zeros(()) if fill is None else fill.to(images).view(3, 1, 1)
-    return Pair(torch.where(mask, images, colour), torch.where(mask, colour, images), share)
+    return Pair(images.where(~covered, colour), images.where(~shown, colour), share)
 
 
 def _grid(images: Tensor, sizes: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, int]:

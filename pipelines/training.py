@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     images: Tensor
     """float32 (B, 3, crop, crop), normalised; padding is 0."""
     superpixels: Tensor | None
-    """int32 (B, crop, crop); padding is 0."""
+    """int32 (B, crop, crop); padding is -1 in cached maps, and is segmented like the rest by ``online``."""
     labels: Tensor
     """float32 (B, classes), 0 or 1."""
     indices: Tensor
@@ -195,7 +195,7 @@ class TrainingPipeline:
             if self._device.type == "cuda":
                 maps = maps.gpu()
             maps = fn.resize(maps, interp_type=types.INTERP_NN, **shown)
-            outputs.append(fn.cast(fn.crop(maps, **window), dtype=types.INT32))
+            outputs.append(fn.crop(fn.cast(maps, dtype=types.INT32), fill_values=[-1], **window))
         return outputs
 
 

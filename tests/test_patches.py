@@ -74,6 +74,20 @@ def test_a_patch_has_one_fate(height, width, config, seed):
             assert mask[labels == label].unique().numel() == 1
 
 
+@pytest.mark.parametrize("share", ["pixels", "patches"])
+def test_padding_counts_nowhere(share):
+    """What the pair shows of an image, and of the same one in a larger padded crop, is the same."""
+    images, superpixels = torch.rand(3, 3, 12, 20) + 1, blocks(3, 12, 20, [0, 3, 9, 4])
+    padding = (2, 5, 30, 1)
+    padded = torch.nn.functional.pad(images, padding), torch.nn.functional.pad(superpixels, padding, value=-1)
+    for seed in range(10):
+        expected = make_pair(images, superpixels, Patches(share=share), seed, torch.ones(3) * 5)
+        found = make_pair(*padded, Patches(share=share), seed, torch.ones(3) * 5)
+        assert torch.equal(found.visible, torch.nn.functional.pad(expected.visible, padding))
+        assert torch.equal(found.complement, torch.nn.functional.pad(expected.complement, padding))
+        assert torch.equal(found.share, expected.share)
+
+
 @pytest.mark.parametrize("kind", ["superpixel", "grid"])
 @pytest.mark.parametrize("share", ["pixels", "patches"])
 @pytest.mark.parametrize("hide", [0, 1])

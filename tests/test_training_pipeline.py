@@ -81,15 +81,15 @@ def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orienta
         assert batch.superpixels is not None
         assert batch.superpixels.dtype == torch.int32
         found = batch.superpixels[0].numpy() // scale
-        drawn = ((pixels(batch) > 127.5) << np.arange(3)).sum(2)
+        padding = (pixels(batch) == 0).all(2)
+        seen_padding |= padding.any()
+        drawn = np.where(padding, -1, ((pixels(batch) > 127.5) << np.arange(3)).sum(2))
+        assert np.array_equal(padding, found == -1)
         assert (found == drawn).mean() > 0.95  # corners are rounded; a map half a pixel off gives down to 0.9
         inner = np.pad(np.ones((94, 94), bool), 1)
         for shift in itertools.product((-1, 0, 1), repeat=2):
             inner &= np.roll(found, shift, (0, 1)) == found
         assert np.array_equal(found[inner], drawn[inner])
-        padding = (pixels(batch) == 0).all(2)
-        assert np.array_equal(padding, found == 0)
-        seen_padding |= padding.any()
     assert seen_padding
 
 

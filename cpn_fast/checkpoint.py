@@ -6,27 +6,22 @@ random generators and of the data pipeline.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
 
 KEPT = 2
 
 
 def write(folder: Path, step: int, *, model: dict[str, Any], optimizer: dict[str, Any], config: str) -> Path:
     """Write ``step-NNNNNN.pt`` through a temporary name and remove all but the newest ``KEPT``."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         torch.save({"step": step, "model": model, "optimizer": optimizer, "config": config}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
     for old in existing(folder)[KEPT:]:
         old.unlink()
     return path

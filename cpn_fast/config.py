@@ -55,8 +55,8 @@ class Superpixels(Section):
 
     count: Annotated[int, Field(ge=1, le=32_000)] = 200
     """Superpixels asked for per image. Paper 200; released 300, of which skimage 0.17 made about 140 to 190."""
-    compactness: Positive = 10.0
-    """Weight of distance against colour."""
+    compactness: Annotated[float, Field(gt=0, le=10_000)] = 10.0
+    """Weight of distance against colour; from about 16,000 on fast-slic's integers overflow."""
     iterations: Count = 10
     """Rounds of k-means."""
     mode: Literal["cached", "online"] = "cached"

@@ -18,9 +18,9 @@ from rich.progress import track
 
 from cpn_fast.config import Data
 from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.masks import IGNORE, read_mask
-from cpn_fast.seeds import replacing
 
 _PATHS = re.compile(r"(\S.*?\.(?:jpe?g|png))(?:\s+(\S.*\.png))?", re.IGNORECASE)
 

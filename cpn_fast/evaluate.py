@@ -30,8 +30,9 @@ from rich.table import Column, Table
 from cpn_fast.config import Config, Evaluate
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
 from cpn_fast.masks import IGNORE, read_mask
-from cpn_fast.seeds import Seed, read_seed, replacing
+from cpn_fast.seeds import Seed, read_seed
 
 Kind = Literal["held-out", "fixed", "oracle", "masks"]
 

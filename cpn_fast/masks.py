@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cpn_fast.errors import UserError
-from cpn_fast.seeds import read_seed, replacing
+from cpn_fast.files import replacing
+from cpn_fast.seeds import read_seed
 
 if TYPE_CHECKING:
     from cpn_fast.dataset import Sample

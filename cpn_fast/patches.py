@@ -32,8 +32,9 @@ def complementary_pair(
     """Hide patches of normalised images, (B, 3, H, W) of any float dtype, on their device and without a host sync.
 
     ``superpixels`` (B, H, W) holds integer labels from 0 to ``patch_limit - 1``, and -1 where padding is: that stays as
-    it is in both images. Labels that a crop lacks, and padding, count nowhere. Grids ignore both arguments. ``fill`` (3,) is the normalised colour of hidden pixels, None is 0. Every random number
-    comes from ``generator``, on its own device: the same state gives the same pair.
+    it is in both images. Labels that a crop lacks, and padding, count nowhere. Grids ignore both arguments. ``fill``
+    (3,) is the normalised colour of hidden pixels, None is 0. Every random number comes from ``generator``, on its own
+    device: the same state gives the same pair.
     """
     if config.kind == "grid":
         patches, patch_limit = _grid(images, config.grid_sizes, generator)

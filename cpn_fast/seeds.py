@@ -11,17 +11,15 @@ Fixed point errs by at most 1 / 131070 (7.7e-6) everywhere; float16 files, 7 % s
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.progress import track
 
 from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,19 +44,6 @@ class Seed:
         best = (self.classes[self.cam.argmax(0)] + 1).astype(np.uint8)
         best[self.cam.max(0) <= np.float32(threshold)] = 0
         return best
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes ``path``'s place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with partial.open("xb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def unit_scale(cam: Tensor) -> Tensor:

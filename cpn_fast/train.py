@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -26,6 +26,7 @@ from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
 from cpn_fast.methods import METHODS
 from cpn_fast.models.network import HEADS, Network, build_network
 from cpn_fast.pipelines.superpixels import SuperpixelCache
@@ -50,6 +51,11 @@ def run(config: Config) -> Path:
     check_files(samples, workers=train.data_threads, verified=config.run / "verified.json")
     torch.manual_seed(train.seed)
     network = build_network(config)
+    if state is None and config.model.weights is None and network.backbone.frozen:
+        raise UserError(
+            f"model.weights is null, but {config.model.backbone} keeps its first layers and its batch statistics as "
+            "they are, which random weights do not survive: name a file of pretrained weights (README, Weights)"
+        )
     if state is None and config.model.weights is not None:
         load_into(
             network,
@@ -122,9 +128,9 @@ def run(config: Config) -> Path:
                     config=configs.dump(config),
                 )
             bar.update(task, completed=done)
-    temporary = final.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in to_released_keys(network.state_dict()).items()}, temporary)
-    temporary.replace(final)
+    tensors = {name: tensor.contiguous() for name, tensor in to_released_keys(network.state_dict()).items()}
+    with replacing(final) as file:
+        file.write(safetensors.torch.save(tensors))
     return final
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
 from cpn_fast.models.network import HEADS
 
 _SHOWN = 5
@@ -131,20 +131,14 @@ def convert(source: Path, destination: Path) -> Conversion:
     content = _read(source)
     # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
     tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(destination) as file:
             if destination.suffix == ".pth":
                 torch.save(tensors, file)
             else:
                 file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(destination)
     except OSError as error:
         raise UserError(f"{destination}: cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     trained = [tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in _NOT_TRAINED]
     return Conversion(destination, len(tensors), sum(tensor.numel() for tensor in trained), tuple(content.dropped))
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import io
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -28,6 +26,7 @@ from rich.progress import track
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
 
 FORMAT = 1
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -145,7 +144,8 @@ class SuperpixelCache:
             return
         if any(self.folder.glob("*.png")):
             raise UserError(f"{self.folder}: expected manifest.json beside the PNGs, found none. Delete the folder")
-        _write(self.folder / "manifest.json", json.dumps(self._manifest, indent=2).encode())
+        with replacing(self.folder / "manifest.json") as file:
+            file.write(json.dumps(self._manifest, indent=2).encode())
 
     def _make(self, samples: list[Sample], workers: int) -> int:
         pool = ThreadPoolExecutor(workers)
@@ -161,9 +161,8 @@ class SuperpixelCache:
         labels = segment(read_image(sample.image), self.config).astype(self.dtype)
         source = PngInfo()
         source.add_text("source", str(_size(sample.image)))
-        png = io.BytesIO()
-        Image.fromarray(labels).save(png, "PNG", pnginfo=source)
-        _write(self.path(sample.id), png.getvalue())
+        with replacing(self.path(sample.id)) as file:
+            Image.fromarray(labels).save(file, "PNG", pnginfo=source)
 
 
 def _is_intact(path: Path, image: Path) -> bool:
@@ -179,15 +178,6 @@ def _is_intact(path: Path, image: Path) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _version() -> str:

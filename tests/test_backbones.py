@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cpn_fast.config import Model
 from cpn_fast.models import Backbone, build_backbone
-from cpn_fast.models.mobilenet_v2 import Folded
+from cpn_fast.models.mobilenet_v2 import Folded, dilated_depthwise
 from cpn_fast.models.narrow import StandardisedConv2d
 
 NAMES = ("resnet38d", "mobilenet_v2", "narrow")
@@ -44,6 +46,36 @@ def test_parameters_and_trainable_parameters(name: str) -> None:
     total, convolutions_that_train = PARAMETERS[name]
     assert sum(p.numel() for p in parameters) == total
     assert sum(p.numel() for p in parameters if p.requires_grad) == convolutions_that_train
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
+def test_dilated_depthwise_is_the_dilated_convolution(batch: int, height: int, width: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, height, width, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64)
+    expected = nn.functional.conv2d(x, weight, bias, padding=dilation, dilation=dilation, groups=3)
+    found = dilated_depthwise(x, weight, bias, dilation)
+    assert torch.allclose(found, expected, atol=1e-12)
+    factor = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad((found * factor).sum(), (x, weight)),
+        torch.autograd.grad((expected * factor).sum(), (x, weight)),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_autocast_to_bf16_keeps_mobilenet_s_features() -> None:
+    """On a CPU its dilated layers then take the way above."""
+    torch.manual_seed(0)
+    backbone = with_used_statistics(build_backbone(Model(backbone="mobilenet_v2")))
+    images = torch.randn(2, 3, 65, 97).contiguous(memory_format=torch.channels_last)
+    expected = backbone(images).last
+    with torch.autocast("cpu", torch.bfloat16):
+        found = backbone(images).last
+    assert found.shape == expected.shape
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_narrow_is_small_and_trains_whole() -> None:

@@ -49,6 +49,8 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
         (MINIMAL + "augment: {long_side: [9, 8]}\n", "long_side goes from 9 down to 8"),
         (MINIMAL + "model: {pcm: false, prcm: false}\n", "cam.map is refined"),
         (MINIMAL + "method: cam\n", "method cam trains no refinement"),
+        (MINIMAL + "model: {backbone: vgg}\n", "model.backbone: Input should be 'resnet38d', 'mobil"),
+        (MINIMAL + "superpixels: {compactness: 20000}\n", "superpixels.compactness"),
         (MINIMAL + "patches: {grid_sizes: []}\n", "grid_sizes is empty"),
         (MINIMAL + "train: {epochs: 1, lr: .nan}\n", "train.lr"),
         ("- a\n- b\n", "expected keys and values, found list"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from cpn_fast.errors import UserError
-from cpn_fast.seeds import Seed, export_seeds, read_seed, replacing, unit_scale, write_seed
+from cpn_fast.seeds import Seed, export_seeds, read_seed, unit_scale, write_seed
 
 
 def some_seed(*classes: int, height: int = 9, width: int = 14) -> Seed:
@@ -120,21 +120,6 @@ def test_any_single_damaged_byte_gives_a_seed_or_a_user_error(tmp_path: Path) ->
 def test_a_missing_seed_says_what_writes_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such seed.*cpn-fast cam"):
         read_seed(tmp_path / "a.npz")
-
-
-def test_an_interrupted_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    path.write_bytes(b"old")
-
-    def interrupted() -> None:
-        with replacing(path) as file:
-            file.write(b"half of the n")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_mask_takes_the_best_class_above_the_threshold_and_the_lower_of_equals() -> None:

@@ -95,10 +95,28 @@ class Folded(nn.Sequential):
                 scale = following.weight * torch.rsqrt(variance + following.eps)
                 weight = layer.weight * scale[:, None, None, None]
                 bias = following.bias - mean * scale
-                x = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+                slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and layer.dilation[0] > 1
+                if slow and layer.groups > 1:
+                    x = dilated_depthwise(x, weight, bias, layer.dilation[0])
+                else:
+                    x = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
             elif not isinstance(layer, nn.BatchNorm2d):
                 x = layer(x)
         return x
+
+
+def dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    """A depthwise 3x3 convolution, padded to the size of x (N, C, H, W), as plain ones on every d-th row and column.
+
+    A CPU's bf16 code for dilated ones takes 2.5 to 5 times as long, forward and backward.
+    """
+    n, c, height, width = x.shape
+    d, h, w = dilation, -(-height // dilation), -(-width // dilation)
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, w * d - width, 0, h * d - height))
+    x = x.view(n, h, d, w, d, c).permute(2, 4, 0, 1, 3, 5).reshape(d * d * n, h, w, c)
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=c)
+    x = x.permute(0, 2, 3, 1).view(d, d, n, h, w, c).permute(2, 3, 0, 4, 1, 5).reshape(n, h * d, w * d, c)
+    return x[:, :height, :width].permute(0, 3, 1, 2)
 
 
 def _convolution(

@@ -41,12 +41,14 @@ class DatasetError(UserError):
     """All that is wrong with a data set: one line per kind of problem, with a count and the first few names."""
 
 
-def load_samples(data: Data, classes: Sequence[str], list_path: Path, *, labels: bool, masks: bool) -> list[Sample]:
+def load_samples(
+    data: Data, classes: Sequence[str], list_path: Path, *, labels: bool, masks: bool | None
+) -> list[Sample]:
     """The images of a list (a relative path starts at ``data.root``), in its order.
 
     A line is an id, or paths from the root as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``: the image's stem
     is the id, and the second path, if there is one, replaces the mask in ``data.masks``. Files are looked up by name
-    and not opened; ``check_files`` does that.
+    and not opened; ``check_files`` does that. ``masks`` None takes those that are there and misses none.
 
     Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing or empty labels.
     """
@@ -73,9 +75,10 @@ def load_samples(data: Data, classes: Sequence[str], list_path: Path, *, labels:
                 problems["ids with more than one image"].append(f"{id_} ({', '.join(found)})")
         if image.name not in names_in(image.parent):
             problems[f"images missing in {image.parent}"].append(image.name)
-        if masks and mask.name not in names_in(mask.parent):
+        there = masks is not False and mask.name in names_in(mask.parent)
+        if masks and not there:
             problems[f"masks missing in {mask.parent}"].append(mask.name)
-        samples[id_] = Sample(id_, image, mask if masks else None, None)
+        samples[id_] = Sample(id_, image, mask if there else None, None)
     if not samples:
         problems["list without any id"].append(str(path))
     if labels:
@@ -84,7 +87,7 @@ def load_samples(data: Data, classes: Sequence[str], list_path: Path, *, labels:
     return list(samples.values())
 
 
-def check_files(samples: Sequence[Sample], *, workers: int, classes: int = 254, verified: Path | None = None) -> None:
+def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verified: Path | None = None) -> None:
     """Decode every image and mask of ``samples`` in ``workers`` threads.
 
     A mask must hold only the values 0 to ``classes`` and IGNORE and be as large as its image, turned as its EXIF says.

@@ -359,7 +359,7 @@ def run(
     else:
         evaluation = evaluate_masks(samples, source, config.classes, list_name=name, workers=workers)
     place, home = source.resolve(), config.run.resolve()
-    parts = place.relative_to(home).parts if place.is_relative_to(home) else (place.name,)
+    parts = place.relative_to(home).parts if place.is_relative_to(home) else place.parts[-2:]
     folder = config.run / "evaluation" / list_path.stem / "-".join(parts)
     evaluation = dataclasses.replace(evaluation, path=write_evaluation(folder, evaluation))
     print_evaluation(evaluation)

@@ -47,14 +47,15 @@ def run(config: Config) -> Path:
     if state is not None and final.exists():
         return final
 
-    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
-    check_files(samples, workers=train.data_threads, verified=config.run / "verified.json")
+    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
+    verified = config.run / "verified.json"
+    check_files(samples, workers=train.data_threads, classes=len(config.classes), verified=verified)
     torch.manual_seed(train.seed)
     network = build_network(config)
     if state is None and config.model.weights is None and network.backbone.frozen:
         raise UserError(
             f"model.weights is null, but {config.model.backbone} keeps its first layers and its batch statistics as "
-            "they are, which random weights do not survive: name a file of pretrained weights (README, Weights)"
+            "they are, which random weights do not survive: name a file of pretrained weights (README, The main job)"
         )
     if state is None and config.model.weights is not None:
         load_into(

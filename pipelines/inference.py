@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,17 +24,17 @@ class ScaledBatch(NamedTuple):
     size: tuple[int, int]
     """Height and width of the originals, turned upright."""
     scales: list[Tensor]
-    """For each scale float32 (B, 3, h, w), or (2 B, 3, h, w) with the mirror images after the images."""
+    """For each scale float32 (B, 3, h, w)."""
 
 
 def scaled_images(
     samples: Sequence[Sample],
     *,
     scales: Sequence[float],
-    flip: bool,
     mean: Rgb,
     std: Rgb,
     batch: int,
+    pixels: int,
     device: torch.device,
     threads: int,
     fit: Callable[[int], int],
@@ -41,35 +42,43 @@ def scaled_images(
     """Every sample once, in batches of up to ``batch`` images of one size: largest first, then in the list's order.
 
     At scale s an H x W image is resized to fit(round(s H)) x fit(round(s W)), with Keys' cubic filter, antialiased
-    where it shrinks, and normalised as (x - mean) / std with x from 0 to 255. ``threads`` is DALI's. About three
-    batches are in memory at a time. Raises UserError for a missing or damaged file.
+    where it shrinks, and normalised as (x - mean) / std with x from 0 to 255. ``pixels`` bounds the memory: a batch has
+    fewer images where its largest scale would hold more, and a scale at which one image holds more is lowered to what
+    fits. ``threads`` is DALI's. About three batches are in memory at a time. Raises UserError for a missing or damaged
+    file.
     """
     sizes: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
         sizes.setdefault(image_size(sample.image), []).append(index)
-    batches = [
-        (size, indices[first : first + batch])
-        for size, indices in sorted(sizes.items(), key=lambda item: (item[0][0] * item[0][1], item[0]), reverse=True)
-        for first in range(0, len(indices), batch)
-    ]
+    batches: list[tuple[tuple[int, int], list[tuple[int, int]], list[int]]] = []
+    for size, indices in sorted(sizes.items(), key=lambda item: (math.prod(item[0]), item[0]), reverse=True):
+        scaled = [_scaled_size(size, scale, pixels, fit) for scale in scales]
+        together = max(1, min(batch, pixels // max(map(math.prod, scaled))))
+        batches += [
+            (size, scaled, indices[first : first + together]) for first in range(0, len(indices), together)
+        ]
 
     def source(iteration: int) -> tuple[list[np.ndarray], ...]:
         if iteration >= len(batches):
             raise StopIteration
-        size, indices = batches[iteration]
-        resized = [np.array([fit(round(scale * side)) for side in size], np.float32) for scale in scales]
+        _, scaled, indices = batches[iteration]
         images = [read_encoded(samples[index].image) for index in indices]
-        return [image.data for image in images], *([target] * len(images) for target in resized)
+        return [image.data for image in images], *([np.array(size, np.float32)] * len(images) for size in scaled)
 
     pipeline = Pipeline(batch, threads, device_id(device))
     with pipeline:
         encoded, *targets = fn.external_source(source=source, num_outputs=1 + len(scales), batch=True)
         images = decode(encoded, device)
         pipeline.set_outputs(*(_scaled(images, target, mean, std) for target in targets))
-    for number, (size, indices) in enumerate(batches):
-        paths = [samples[index].image for _, group in batches[number : number + 3] for index in group]
-        tensors = run(pipeline, device, paths)
-        yield ScaledBatch(indices, size, [torch.cat([x, x.flip(3)]) if flip else x for x in tensors])
+    for number, (size, _, indices) in enumerate(batches):
+        paths = [samples[index].image for _, _, group in batches[number : number + 3] for index in group]
+        yield ScaledBatch(indices, size, run(pipeline, device, paths))
+
+
+def _scaled_size(size: tuple[int, int], scale: float, pixels: int, fit: Callable[[int], int]) -> tuple[int, int]:
+    scale = min(scale, math.sqrt(pixels / math.prod(size)))
+    height, width = (fit(max(1, round(scale * side))) for side in size)
+    return height, width
 
 
 def _scaled(images: Any, size: Any, mean: Rgb, std: Rgb) -> Any:

@@ -31,7 +31,9 @@ def data(tmp_path) -> Data:
     return Data(root=tmp_path, labels=Path("labels.csv"))
 
 
-def load(data: Data, text: str | bytes | None = None, *, labels: bool = False, masks: bool = False) -> list[Sample]:
+def load(
+    data: Data, text: str | bytes | None = None, *, labels: bool = False, masks: bool | None = False
+) -> list[Sample]:
     if text is not None:
         (data.root / LIST).write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_samples(data, CLASSES, LIST, labels=labels, masks=masks)
@@ -54,6 +56,11 @@ def test_samples_come_in_the_order_of_the_list_with_files_and_labels(data):
     ]
     assert [sample.label.tolist() for sample in samples] == [[True, True], [True, False]]
     assert not samples[0].label.flags.writeable
+
+
+def test_masks_that_are_there_can_be_taken_without_missing_the_others(data):
+    (data.root / "SegmentationClass/b.png").unlink()
+    assert [sample.mask is None for sample in load(data, masks=None)] == [False, True, False]
 
 
 def test_what_is_not_asked_for_is_neither_needed_nor_given(data):
@@ -224,7 +231,7 @@ def test_images_that_cannot_be_decoded_are_named(data, kind):
     if kind == "gone":
         (data.root / "JPEGImages/b.jpg").unlink()
     with pytest.raises(DatasetError) as caught:
-        check_files(samples, workers=2)
+        check_files(samples, workers=2, classes=len(CLASSES))
     reason = {"empty": "empty file", "text": "neither JPEG nor PNG", "GIF": "neither JPEG nor PNG"}.get(kind, "")
     message = str(caught.value)
     assert "3 images checked; found\n  1 images that cannot be decoded: " in message

@@ -384,7 +384,7 @@ def test_the_stage_writes_under_the_run_and_chains_lists(world: World) -> None:
     train = evaluate.run(
         config, cams=world.root / "seeds", masks=None, list_path=world.list("train", range(3)), threshold_from=None
     )
-    assert train.path == world.root / "run/evaluation/train/seeds/evaluation.json"
+    assert train.path == world.root / f"run/evaluation/train/{world.root.name}-seeds/evaluation.json"
     val = evaluate.run(
         config,
         cams=world.root / "seeds",

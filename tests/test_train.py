@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from cpn_fast import checkpoint, config, train
 from cpn_fast.errors import UserError
+from cpn_fast.masks import read_mask, write_mask
 
 PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}
 
@@ -138,3 +140,18 @@ def test_pretrained_weights_are_taken(tiny_config) -> None:
 def test_seeds_of_streams_and_steps_differ() -> None:
     seeds = {train.keyed_seed(seed, step, stream) for seed in range(3) for step in range(50) for stream in range(2)}
     assert len(seeds) == 300
+
+
+def test_a_mask_that_does_not_fit_is_found_before_training(tiny_config, small_voc, tmp_path) -> None:
+    root = shutil.copytree(small_voc, tmp_path / "voc")
+    mask = root / "SegmentationClass/train_0003.png"
+    write_mask(mask, read_mask(mask)[:-1])
+    settings = config.load(tiny_config(data={"root": str(root)}))
+    with pytest.raises(UserError, match=f"1 masks of another size than their image: {mask}"):
+        train.run(settings)
+    assert not (settings.run / "metrics.jsonl").exists()
+
+
+def test_a_frozen_stem_is_not_left_with_random_weights(tiny_config) -> None:
+    with pytest.raises(UserError, match=r"model\.weights is null, but mobilenet_v2 keeps"):
+        train.run(config.load(tiny_config(model={"backbone": "mobilenet_v2"})))

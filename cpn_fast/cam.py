@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast.config import Config
+from cpn_fast import ranks
+from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import overlay, write_mask
@@ -31,43 +32,49 @@ from cpn_fast.weights import load_into, read_weights, to_network_keys
 def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     """Write ``seeds/ID.npz``, ``masks/ID.png`` and ``overlays/ID.jpg`` for a list; returns their folder.
 
-    Finished images are kept when the weights and the settings are the same, and made again when they are not.
+    Finished images are kept when the weights and the settings are the same, and made again when they are not. Under
+    torchrun each process makes its share of the list.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank = ranks.join()
+    device = rank.device
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
     network = load_network(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     folder = config.run / "cams" / list_path.stem
-    _open_folder(folder, config, weights)
-    missing = [sample for sample in samples if not _finished(folder, sample)]
+    if rank.first:
+        _open_folder(folder, config, weights)
+    rank.wait()
+    own = rank.share(samples)
+    missing = [sample for sample in own if not _finished(folder, sample)]
     batches = scaled_images(
         missing,
         scales=config.cam.scales,
-        flip=config.cam.flip,
         mean=network.mean,
         std=network.std,
         batch=config.cam.batch,
+        pixels=config.cam.pixels,
         device=device,
         threads=config.train.data_threads,
         fit=network.backbone.fit,
     )
-    with ThreadPoolExecutor(2) as pool, progress_bar() as bar:
-        task = bar.add_task("cam", total=len(samples), completed=len(samples) - len(missing), note="")
+    writers = config.train.data_threads
+    with ThreadPoolExecutor(writers) as pool, progress_bar() as bar:
+        task = bar.add_task("cam", total=len(own), completed=len(own) - len(missing), note="")
         writing: deque[Future[None]] = deque()
         for batch in batches:
             chosen = [missing[i] for i in batch.indices]
-            labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen])).to(device)
+            labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
             with torch.inference_mode(), autocast(config.train.precision, device):
-                cams = summed_cams(network, batch, labels, config.cam.map, flip=config.cam.flip)
+                cams = summed_cams(network, batch, labels, config.cam)
             for sample, cam in zip(chosen, cams, strict=True):
-                seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
-                writing.append(pool.submit(_write, folder, sample, seed, config))
-            while len(writing) > 4 * config.cam.batch:  # bounds what waits in memory
+                writing.append(pool.submit(_write, folder, sample, cam, config))
+            while len(writing) > writers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
             bar.advance(task, len(chosen))
         for written in writing:
             written.result()
+    rank.wait()
     return folder
 
 
@@ -84,26 +91,35 @@ def load_network(config: Config, weights: Path) -> Network:
     return network
 
 
-def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, map: str, *, flip: bool) -> list[Tensor]:
+def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: Cam) -> list[Tensor]:
     """Sum over scales and flips of the CAMs of present classes, at the original size.
 
-    labels (B, classes) bool; returns float32 (present classes, H, W) an image.
+    labels (B, classes) bool, on the CPU so that nothing here waits for the GPU; returns float32 (present classes, H, W)
+    an image. A forward pass holds the images and their mirror images, or one after the other where both would exceed
+    ``options.pixels``.
     """
     sums: list[Tensor] = []
     for images in batch.scales:
-        images = images.contiguous(memory_format=torch.channels_last)
-        views = 2 if flip else 1
-        cams = network(images, labels.repeat(views, 1).float())
-        cam = cams.refined if map == "refined" else F.relu(cams.raw)
-        cam = cam[:, 1:].float()
-        if flip:
-            straight, mirrored = cam.chunk(2)
-            cam = straight + mirrored.flip(3)
-        present = [own[label] for own, label in zip(cam, labels, strict=True)]
+        passes = [images]
+        if options.flip:
+            mirrored = images.flip(3)
+            fits = 2 * images[:, 0].numel() <= options.pixels
+            passes = [torch.cat([images, mirrored])] if fits else [images, mirrored]
+        maps = torch.cat([_foreground(network, views, labels, options.map) for views in passes])
+        if options.flip:
+            maps = maps[: len(images)] + maps[len(images) :].flip(3)
+        present = [own[label.nonzero().squeeze(1).to(own.device)] for own, label in zip(maps, labels, strict=True)]
         # Twice, as released: the network's output size first, then the image's.
         full = [_resize(_resize(own, images.shape[2:], corners=True), batch.size, corners=False) for own in present]
-        sums = [a + b for a, b in zip(sums, full, strict=True)] if sums else full
+        sums = [a.add_(b) for a, b in zip(sums, full, strict=True)] if sums else full
     return sums
+
+
+def _foreground(network: Network, views: Tensor, labels: Tensor, map: str) -> Tensor:
+    """float32 (V, classes, h, w) of views (V, 3, H, W), in which the labelled images may come more than once."""
+    labels = labels.repeat(len(views) // len(labels), 1).to(views)
+    cams = network(views.contiguous(memory_format=torch.channels_last), labels)
+    return (cams.refined if map == "refined" else F.relu(cams.raw))[:, 1:].float()
 
 
 def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
@@ -112,7 +128,9 @@ def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
     return F.interpolate(maps[None], tuple(size), mode="bilinear", align_corners=corners)[0]
 
 
-def _write(folder: Path, sample: Sample, seed: Seed, config: Config) -> None:
+def _write(folder: Path, sample: Sample, cam: Tensor, config: Config) -> None:
+    """In a thread, so that neither the GPU nor the loop that feeds it waits for files."""
+    seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
     mask = seed.mask(config.cam.mask_threshold)
     write_mask(folder / "masks" / f"{sample.id}.png", mask)
     picture = overlay(read_image(sample.image), mask, config.classes)

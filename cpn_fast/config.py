@@ -220,6 +220,9 @@ class Cam(Section):
     """Adds the mirrored image at each scale."""
     batch: Count = 4
     """Images of one size that share a batch (each twice when flipped)."""
+    pixels: Annotated[int, Field(ge=4096)] = 2**23
+    """Most pixels in a forward pass, which bounds memory: 1080p at scale 2 has 8.3 million and just fits. Fewer images
+    share a batch where they would hold more, and a scale at which one image alone does is lowered for it."""
     mask_threshold: Share = 0.3
     """Background score of the palette PNGs and overlays written beside the seeds."""
 

@@ -50,18 +50,17 @@ def scaled_images(
     sizes: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
         sizes.setdefault(image_size(sample.image), []).append(index)
-    batches: list[tuple[tuple[int, int], list[tuple[int, int]], list[int]]] = []
+    batches = []
     for size, indices in sorted(sizes.items(), key=lambda item: (math.prod(item[0]), item[0]), reverse=True):
         scaled = [_scaled_size(size, scale, pixels, fit) for scale in scales]
         together = max(1, min(batch, pixels // max(map(math.prod, scaled))))
-        batches += [
-            (size, scaled, indices[first : first + together]) for first in range(0, len(indices), together)
-        ]
+        for first in range(0, len(indices), together):
+            batches.append(_Planned(indices[first : first + together], size, scaled))
 
     def source(iteration: int) -> tuple[list[np.ndarray], ...]:
         if iteration >= len(batches):
             raise StopIteration
-        _, scaled, indices = batches[iteration]
+        indices, _, scaled = batches[iteration]
         images = [read_encoded(samples[index].image) for index in indices]
         return [image.data for image in images], *([np.array(size, np.float32)] * len(images) for size in scaled)
 
@@ -70,9 +69,15 @@ def scaled_images(
         encoded, *targets = fn.external_source(source=source, num_outputs=1 + len(scales), batch=True)
         images = decode(encoded, device)
         pipeline.set_outputs(*(_scaled(images, target, mean, std) for target in targets))
-    for number, (size, _, indices) in enumerate(batches):
-        paths = [samples[index].image for _, _, group in batches[number : number + 3] for index in group]
-        yield ScaledBatch(indices, size, run(pipeline, device, paths))
+    for number, planned in enumerate(batches):
+        paths = [samples[index].image for near in batches[number : number + 3] for index in near.indices]
+        yield ScaledBatch(planned.indices, planned.size, run(pipeline, device, paths))
+
+
+class _Planned(NamedTuple):
+    indices: list[int]
+    size: tuple[int, int]
+    scaled: list[tuple[int, int]]
 
 
 def _scaled_size(size: tuple[int, int], scale: float, pixels: int, fit: Callable[[int], int]) -> tuple[int, int]:

@@ -61,10 +61,18 @@ def test_other_weights_or_settings_make_new_seeds(trained, tiny_config) -> None:
 class Painter(torch.nn.Module):
     """A network whose CAM is the image itself, at an eighth of its size."""
 
+    widest = 0
+
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> Cams:
+        assert len(images) == len(labels)
+        self.widest = max(self.widest, images[:, 0].numel())
         small = F.interpolate(images, scale_factor=1 / 8, mode="area")
         maps = torch.cat([torch.zeros_like(small[:, :1]), small], dim=1)
         return Cams(-maps, maps)
+
+
+def summed(batch: ScaledBatch, labels: torch.Tensor, painter: Painter | None = None, **options) -> list[torch.Tensor]:
+    return cam.summed_cams(painter or Painter(), batch, labels, config.Cam(**options))
 
 
 def test_scales_and_flips_are_summed_in_place() -> None:
@@ -72,14 +80,24 @@ def test_scales_and_flips_are_summed_in_place() -> None:
     image = torch.zeros(1, 3, 64, 96)
     image[:, 1, 16:32, 8:40] = 1.0
     labels = torch.tensor([[False, True, True]])
-    scales = [image, F.interpolate(image, scale_factor=2)]
-    flipped = [torch.cat([scale, scale.flip(3)]) for scale in scales]
-    single = cam.summed_cams(Painter(), ScaledBatch([0], (64, 96), scales), labels, "refined", flip=False)[0]
-    double = cam.summed_cams(Painter(), ScaledBatch([0], (64, 96), flipped), labels, "refined", flip=True)[0]
+    batch = ScaledBatch([0], (64, 96), [image, F.interpolate(image, scale_factor=2)])
+    (single,), (double,) = (summed(batch, labels, flip=flip) for flip in (False, True))
     assert single.shape == (2, 64, 96)
     torch.testing.assert_close(double, 2 * single)
     assert single[1].abs().max() == 0
     assert single[0, 24, 24] > 1.9  # inside the rectangle, at both scales
     assert single[0, 50, 80] == 0
-    raw = cam.summed_cams(Painter(), ScaledBatch([0], (64, 96), scales), labels, "raw", flip=False)[0]
+    (raw,) = summed(batch, labels, flip=False, map="raw")
     assert raw.abs().max() == 0  # negative logits are no evidence
+
+
+def test_a_forward_pass_keeps_to_the_pixels() -> None:
+    images = torch.rand(2, 3, 64, 96)
+    labels = torch.tensor([[True, True, False], [False, False, True]])
+    batch = ScaledBatch([0, 1], (64, 96), [images])
+    together, apart = Painter(), Painter()
+    expected = summed(batch, labels, together)
+    found = summed(batch, labels, apart, pixels=images[:, 0].numel())
+    assert (together.widest, apart.widest) == (4 * 64 * 96, 2 * 64 * 96)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from cpn_fast.dataset import Sample
@@ -31,7 +33,7 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 def scaled(samples: list[Sample], **options: Any) -> list[ScaledBatch]:
     """Pixel values pass unchanged unless ``mean`` or ``std`` is given."""
-    defaults: dict[str, Any] = {"scales": (1.0,), "flip": False, "mean": (0, 0, 0), "std": (1, 1, 1), "batch": 3}
+    defaults: dict[str, Any] = {"scales": (1.0,), "mean": (0, 0, 0), "std": (1, 1, 1), "batch": 3, "pixels": 10**6}
     rest: dict[str, Any] = {"device": torch.device("cpu"), "threads": 1, "fit": lambda side: side}
     return list(scaled_images(samples, **{**defaults, **rest, **options}))
 
@@ -62,14 +64,22 @@ def test_scales_are_pillows_cubic_at_the_fitting_size(samples: list[Sample]) -> 
                 assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 1
 
 
-def test_mirror_images_follow_the_images(samples: list[Sample]) -> None:
-    for plain, flipped in zip(
-        scaled(samples, scales=(1.0, 2.0)), scaled(samples, scales=(1.0, 2.0), flip=True), strict=True
-    ):
-        for images, both in zip(plain.scales, flipped.scales, strict=True):
-            straight, mirrored = both.chunk(2)
-            assert torch.equal(straight, images)
-            assert torch.equal(mirrored.flip(3), images)
+@given(pixels=st.integers(30, 4000))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_scale_of_a_batch_exceeds_the_pixels(samples: list[Sample], pixels: int) -> None:
+    batches = scaled(samples, scales=(0.5, 1.0, 2.0), pixels=pixels)
+    assert sorted(index for batch in batches for index in batch.indices) == list(range(len(SIZES)))
+    for batch in batches:
+        for scale, images in zip((0.5, 1.0, 2.0), batch.scales, strict=True):
+            count, _, height, width = images.shape
+            room = 1 + 2 / min(height, width) ** 2  # sides are rounded
+            assert count * height * width <= pixels * room + max(height, width)
+            wanted = scale**2 * batch.size[0] * batch.size[1]
+            if wanted <= pixels:
+                assert (height, width) == tuple(round(scale * side) for side in batch.size)
+            else:
+                assert count == 1
+                assert height / width == pytest.approx(batch.size[0] / batch.size[1], rel=2 / min(height, width))
 
 
 def test_normalises(samples: list[Sample]) -> None:

@@ -1,3 +1,19 @@
 """cpn-fast: semantic segmentation learned from image-level tags with the Complementary Patch Network."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpn_fast.predict import load as load
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``cpn_fast.load``, imported when it is asked for: it needs torch, and ``cpn-fast --help`` does not."""
+    if name == "load":
+        from cpn_fast.predict import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -89,6 +90,23 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="JPEG or PNG files.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="A run's folder, or its weights.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for masks, overlays and JSON.")] = Path("predictions"),
+    tags: Annotated[
+        str | None, typer.Option(help="What the images show, as in 'dog;person'; otherwise the model finds out.")
+    ] = None,
+) -> None:
+    """Segment images with a trained model: overlay, palette mask and JSON of classes for each."""
+    from cpn_fast import predict
+
+    names = None if tags is None else [name.strip() for name in tags.split(";") if name.strip()]
+    predict.run(model, images, out, names)
+    print(f"Masks, overlays and JSON of {len(images)} images are in {out}")
+
+
+@app.command()
 def convert(source: Path, destination: Path) -> None:
     """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth."""
     from cpn_fast.weights import convert
@@ -123,7 +141,12 @@ def _next(command: str) -> None:
 
 
 def main() -> None:
-    """Entry point: what a user can mend is printed without a traceback, with exit code 1."""
+    """Entry point: what a user can mend is printed without a traceback, with exit code 1.
+
+    Of torchrun's processes, the first alone writes to standard output; every one may write errors.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
     try:
         app()
     except UserError as error:

@@ -1,0 +1,163 @@
+"""Masks of single images by a trained network: ``cpn-fast predict``, and ``cpn_fast.load`` for programs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from cpn_fast.cam import load_network, summed_cams
+from cpn_fast.config import Config, parse
+from cpn_fast.dataset import Sample
+from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
+from cpn_fast.kernels import pooled_logits
+from cpn_fast.masks import overlay, write_mask
+from cpn_fast.models.network import Network
+from cpn_fast.pipelines.inference import scaled_images
+from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.seeds import Seed, unit_scale
+from cpn_fast.train import autocast
+
+PRESENT = 0.5
+"""A class counts as present from this probability on, where no tags are given."""
+
+
+class Prediction(NamedTuple):
+    """What a network sees in one image."""
+
+    probabilities: dict[str, float]
+    """Class name -> probability that the image shows it, for all classes."""
+    seed: Seed
+    """Scores of the classes that were given as tags or found."""
+    mask: np.ndarray
+    """uint8 (H, W): 0 background, i + 1 for ``Model.classes[i]``."""
+
+
+class Model:
+    """A trained network with its config; images go through the same steps as in ``cpn-fast cam``."""
+
+    def __init__(self, config: Config, network: Network, device: torch.device) -> None:
+        self.config, self.network, self.device = config, network, device
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.config.classes
+
+    def predict(self, image: Path | str | np.ndarray, tags: Sequence[str] | None = None) -> Prediction:
+        """Segment one image: a file, or uint8 RGB (H, W, 3).
+
+        tags: names of the classes that it shows, as at training; None takes those whose probability is at least
+        ``PRESENT``. Raises UserError for a missing or damaged file and for a tag that is no class.
+        """
+        if not isinstance(image, np.ndarray):
+            return next(self.predict_files([Path(image)], tags))[1]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image is uint8 RGB (H, W, 3), found {image.dtype}{image.shape}")
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            Image.fromarray(image).save(file, "PNG", compress_level=1)
+            file.flush()
+            return next(self.predict_files([Path(file.name)], tags))[1]
+
+    def predict_files(
+        self, paths: Sequence[Path], tags: Sequence[str] | None = None
+    ) -> Iterator[tuple[Path, Prediction]]:
+        """As ``predict``, for many files, the largest first."""
+        given = None if tags is None else self._indicator(tags)
+        batches = scaled_images(
+            [Sample(path.stem, path, None, None) for path in paths],
+            scales=self.config.cam.scales,
+            mean=self.network.mean,
+            std=self.network.std,
+            batch=1,
+            pixels=self.config.cam.pixels,
+            device=self.device,
+            threads=self.config.train.data_threads,
+            fit=self.network.backbone.fit,
+        )
+        for batch in batches:
+            with torch.inference_mode(), autocast(self.config.train.precision, self.device):
+                probabilities = self._probabilities(batch.scales)
+                present = probabilities >= PRESENT if given is None else given
+                (cam,) = summed_cams(self.network, batch, present[None], self.config.cam)
+            seed = Seed(present.nonzero().squeeze(1).numpy(), unit_scale(cam).cpu().numpy())
+            scores = dict(zip(self.classes, probabilities.tolist(), strict=True))
+            yield paths[batch.indices[0]], Prediction(scores, seed, seed.mask(self.config.cam.mask_threshold))
+
+    def _probabilities(self, scales: Sequence[Tensor]) -> Tensor:
+        """float32 (classes,) on the CPU, of the image at the scale nearest to its own size."""
+        factors = self.config.cam.scales
+        images = scales[min(range(len(factors)), key=lambda i: abs(factors[i] - 1))]
+        # Refinement plays no part in the logits, so any tags will do.
+        cams = self.network(images.contiguous(memory_format=torch.channels_last), images.new_ones(1, len(self.classes)))
+        return pooled_logits(cams.raw[:, 1:].float(), size=images.shape[2:])[0].sigmoid().cpu()
+
+    def _indicator(self, tags: Sequence[str]) -> Tensor:
+        unknown = sorted(set(tags) - set(self.classes))
+        if unknown:
+            raise UserError(f"tags that are no class: {', '.join(unknown)}. Classes are: {', '.join(self.classes)}")
+        return torch.tensor([name in tags for name in self.classes])
+
+
+def load(path: Path | str, device: str | torch.device | None = None) -> Model:
+    """A trained model, ready to predict.
+
+    path: a run's folder, or a file of weights with the run's ``config.yaml`` beside it or one folder up (where a
+    checkpoint's is). device: by default CUDA where there is one. Raises UserError if either file is missing or damaged.
+    """
+    path = Path(path)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file of weights; `cpn-fast train` writes a run's model.safetensors")
+    found = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
+    source = next((file for file in found if file.is_file()), None)
+    if source is None:
+        raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")
+    try:
+        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{source}: not readable as YAML: {error}") from None
+    config = parse(tree, str(source))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network = load_network(config, weights).to(place).eval()
+    return Model(config, network.to(memory_format=torch.channels_last), place)  # type: ignore[call-overload]
+
+
+def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> None:
+    """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``."""
+    stems = [image.stem for image in images]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise UserError(f"several images are called {', '.join(twice)}, and so would be their masks: rename them")
+    trained = load(model)
+    for image, prediction in track(trained.predict_files(images, tags), "predict", total=len(images)):
+        write_mask(out / f"{image.stem}_mask.png", prediction.mask)
+        with replacing(out / f"{image.stem}_overlay.png") as file:
+            Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
+        with replacing(out / f"{image.stem}.json") as file:
+            summary = {"image": str(image), **_summary(trained, prediction)}
+            file.write(json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
+    areas = np.bincount(prediction.mask.ravel(), minlength=1 + len(model.classes)) / prediction.mask.size
+    return {
+        "classes": {
+            (name := model.classes[index]): {
+                "probability": round(prediction.probabilities[name], 4),
+                "mask_value": index + 1,
+                "area": round(float(areas[index + 1]), 4),
+            }
+            for index in prediction.seed.classes.tolist()
+        },
+        "background_score": model.config.cam.mask_threshold,
+    }

@@ -127,6 +127,21 @@ def export(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Checks its data, weights and disk too.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Check Python, torch, the GPU, Triton, DALI and the rest, and say how to mend what does not work."""
+    from cpn_fast import doctor
+    from cpn_fast.config import load
+
+    if not doctor.run(None if config is None else load(config, overrides)):
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the generated data set and the runs.")] = Path("runs/demo"),
 ) -> None:

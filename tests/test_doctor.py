@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cpn_fast import config, doctor
+from cpn_fast.cli import app
+
+
+def test_everything_that_make_setup_installs_works(tiny_config) -> None:
+    result = CliRunner().invoke(app, ["doctor", str(tiny_config())], catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "broken" not in result.output
+    assert "12 images in ImageSets/Segmentation/train.txt" in result.output
+    for part in ("Python", "torch", "Triton", "DALI", "fast-slic", "pydensecrf", "disk"):
+        assert part in result.output
+
+
+def test_what_is_broken_is_named_and_ends_with_an_exit_code(tiny_config, tmp_path: Path) -> None:
+    path = tiny_config(data={"root": str(tmp_path / "nowhere")}, model={"weights": str(tmp_path / "none.pth")})
+    result = CliRunner().invoke(app, ["doctor", str(path)], catch_exceptions=False, env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert "nowhere is not a folder" in result.output
+    assert "none.pth" in result.output
+
+
+def test_a_missing_package_is_a_finding(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
+    finding = doctor.examine(doctor.dense_crf)
+    assert finding.state == "broken"
+    assert "pydensecrf" in finding.found
+    assert finding.mend
+
+
+def test_a_class_that_no_image_shows_is_pointed_out(tiny_config) -> None:
+    settings = config.load(tiny_config())
+    finding = doctor.data(settings.model_copy(update={"classes": (*settings.classes, "unicorn")}))
+    assert finding.state == "slow"
+    assert "no image shows unicorn" in finding.found
+
+
+def test_a_full_disk_is_pointed_out_before_the_run(monkeypatch, tmp_path: Path) -> None:
+    usage = doctor.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage._replace(free=2**30))
+    assert doctor.disk(tmp_path / "not yet there").state == "slow"
+    with pytest.raises(OSError):
+        doctor.disk(Path("/proc/here"))

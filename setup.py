@@ -22,7 +22,7 @@ setup(
         "cpn_fast.pipelines": "pipelines",
         "cpn_fast.configs": "configs",
     },
-    package_data={"cpn_fast": ["py.typed"], "cpn_fast.configs": ["*.yaml"]},
+    package_data={"cpn_fast": ["py.typed", "report.html"], "cpn_fast.configs": ["*.yaml"]},
     entry_points={"console_scripts": ["cpn-fast = cpn_fast.cli:main"]},
     install_requires=[
         "torch>=2.8",
@@ -36,6 +36,7 @@ setup(
         "rich>=13",
         "typer>=0.12",
         "safetensors>=0.4",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "tensorboard>=2.15",
         "scikit-learn>=1.4",

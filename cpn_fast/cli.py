@@ -127,6 +127,14 @@ def export(
 
 
 @app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/voc.")]) -> None:
+    """Write a run's report: one HTML page with curves, scores and pictures."""
+    from cpn_fast import report
+
+    print(f"The report is {report.run(run)}")
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="Checks its data, weights and disk too.")

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,11 @@ class Model:
 
     def __init__(self, config: Config, network: Network, device: torch.device) -> None:
         self.config, self.network, self.device = config, network, device
+
+    def with_map(self, map: Literal["refined", "raw"]) -> Model:
+        """The same network, whose ``map`` becomes the seed (``cam.map``)."""
+        cam = self.config.cam.model_copy(update={"map": map})
+        return Model(self.config.model_copy(update={"cam": cam}), self.network, self.device)
 
     @property
     def classes(self) -> tuple[str, ...]:

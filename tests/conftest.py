@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cpn_fast import cam, evaluate, train
+from cpn_fast.config import parse
 from cpn_fast.demo_data import DEMO_CLASSES, generate
 
 
@@ -14,6 +16,29 @@ def small_voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("voc")
     generate(root, seed=0, train=12, val=4)
     return root
+
+
+@pytest.fixture(scope="session")
+def small_run(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps on the small data set, with seeds and scores of its validation images. Read only."""
+    settings = parse(
+        {
+            "name": "small",
+            "out": str(tmp_path_factory.mktemp("runs")),
+            "classes": list(DEMO_CLASSES),
+            "data": {"root": str(small_voc), "train_list": "ImageSets/Segmentation/train.txt"},
+            "augment": {"long_side": [64, 96], "crop": 64},
+            "model": {"backbone": "narrow"},
+            "superpixels": {"count": 30},
+            "train": {"batch": 4, "steps": 2, "log_every": 1, "data_threads": 1},
+            "cam": {"scales": [0.5, 1.0]},
+        },
+        "small_run",
+    )
+    val = Path("ImageSets/Segmentation/val.txt")
+    seeds = cam.run(settings, train.run(settings), val) / "seeds"
+    evaluate.run(settings, cams=seeds, masks=None, list_path=val, threshold_from=None)
+    return settings.run
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import cpn_fast
-from cpn_fast import cam, config, train
+from cpn_fast import config
 from cpn_fast.cli import app
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
@@ -20,49 +20,29 @@ from cpn_fast.predict import PRESENT
 from cpn_fast.seeds import STEPS, read_seed
 
 
-@pytest.fixture(scope="module")
-def run(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with trained weights and the seeds of its validation images."""
-    out = tmp_path_factory.mktemp("runs")
-    tree = {
-        "name": "tiny",
-        "out": str(out),
-        "classes": ["fish", "beetle", "snail", "turtle", "bird"],
-        "data": {"root": str(small_voc), "train_list": "ImageSets/Segmentation/train.txt"},
-        "augment": {"long_side": [64, 96], "crop": 64},
-        "model": {"backbone": "narrow"},
-        "superpixels": {"count": 30},
-        "train": {"batch": 4, "steps": 2, "data_threads": 1},
-        "cam": {"scales": [0.5, 1.0]},
-    }
-    settings = config.parse(tree, "tiny")
-    cam.run(settings, train.run(settings), Path("ImageSets/Segmentation/val.txt"))
-    return settings.run
-
-
 @pytest.fixture
-def samples(run: Path):
-    settings = config.load(run / "config.yaml")
+def samples(small_run: Path):
+    settings = config.load(small_run / "config.yaml")
     return load_samples(
         settings.data, settings.classes, Path("ImageSets/Segmentation/val.txt"), labels=True, masks=False
     )
 
 
-def test_given_the_tags_it_predicts_the_seeds_of_the_stage_cam(run: Path, samples) -> None:
-    model = cpn_fast.load(run)
+def test_given_the_tags_it_predicts_the_seeds_of_the_stage_cam(small_run: Path, samples) -> None:
+    model = cpn_fast.load(small_run)
     for sample in samples:
         tags = [name for name, present in zip(model.classes, sample.label, strict=True) if present]
         prediction = model.predict(sample.image, tags)
-        seed = read_seed(run / "cams/val/seeds" / f"{sample.id}.npz")
+        seed = read_seed(small_run / "cams/val/seeds" / f"{sample.id}.npz")
         assert prediction.seed.classes.tolist() == seed.classes.tolist()
         assert np.abs(prediction.seed.cam - seed.cam).max() <= 0.5 / STEPS + 1e-5
-        assert (prediction.mask == read_mask(run / "cams/val/masks" / f"{sample.id}.png")).mean() > 0.999
+        assert (prediction.mask == read_mask(small_run / "cams/val/masks" / f"{sample.id}.png")).mean() > 0.999
     again = model.predict(read_image(samples[0].image), ["fish"])
     assert again.seed.classes.tolist() == [0]
 
 
-def test_without_tags_it_takes_the_classes_that_it_finds(run: Path, samples) -> None:
-    model = cpn_fast.load(run / "model.safetensors", device="cpu")
+def test_without_tags_it_takes_the_classes_that_it_finds(small_run: Path, samples) -> None:
+    model = cpn_fast.load(small_run / "model.safetensors", device="cpu")
     prediction = model.predict(samples[0].image)
     assert list(prediction.probabilities) == list(model.classes)
     found = [index for index, value in enumerate(prediction.probabilities.values()) if value >= PRESENT]
@@ -70,8 +50,8 @@ def test_without_tags_it_takes_the_classes_that_it_finds(run: Path, samples) -> 
     assert set(np.unique(prediction.mask)) <= {0, *(index + 1 for index in found)}
 
 
-def test_an_array_is_predicted_as_its_file_is(run: Path, samples, tmp_path: Path) -> None:
-    model = cpn_fast.load(run)
+def test_an_array_is_predicted_as_its_file_is(small_run: Path, samples, tmp_path: Path) -> None:
+    model = cpn_fast.load(small_run)
     image = read_image(samples[0].image)
     Image.fromarray(image).save(tmp_path / "a.png")
     one, other = model.predict(image, ["fish"]), model.predict(str(tmp_path / "a.png"), ["fish"])
@@ -80,15 +60,15 @@ def test_an_array_is_predicted_as_its_file_is(run: Path, samples, tmp_path: Path
         model.predict(image[..., 0])
 
 
-def test_a_checkpoint_loads_with_the_config_of_its_run(run: Path, samples) -> None:
-    (checkpoint,) = (run / "checkpoints").glob("*.pt")
-    expected = cpn_fast.load(run).predict(samples[0].image, ["bird"])
+def test_a_checkpoint_loads_with_the_config_of_its_run(small_run: Path, samples) -> None:
+    (checkpoint,) = (small_run / "checkpoints").glob("*.pt")
+    expected = cpn_fast.load(small_run).predict(samples[0].image, ["bird"])
     assert np.array_equal(cpn_fast.load(checkpoint).predict(samples[0].image, ["bird"]).seed.cam, expected.seed.cam)
 
 
-def test_the_command_writes_overlay_mask_and_json(run: Path, samples, tmp_path: Path) -> None:
+def test_the_command_writes_overlay_mask_and_json(small_run: Path, samples, tmp_path: Path) -> None:
     images = [str(sample.image) for sample in samples[:2]]
-    arguments = ["predict", *images, "--model", str(run), "--out", str(tmp_path / "out"), "--tags", "fish; bird"]
+    arguments = ["predict", *images, "--model", str(small_run), "--out", str(tmp_path / "out"), "--tags", "fish; bird"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     for sample in samples[:2]:
@@ -100,13 +80,13 @@ def test_the_command_writes_overlay_mask_and_json(run: Path, samples, tmp_path: 
         assert Image.open(tmp_path / "out" / f"{sample.id}_overlay.png").mode == "RGB"
 
 
-def test_what_is_wrong_is_said(run: Path, samples, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file of weights"):
         cpn_fast.load(tmp_path)
-    shutil.copy(run / "model.safetensors", tmp_path)
+    shutil.copy(small_run / "model.safetensors", tmp_path)
     with pytest.raises(UserError, match=r"no config\.yaml beside it"):
         cpn_fast.load(tmp_path)
     with pytest.raises(UserError, match=r"tags that are no class: cat\. Classes are: fish"):
-        cpn_fast.load(run).predict(samples[0].image, ["cat", "fish"])
+        cpn_fast.load(small_run).predict(samples[0].image, ["cat", "fish"])
     with pytest.raises(UserError, match=r"nowhere\.jpg"):
-        cpn_fast.load(run).predict(tmp_path / "nowhere.jpg")
+        cpn_fast.load(small_run).predict(tmp_path / "nowhere.jpg")

@@ -1,0 +1,246 @@
+"""``cpn-fast report``: a run as one HTML page that needs no network and no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from cpn_fast.config import Config, load
+from cpn_fast.dataset import Sample, load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.evaluate import SUMMARY, Scores, confusion
+from cpn_fast.files import replacing
+from cpn_fast.masks import GalleryRow, cam_overlay, gallery, read_mask, tinted
+from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.predict import Model
+from cpn_fast.predict import load as load_model
+from cpn_fast.seeds import Seed, read_seed
+
+SHOWN = 8
+"""Images in each of the galleries of the best and the worst."""
+
+
+def run(folder: Path) -> Path:
+    """Write ``report.html`` into a run's folder from what is there by now; returns its path.
+
+    Raises UserError if the folder holds no run, or if files that it refers to are gone.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run, as in runs/voc")
+    config = load(folder / "config.yaml")
+    environment = json.loads((folder / "environment.json").read_text())
+    model = load_model(folder) if (folder / "model.safetensors").is_file() else None
+    found = sorted(folder.glob("evaluation/*/*/evaluation.json"))
+    evaluations = [_evaluation(path, config, model) for path in found]
+    page = Environment(autoescape=True, trim_blocks=True).from_string(
+        files("cpn_fast").joinpath("report.html").read_text()
+    )
+    images = len(load_samples(config.data, config.classes, config.data.train_list, labels=False, masks=False))
+    html = page.render(
+        name=config.name,
+        subtitle=f"{config.method} with {config.model.backbone} on {images} images of {len(config.classes)} classes",
+        folder=folder,
+        evaluations=evaluations,
+        training=_training(folder / "metrics.jsonl"),
+        environment=environment,
+        config=(folder / "config.yaml").read_text(),
+    )
+    path = folder / "report.html"
+    with replacing(path) as file:
+        file.write(html.encode())
+    return path
+
+
+# Training
+
+
+def _training(path: Path) -> dict[str, Any] | None:
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not lines:
+        return None
+    rates = [line["images_per_second"] for line in lines]
+    last = lines[-1]
+    figures = {
+        "steps": f"{last['step']:,}",
+        "epochs": f"{last['epoch']:.1f}",
+        "images a second (median of the lines)": f"{statistics.median(rates):.1f}",
+        "waiting for data": f"{statistics.mean(line['waiting'] for line in lines):.1%} of the time",
+        "loss at the end": f"{last['loss']:.4f}",
+    }
+    maps = [line["mAP"] for line in lines if "mAP" in line]
+    if maps:
+        figures["classification mAP of the last epoch"] = f"{maps[-1]:.1%}"
+    return {"figures": figures.items(), "plot": _embedded(_curves(lines))}
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> Figure:
+    """One panel a quantity: the total loss with its parts, classification mAP, learning rate, speed."""
+    known = ("step", "epoch", "lr", "images_per_second", "waiting", "mAP")
+    losses = [key for key in lines[0] if key not in known]
+    panels = [
+        ("loss", losses),
+        ("classification mAP", ["mAP"]),
+        ("learning rate", ["lr"]),
+        ("images/s", ["images_per_second"]),
+    ]
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                marker = "o" if len(points) < 3 else None
+                axes.plot(*zip(*points, strict=True), label=key, lw=2 if key == "loss" else 1.2, marker=marker)
+        if len(keys) > 1:
+            axes.legend(frameon=False)
+            axes.set_yscale("log")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# Evaluations
+
+
+def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
+    tree = json.loads(path.read_text())
+    plots = [
+        {"alt": alt, "data": _data(path.with_name(name).read_bytes(), "png")}
+        for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))
+        if path.with_name(name).is_file()
+    ]
+    plots.append({"alt": "Where the pixels of each class go", "data": _embedded(_confusion(tree))})
+    return {
+        "title": f"{path.parent.name} on {path.parent.parent.name}",
+        "anchor": f"{path.parent.parent.name}-{path.parent.name}",
+        "source": tree["source"],
+        "list": tree["list"],
+        "images": tree["images"],
+        "results": [
+            {
+                "threshold": "masks" if result["threshold"] is None else f"{result['threshold']:g} ({result['kind']})",
+                **{name: "-" if result[name] is None else f"{100 * result[name]:.2f}" for name in SUMMARY},
+            }
+            for result in tree["results"]
+        ],
+        "plots": plots,
+        "galleries": _galleries(tree, config, model),
+    }
+
+
+def _confusion(tree: dict[str, Any]) -> Figure:
+    counts = np.array(tree["results"][0]["confusion"], float)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names = tree["classes"]
+    side = 3 + 0.3 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 1:
+            axes.text(
+                column,
+                row,
+                f"{share:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share > 55 else "black",
+            )
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true", title="% of a class's pixels")
+    return figure
+
+
+def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, str]]:
+    """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
+    source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
+    listed = {
+        sample.id: sample
+        for sample in load_samples(
+            config.data, config.classes, Path(tree["list"]), labels=threshold is not None, masks=True
+        )
+    }
+    samples = [listed[id_] for id_ in tree["ids"]]
+
+    def predicted(sample: Sample) -> np.ndarray:
+        if threshold is None:
+            return read_mask(source / f"{sample.id}.png")
+        return read_seed(source / f"{sample.id}.npz").mask(threshold)
+
+    def score(sample: Sample) -> float:
+        assert sample.mask is not None
+        return float(Scores(confusion(predicted(sample), read_mask(sample.mask), len(config.classes))).mean_iou)
+
+    with ThreadPoolExecutor() as pool:
+        scores = list(track(pool.map(score, samples), f"Scoring each of {source.name}", total=len(samples)))
+    order = [int(index) for index in np.argsort(scores, kind="stable")]
+    chosen = {
+        "Best images": order[::-1][:SHOWN],
+        "Worst images": order[: min(SHOWN, max(0, len(order) - SHOWN))],
+    }
+    galleries = []
+    for title, indices in chosen.items():
+        if indices:
+            rows = [
+                GalleryRow(
+                    f"{samples[i].id}  IoU {scores[i]:.0%}", *_pictures(samples[i], predicted(samples[i]), model)
+                )
+                for i in indices
+            ]
+            picture = gallery(rows, config.classes)
+            galleries.append({"title": title, "data": _data(_jpeg(picture), "jpeg")})
+    return galleries
+
+
+def _pictures(sample: Sample, mask: np.ndarray, model: Model | None) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Mask values to explain, and pictures: image, ground truth, raw and refined CAM, mask."""
+    assert sample.mask is not None
+    image, truth = read_image(sample.image), read_mask(sample.mask)
+    pictures = {"image": image, "ground truth": tinted(image, truth)}
+    if model is not None and sample.label is not None:
+        tags = [name for name, present in zip(model.classes, sample.label, strict=True) if present]
+        for name, seed in _cams(model, sample.image, tags).items():
+            pictures[name] = cam_overlay(image, seed.cam.max(0, initial=0))
+    pictures["mask"] = tinted(image, mask)
+    return sorted({*np.unique(truth).tolist(), *np.unique(mask).tolist()} - {0, 255}), pictures
+
+
+def _cams(model: Model, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
+    maps = {"plain CAM": "raw"}
+    if model.config.model.pcm or model.config.model.prcm:
+        maps["refined CAM"] = "refined"
+    return {name: model.with_map(map).predict(image, tags).seed for name, map in maps.items()}
+
+
+# Pictures in the page
+
+
+def _embedded(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return _data(file.getvalue(), "png")
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    done, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    assert done
+    return content.tobytes()
+
+
+def _data(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

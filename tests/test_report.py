@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cpn_fast import evaluate, report
+from cpn_fast.cli import app
+from cpn_fast.config import load
+from cpn_fast.errors import UserError
+
+
+@pytest.fixture
+def run(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the small run that may be changed."""
+    return shutil.copytree(small_run, tmp_path / "small")
+
+
+def pictures(html: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', html)
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in found]
+
+
+def test_the_page_stands_alone_and_says_what_was_measured(run: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(run)], catch_exceptions=False)
+    assert result.exit_code == 0
+    html = (run / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)  # nothing is fetched
+    assert "<script" not in html
+    tree = json.loads((run / "evaluation/val/cams-val-seeds/evaluation.json").read_text())
+    assert f"{100 * tree['results'][0]['mean_iou']:.2f}" in html
+    assert "(oracle)" in html
+    for words in ("Best images", "cpn with narrow on 12 images of 5 classes", "waiting for data", "backbone: narrow"):
+        assert words in html
+    shown = pictures(html)
+    assert len(shown) == 5  # training, threshold curve, classes, confusion, and the best of 4 images
+    columns = 5  # image, ground truth, plain CAM, refined CAM, mask
+    assert shown[-1].width == 8 + columns * 248
+    for anchor in re.findall(r'href="#([^"]+)"', html):
+        assert f'id="{anchor}"' in html
+
+
+def test_masks_and_several_lists_have_their_sections_and_names_are_escaped(run: Path, small_voc: Path) -> None:
+    settings = load(run / "config.yaml")
+    val = Path("ImageSets/Segmentation/val.txt")
+    masks = run / "cams/val/masks & more"
+    (run / "cams/val/masks").rename(masks)
+    evaluate.run(
+        settings.model_copy(update={"out": run.parent}), cams=None, masks=masks, list_path=val, threshold_from=None
+    )
+    html = report.run(run).read_text()
+    assert "masks &amp; more" in html
+    assert "masks & more" not in html
+    assert len(pictures(html)) == 5 + 3
+
+
+def test_a_run_without_scores_or_weights_has_a_page_that_says_so(run: Path) -> None:
+    shutil.rmtree(run / "evaluation")
+    (run / "model.safetensors").unlink()
+    (run / "metrics.jsonl").unlink()
+    html = report.run(run).read_text()
+    assert "Nothing has been scored yet" in html
+    assert "No line of metrics.jsonl" in html
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.yaml in it; give the folder of a run"):
+        report.run(tmp_path)
+
+
+def test_seeds_that_are_gone_are_named_and_the_old_page_stays(run: Path) -> None:
+    page = report.run(run)
+    before = page.read_bytes()
+    seed = next((run / "cams/val/seeds").glob("*.npz"))
+    tree = run / "evaluation/val/cams-val-seeds/evaluation.json"
+    tree.write_text(tree.read_text().replace(str(json.loads(tree.read_text())["source"]), str(seed.parent)))
+    seed.unlink()
+    with pytest.raises(UserError, match=seed.name):
+        report.run(run)
+    assert page.read_bytes() == before

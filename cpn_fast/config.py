@@ -70,6 +70,8 @@ class Augment(Section):
 
     long_side: tuple[Count, Count] = (448, 768)
     """The long side is resized to a whole number drawn from this closed range."""
+    scale: tuple[Positive, Positive] | None = None
+    """Both sides are multiplied by a factor drawn from this range instead (``segment``: 0.5 to 1.5)."""
     crop: Count = 448
     """Side of the square crop; smaller images are padded with 0 (the mean colour) at a random offset."""
     flip: Share = 0.5
@@ -87,6 +89,8 @@ class Augment(Section):
     def _range_is_ordered(self) -> Self:
         if self.long_side[0] > self.long_side[1]:
             raise ValueError(f"long_side goes from {self.long_side[0]} down to {self.long_side[1]}: swap them")
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale goes from {self.scale[0]} down to {self.scale[1]}: swap them")
         return self
 
 
@@ -167,9 +171,21 @@ class Loss(Section):
     refined_background: Literal["own", "recomputed"] = "recomputed"
     """Background of refined maps: their ``own`` channel (paper) or eq. 16 again (released)."""
     hard_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the largest eq. 15 errors that count (OHEM); 1 is the plain mean. Both 0.2."""
+    """Share of the largest eq. 15 (SEAM: ECR) errors that count (OHEM); 1 is the plain mean. Both 0.2."""
     hard_over: Literal["image", "batch"] = "image"
     """Errors compete within a mini-``batch`` (paper) or an ``image`` (released)."""
+
+
+class Seam(Section):
+    """Equivariant regularisation between two scales; read by method ``seam``, as are three keys of ``loss``:
+    ``background_suppression``, ``normalise`` and ``hard_share``."""
+
+    scale: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Sides of the second view as a share of the first's. Both 0.3."""
+    er: NotNegative = 1.0
+    """Weight of the difference between the raw CAMs of the scales (ER)."""
+    ecr: NotNegative = 1.0
+    """Weight of the difference between one scale's refined and the other's raw CAM (ECR)."""
 
 
 class Train(Section):
@@ -236,6 +252,47 @@ class Evaluate(Section):
     """A background score fixed beforehand; null reports only the best one on this ground truth (the oracle)."""
 
 
+CrfName = Literal["seam-labels", "seam-walk", "cpn", "segmentation", "irn-labels"]
+
+
+class Crf(Section):
+    """Dense CRFs of the seeds, which ``refine`` labels AffinityNet's training images by."""
+
+    parameters: CrfName = "seam-labels"
+    """A released set of parameters; ``PARAMETERS`` of ``cpn_fast/crf.py`` lists them."""
+    low_alpha: Positive = 4.0
+    """Background scores (1 - max cam) ** alpha; where a class beats those of the low alpha, it is certain. SEAM, psa 4."""
+    high_alpha: Positive = 24.0
+    """Where background wins with those of the high alpha, it is certain. SEAM 24; psa 32, in its README 16."""
+    workers: Count | None = None
+    """Processes; null is one for each core."""
+
+
+class Affinity(Section):
+    """AffinityNet, trained by ``refine`` on the backbone and the weights of ``model``, at stride 8."""
+
+    radius: Annotated[int, Field(ge=2, le=32)] = 5
+    """Pairs are nearer than this, in cells of 8 pixels. psa and SEAM 5."""
+    augment: Augment = Augment()
+    """Released: crop 448, flip and colour."""
+    train: Train = Train(batch=8, epochs=8)
+    """SEAM and psa: batch 8, 8 epochs, momentum 0.0005; lr 0.01 (SEAM), 0.1 (psa). A section given in part says epochs
+    or steps, and takes the rest from ``train``'s defaults."""
+
+
+class Walk(Section):
+    """Random walk of the seeds along AffinityNet's affinities, by ``refine``."""
+
+    alpha: Positive = 6.0
+    """Background scores (1 - max cam) ** alpha. SEAM 6; psa 16."""
+    beta: Positive = 8.0
+    """Power of an affinity. SEAM and psa 8."""
+    logt: Annotated[int, Field(ge=0, le=12)] = 6
+    """The walk has 2 ** logt steps. SEAM 6; psa 8."""
+    crf: CrfName | None = None
+    """CRF of the walked scores (released: ``seam-walk``, switched off); null is none."""
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -245,17 +302,22 @@ class Config(Section):
     """Parent of run folders; relative to the working directory."""
     classes: Annotated[tuple[str, ...], Field(min_length=1)] = VOC_CLASSES
     """Foreground class names in the order of labels and mask values (value 0 is background)."""
-    method: Literal["cpn", "cam"] = "cpn"
-    """``cpn``: the triplet of image, patches and complement. ``cam``: the plain classifier."""
+    method: Literal["cpn", "cam", "seam"] = "cpn"
+    """``cpn``: the triplet of image, patches and complement. ``cam``: the plain classifier. ``seam``: SEAM, and SEAM*
+    where ``model.prcm`` is on."""
     data: Data
     superpixels: Superpixels = Superpixels()
     augment: Augment = Augment()
     patches: Patches = Patches()
     model: Model = Model()
     loss: Loss = Loss()
+    seam: Seam = Seam()
     train: Train
     cam: Cam = Cam()
     evaluate: Evaluate = Evaluate()
+    crf: Crf = Crf()
+    affinity: Affinity = Affinity()
+    walk: Walk = Walk()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -275,6 +337,8 @@ class Config(Section):
             raise ValueError("method cam trains no refinement: set model.pcm and model.prcm to false")
         if self.method == "cpn" and not refines and (self.loss.tcp_refined or self.loss.cpcr):
             raise ValueError("loss.tcp_refined and loss.cpcr need a refined map: switch on model.pcm or model.prcm")
+        if self.method == "seam" and not refines:
+            raise ValueError("method seam compares refined maps: switch on model.pcm or model.prcm")
         return self
 
     @property

@@ -27,8 +27,9 @@ from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
-from cpn_fast.methods import METHODS
-from cpn_fast.models.network import HEADS, Network, build_network
+from cpn_fast.methods import METHODS, Method
+from cpn_fast.models.backbone import Headed
+from cpn_fast.models.network import HEADS
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
@@ -37,9 +38,15 @@ DROPOUT, HIDING = range(2)  # streams of random numbers
 
 
 def run(config: Config) -> Path:
+    """Train the config's method, as ``fit`` does."""
+    return fit(config, METHODS[config.method])
+
+
+def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     """Train, or continue where the run's newest checkpoint stands; returns the file of final weights.
 
-    Raises UserError for anything wrong with the data, the weights, or a run folder that belongs to another config.
+    ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained. Raises
+    UserError for anything wrong with the data, the weights, or a run folder that belongs to another config.
     """
     train, device = config.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     final = config.run / "model.safetensors"
@@ -51,7 +58,8 @@ def run(config: Config) -> Path:
     verified = config.run / "verified.json"
     check_files(samples, workers=train.data_threads, classes=len(config.classes), verified=verified)
     torch.manual_seed(train.seed)
-    network = build_network(config)
+    method = build(config)
+    network = method.network
     if state is None and config.model.weights is None and network.backbone.frozen:
         raise UserError(
             f"model.weights is null, but {config.model.backbone} keeps its first layers and its batch statistics as "
@@ -66,11 +74,15 @@ def run(config: Config) -> Path:
             allow_unexpected=[f"backbone.{pattern}" for pattern in network.backbone.classifier],
         )
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    method = METHODS[config.method](config, network.mean, network.std)
-    cache = None
-    if method.uses_superpixels and config.superpixels.mode == "cached":
+    online = None
+    if method.map != "superpixels":
+        map_path = method.map
+    elif config.superpixels.mode == "online":
+        map_path, online = None, config.superpixels
+    else:
         cache = SuperpixelCache(config.superpixel_cache, config.superpixels)
         cache.build(samples, workers=train.data_threads)
+        map_path = superpixel_path(cache)
 
     optimizer = make_optimizer(network, train, device)
     start = 0
@@ -87,14 +99,13 @@ def run(config: Config) -> Path:
         seed=train.seed,
         device=device,
         threads=train.data_threads,
-        superpixel_path=None if cache is None else superpixel_path(cache),
-        online=config.superpixels if method.uses_superpixels and cache is None else None,
+        map_path=map_path,
+        online=online,
         start_step=start * train.accumulate,
     )
     steps = train.steps or (train.epochs or 0) * pipeline.steps_per_epoch // train.accumulate
     if steps == 0:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
-    size = (config.augment.crop, config.augment.crop)
     generator = torch.Generator(device)
     meter = Meter(config, start, pipeline.steps_per_epoch // train.accumulate)
     batches = timed(pipeline, meter)
@@ -112,8 +123,11 @@ def run(config: Config) -> Path:
                 batch = next(batches)
                 views = method.views(batch, generator)
                 with autocast(train.precision, device):
-                    cams = network(views.images.contiguous(memory_format=torch.channels_last), views.labels)
-                losses = method.losses(cams, views, size)
+                    outputs = [
+                        network(images.contiguous(memory_format=torch.channels_last), *others)
+                        for images, *others in views.inputs
+                    ]
+                losses = method.losses(outputs, views)
                 (losses.total / train.accumulate).backward()
                 meter.add(losses.total.detach(), losses.parts, losses.logits, batch.labels)
             optimizer.step()
@@ -135,7 +149,7 @@ def run(config: Config) -> Path:
     return final
 
 
-def make_optimizer(network: Network, train: Train, device: torch.device) -> torch.optim.SGD:
+def make_optimizer(network: Headed, train: Train, device: torch.device) -> torch.optim.SGD:
     """SGD in four groups: backbone weights x1, biases x2, head weights x10, biases x20; biases do not decay."""
     groups: list[dict[str, Any]] = []
     for is_head, is_bias, times in ((False, False, 1), (False, True, 2), (True, False, 10), (True, True, 20)):
@@ -214,11 +228,12 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.batches = 0
 
-    def add(self, total: Tensor, parts: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+    def add(self, total: Tensor, parts: dict[str, Tensor], logits: Tensor | None, labels: Tensor) -> None:
         for name, value in {"loss": total, **parts}.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.logits.append(logits)
-        self.labels.append(labels)
+        if logits is not None:
+            self.logits.append(logits)
+            self.labels.append(labels)
         self.batches += 1
 
     def write(self, step: int, lr: float) -> str:
@@ -228,7 +243,7 @@ class Meter:
         line: dict[str, Any] = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr, **means}
         line["images_per_second"] = self.batches * self.batch / seconds
         line["waiting"] = self.waited / seconds
-        if step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
+        if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
             line["mAP"] = mean_average_precision(torch.cat(self.labels), torch.cat(self.logits))
             self.logits.clear()
             self.labels.clear()
@@ -257,7 +272,8 @@ def _open_run(config: Config, device: torch.device) -> dict[str, Any] | None:
     resolved = configs.dump(config)
     path = config.run / "config.yaml"
     if path.exists():
-        differing = _differences(yaml.safe_load(path.read_text()), yaml.safe_load(resolved))
+        old = configs.dump(configs.load(path))  # keys that are newer than the run have their defaults
+        differing = _differences(yaml.safe_load(old), yaml.safe_load(resolved))
         if differing:
             raise UserError(
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "

@@ -78,7 +78,7 @@ def complementary_losses(
     present = torch.cat([torch.ones_like(labels[:, :1]), labels], dim=1)[:, :, None, None]
 
     raw = [
-        w * _normalise(upsample(maps, variant.size), variant.normalise) * present
+        w * normalise(upsample(maps, variant.size), variant.normalise) * present
         for w, maps in zip(weights, cam, strict=True)
     ]
     tcp = (raw[2].detach() + raw[1].detach() - raw[0])[:, 1:].abs().mean()
@@ -86,7 +86,7 @@ def complementary_losses(
         return tcp, torch.zeros_like(tcp), torch.zeros_like(tcp)
 
     own = [
-        w * _normalise(upsample(maps, variant.size), variant.normalise) * present
+        w * normalise(upsample(maps, variant.size), variant.normalise) * present
         for w, maps in zip(weights, refined, strict=True)
     ]
     pair = own[2] + own[1]
@@ -102,14 +102,14 @@ def complementary_losses(
             target = torch.where(target == target.amax(dim=1, keepdim=True), target, 0)
         errors = (target - own[hidden]).abs()
         rows = errors.flatten(1) if variant.hard_over == "image" else errors.reshape(1, -1)
-        cpcr = cpcr + _mean_of_largest(rows, variant.hard_share).mean()
+        cpcr = cpcr + mean_of_largest(rows, variant.hard_share).mean()
     return tcp, tcp_refined, cpcr
 
 
 def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int], share: float) -> Tensor:
     """Mean of the lowest ``share`` of each image's strongest present foreground score, at full resolution."""
     strongest = (upsample(refined[:, 1:], size) * labels[:, :, None, None]).amax(dim=1).flatten(1).relu()
-    return -_mean_of_largest(-strongest, share).mean()
+    return -mean_of_largest(-strongest, share).mean()
 
 
 def counted(elements: int, share: float) -> int:
@@ -117,7 +117,7 @@ def counted(elements: int, share: float) -> int:
     return max(1, int(share * elements))
 
 
-def _normalise(maps: Tensor, how: str) -> Tensor:
+def normalise(maps: Tensor, how: str) -> Tensor:
     positive = maps.relu()
     high = positive.amax(dim=(2, 3), keepdim=True)
     if how == "max":
@@ -133,7 +133,7 @@ def _with_background(maps: Tensor, weight: Tensor, when: str) -> Tensor:
     return torch.cat([full - foreground.amax(dim=1, keepdim=True), foreground], dim=1)
 
 
-def _mean_of_largest(rows: Tensor, share: float) -> Tensor:
+def mean_of_largest(rows: Tensor, share: float) -> Tensor:
     """Mean of the largest ``share`` of each row."""
     count = counted(rows.shape[1], share)
     if count == rows.shape[1]:

@@ -1,4 +1,4 @@
-"""DALI pipeline for training: shuffled images, augmented together with their superpixels.
+"""DALI pipeline for training: shuffled images, augmented together with a map of labels per pixel.
 
 DALI draws no random numbers here. For every step a plan is made in NumPy: which images, and for each of them the crop
 in source pixels and the colour matrix, all from counter-based streams keyed by (seed, epoch, position in the epoch).
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from cpn_fast.pipelines.superpixels import segment_batch
 
 SHUFFLE, AUGMENT = range(2)  # streams of random numbers
 PREFETCH = 2  # batches
+GRAYSCALE, PALETTE = 0, 3  # PNG's colour types
 GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # RGB -> its luma in every channel
 
 
@@ -35,8 +37,9 @@ class Batch(NamedTuple):
 
     images: Tensor
     """float32 (B, 3, crop, crop), normalised; padding is 0."""
-    superpixels: Tensor | None
-    """int32 (B, crop, crop); padding is -1 in cached maps, and is segmented like the rest by ``online``."""
+    map: Tensor | None
+    """int32 (B, crop, crop), labels of pixels (superpixels, classes); padding is -1 in maps that were read from files,
+    and is segmented like the rest by ``online``."""
     labels: Tensor
     """float32 (B, classes), 0 or 1."""
     indices: Tensor
@@ -48,8 +51,8 @@ class TrainingPipeline:
 
     Geometry is as released: the long side is resized to a drawn length with Keys' cubic filter, antialiased where it
     shrinks (as in Pillow, but that DALI repeats the edge pixels beyond the border); then a flip and a crop, or padding
-    at a random offset along a side that is too short. The superpixel map takes the same way with the nearest
-    neighbour. Only the part that the crop shows is resized.
+    at a random offset along a side that is too short; ``augment.scale`` draws a factor for both sides instead. The map
+    takes the same way with the nearest neighbour. Only the part that the crop shows is resized.
 
     Colour is as in torchvision's ColorJitter: brightness, contrast (around the mean gray of the image) and saturation
     factors and a turn of the hue, in random order. Unlike there, the four become one matrix, so that values are
@@ -70,7 +73,7 @@ class TrainingPipeline:
         seed: int,
         device: torch.device,
         threads: int,
-        superpixel_path: Callable[[Sample], Path] | None = None,
+        map_path: Callable[[Sample], Path] | None = None,
         online: Superpixels | None = None,
         rank: int = 0,
         world: int = 1,
@@ -78,13 +81,13 @@ class TrainingPipeline:
     ) -> None:
         """``batch`` images per rank and step, normalised as (x - mean) / std with x from 0 to 255.
 
-        Superpixels come from 8- or 16-bit gray PNGs (``superpixel_path``), are computed on each crop (``online``), or
-        are None. ``threads`` is DALI's. The first batch is that of ``start_step``.
+        Maps come from PNGs, gray of 8 or 16 bits or with a palette of 256 (``map_path``), are superpixels of each crop
+        (``online``), or are None. ``threads`` is DALI's. The first batch is that of ``start_step``.
 
         Raises UserError if the samples do not fill one step; iterating raises it for a missing, damaged or stale file.
         """
-        if superpixel_path is not None and online is not None:
-            raise ValueError("superpixel_path and online exclude each other")
+        if map_path is not None and online is not None:
+            raise ValueError("map_path and online exclude each other")
         labels = [sample.label for sample in samples if sample.label is not None]
         if len(labels) < len(samples):
             raise ValueError(f"{len(samples) - len(labels)} of {len(samples)} samples have no label")
@@ -95,14 +98,14 @@ class TrainingPipeline:
                 "image(s): lower train.batch or list more images"
             )
         self._samples, self._augment, self._seed = samples, augment, seed
-        self._superpixel_path, self._online = superpixel_path, online
+        self._map_path, self._online = map_path, online
         self._batch, self._rank, self._world = batch, rank, world
         self._start = self._step = start_step
         self._device, self._threads = device, threads
         self._labels = torch.from_numpy(np.stack(labels).astype(np.float32))
         self._mean, self._std = mean, std
-        if superpixel_path is not None:
-            _, _, _, self._bits = _read_superpixels(superpixel_path(samples[0]))
+        if map_path is not None:
+            _, _, _, self._bits = _read_map(map_path(samples[0]))
         self._pipeline = Pipeline(batch, threads, device_id(device), prefetch_queue_depth=PREFETCH)
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph())
@@ -115,13 +118,13 @@ class TrainingPipeline:
         images = torch.bmm(matrices, images.flatten(2)).view_as(images)
         for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
             images[:, channel].clamp_(-mean / std, (255 - mean) / std)
-        superpixels = maps[0].squeeze(3) if maps else None
+        labels_of_pixels = maps[0].squeeze(3) if maps else None
         if self._online is not None:
-            superpixels = self._segment(images, self._online)
+            labels_of_pixels = self._segment(images, self._online)
         _, _, indices = self._chosen(self._step)
         self._step += 1
         labels = self._labels[indices]
-        return Batch(images, superpixels, labels.to(self._device), torch.from_numpy(indices).to(self._device))
+        return Batch(images, labels_of_pixels, labels.to(self._device), torch.from_numpy(indices).to(self._device))
 
     def _segment(self, images: Tensor, config: Superpixels) -> Tensor:
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self._mean, self._std))
@@ -141,8 +144,8 @@ class TrainingPipeline:
         for step in range(self._step, self._step + PREFETCH + 1):
             for index in self._chosen(step)[2]:
                 yield self._samples[index].image
-                if self._superpixel_path is not None:
-                    yield self._superpixel_path(self._samples[index])
+                if self._map_path is not None:
+                    yield self._map_path(self._samples[index])
 
     def _plan(self, iteration: int) -> tuple[list[Any], ...]:
         """What the graph needs for a batch: a list over samples for each of its inputs."""
@@ -157,14 +160,14 @@ class TrainingPipeline:
                 *_geometry(self._augment, image.height, image.width, rng),
                 *_colour(self._augment, self._mean, self._std, rng),
             ]
-            if self._superpixel_path is not None:
-                path = self._superpixel_path(sample)
-                png, *found = _read_superpixels(path)
+            if self._map_path is not None:
+                path = self._map_path(sample)
+                png, *found = _read_map(path)
                 expected = [image.height, image.width, self._bits]
                 if found != expected:
                     raise UserError(
-                        f"{path}: superpixels have height, width and bits {found}, expected {expected} for "
-                        f"{sample.image}. Delete the PNG and start again to rebuild it"
+                        f"{path}: the map has height, width and bits {found}, expected {expected} for {sample.image}. "
+                        "Make it again (superpixels: delete the PNG and start again)"
                     )
                 row.append(png)
             rows.append(row)
@@ -173,7 +176,7 @@ class TrainingPipeline:
     def _graph(self) -> list[Any]:
         """Crops whose colours lack their last step, the matrix (torch multiplies faster); the matrices; the maps."""
         encoded, size, start, end, position, matrix, pivot, constant, *png = fn.external_source(
-            source=self._plan, num_outputs=8 + (self._superpixel_path is not None), batch=True
+            source=self._plan, num_outputs=8 + (self._map_path is not None), batch=True
         )
         shown = {"size": size, "roi_start": start, "roi_end": end}
         window = {
@@ -214,7 +217,10 @@ def _geometry(augment: Augment, height: int, width: int, rng: np.random.Generato
     All are (y, x). The size is in pixels of the crop, start and end in pixels of the source (swapped in x for a flip).
     The offset is what DALI calls a crop position: 0 to 1 over the room that the visible part leaves in the crop.
     """
-    long_side = rng.integers(*augment.long_side, endpoint=True)
+    if augment.scale is None:
+        long_side = rng.integers(*augment.long_side, endpoint=True)
+    else:
+        long_side = rng.uniform(*augment.scale) * max(height, width)
     flip = rng.random() < augment.flip
     rows = []
     for axis, source in enumerate((height, width)):
@@ -259,13 +265,36 @@ def _hue_turn(turn: float) -> np.ndarray:
     return np.array([[a, c, b], [b, a, c], [c, b, a]])
 
 
-def _read_superpixels(path: Path) -> tuple[np.ndarray, int, int, int]:
-    """A gray PNG's bytes, and the height, width and bits a pixel that its header gives."""
+def _read_map(path: Path) -> tuple[np.ndarray, int, int, int]:
+    """A gray PNG's bytes, and the height, width and bits a pixel that its header gives.
+
+    A palette PNG becomes a gray one of its indices: the header's type is changed and the palette left out.
+    """
     try:
         data = path.read_bytes()
         width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
+        if kind == PALETTE and bits == 8:
+            data = _without_palette(data)
     except (OSError, struct.error) as error:
-        raise UserError(f"{path}: expected superpixels, found: {error}. Start again to rebuild the file") from None
-    if kind != 0 or bits not in (8, 16):
-        raise UserError(f"{path}: expected a gray PNG of 8 or 16 bits, found PNG type {kind} of {bits} bits")
+        raise UserError(f"{path}: expected a map of labels, found: {error}. Make it again") from None
+    if (kind, bits) not in ((GRAYSCALE, 8), (GRAYSCALE, 16), (PALETTE, 8)):
+        raise UserError(
+            f"{path}: expected a gray PNG of 8 or 16 bits or a palette PNG of 8, found type {kind}, {bits} bits"
+        )
     return np.frombuffer(data, np.uint8), height, width, bits
+
+
+def _without_palette(png: bytes) -> bytes:
+    """The same indices as gray levels. A chunk is its content's length, a name, the content, and a CRC of the two."""
+    parts, at = [png[:8]], 8
+    while at < len(png):
+        (length,) = struct.unpack_from(">I", png, at)
+        chunk = png[at : at + 12 + length]
+        name = chunk[4:8]
+        if name == b"IHDR":
+            header = chunk[4:17] + bytes([GRAYSCALE]) + chunk[18:-4]
+            parts.append(chunk[:4] + header + struct.pack(">I", zlib.crc32(header)))
+        elif name in (b"IDAT", b"IEND"):
+            parts.append(chunk)
+        at += len(chunk)
+    return b"".join(parts)

@@ -77,10 +77,10 @@ def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orienta
 
     crops = {**PLAIN, "flip": 0.5, "long_side": (48, 192), "crop": 96}
     seen_padding = False
-    for batch in take(make([sample], crops, superpixel_path=lambda s: tmp_path / f"{s.id}.png"), 24):
-        assert batch.superpixels is not None
-        assert batch.superpixels.dtype == torch.int32
-        found = batch.superpixels[0].numpy() // scale
+    for batch in take(make([sample], crops, map_path=lambda s: tmp_path / f"{s.id}.png"), 24):
+        assert batch.map is not None
+        assert batch.map.dtype == torch.int32
+        found = batch.map[0].numpy() // scale
         padding = (pixels(batch) == 0).all(2)
         seen_padding |= padding.any()
         drawn = np.where(padding, -1, ((pixels(batch) > 127.5) << np.arange(3)).sum(2))
@@ -300,7 +300,7 @@ def test_ranks_share_the_batch_of_one_process(samples: list[Sample], world: int)
 def test_a_kept_batch_is_not_overwritten(samples: list[Sample], tmp_path: Path) -> None:
     for sample in samples:
         Image.fromarray(read_image(sample.image)[..., 0]).save(tmp_path / f"{sample.id}.png")
-    pipeline = make(samples, batch=2, superpixel_path=lambda s: tmp_path / f"{s.id}.png")
+    pipeline = make(samples, batch=2, map_path=lambda s: tmp_path / f"{s.id}.png")
     kept = next(pipeline)
     copy = Batch(*(tensor.clone() for tensor in kept if tensor is not None))
     take(pipeline, 8)
@@ -316,9 +316,9 @@ def test_online_superpixels_are_those_of_the_augmented_crop(tmp_path: Path) -> N
     config = Superpixels(count=12)
     options: dict[str, Any] = {"mean": (124.0, 116.0, 104.0), "std": (58.0, 57.0, 57.5), "online": config}
     batch = next(make([sample], {**PLAIN, "long_side": (40, 40), "crop": 40}, **options))
-    assert batch.superpixels is not None
-    assert batch.superpixels.dtype == torch.int32
-    assert np.array_equal(batch.superpixels[0].numpy(), segment(pixel_values, config))
+    assert batch.map is not None
+    assert batch.map.dtype == torch.int32
+    assert np.array_equal(batch.map[0].numpy(), segment(pixel_values, config))
 
 
 def test_superpixels_are_none_unless_asked_for(samples: list[Sample]) -> None:
@@ -335,7 +335,7 @@ def test_a_list_shorter_than_a_step_is_an_error(samples: list[Sample]) -> None:
 
 def test_cached_and_online_superpixels_exclude_each_other(samples: list[Sample]) -> None:
     with pytest.raises(ValueError, match="exclude"):
-        make(samples, superpixel_path=lambda sample: sample.image, online=Superpixels())
+        make(samples, map_path=lambda sample: sample.image, online=Superpixels())
 
 
 def test_a_vanished_image_is_named(samples: list[Sample]) -> None:
@@ -357,7 +357,7 @@ def test_a_truncated_image_is_named(samples: list[Sample], kept: float) -> None:
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "No such file"),
-        (lambda path: path.write_bytes(b"\x89PNG"), "expected superpixels"),
+        (lambda path: path.write_bytes(b"\x89PNG"), "expected a map of labels"),
         (lambda path: path.write_bytes(path.read_bytes()[:-40]), "truncated"),
         (lambda path: Image.new("P", (9, 8)).save(path), "expected a gray PNG of 8 or 16 bits"),
         (
@@ -371,7 +371,7 @@ def test_damaged_superpixels_are_named(tmp_path: Path, damage: Any, message: str
     Image.fromarray(noise(8, 9)[..., 0].copy()).save(tmp_path / "a.png")
     damage(tmp_path / "a.png")
     with pytest.raises(UserError, match=rf"a\.png: .*{message}"):
-        next(make([sample], superpixel_path=lambda s: tmp_path / f"{s.id}.png"))
+        next(make([sample], map_path=lambda s: tmp_path / f"{s.id}.png"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -389,7 +389,7 @@ def test_gpu_gives_nearly_the_batches_of_the_cpu(samples: list[Sample], tmp_path
                 seed=0,
                 device=torch.device(device),
                 threads=1,
-                superpixel_path=lambda s: tmp_path / f"{s.id}.png",
+                map_path=lambda s: tmp_path / f"{s.id}.png",
             ),
             4,
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from cpn_fast.config import Rgb
+from cpn_fast.config import Model, Rgb
 
 
 class Features(NamedTuple):
@@ -50,3 +50,12 @@ class Backbone(nn.Module):
         for name in self.frozen:
             self.get_submodule(name).requires_grad_(False)
         return self
+
+
+class Headed(nn.Module):
+    """A backbone with heads on it: what is trained. Submodules other than ``backbone`` are heads, new and faster."""
+
+    def __init__(self, backbone: Backbone, options: Model) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.mean, self.std = options.mean or backbone.mean, options.std or backbone.std

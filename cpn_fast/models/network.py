@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from cpn_fast.config import Config, Model
 from cpn_fast.kernels import pixel_correlation, region_correlation, region_pooling
 from cpn_fast.models import build_backbone
-from cpn_fast.models.backbone import Backbone
+from cpn_fast.models.backbone import Backbone, Headed
 
 LOW, MIDDLE, EMBEDDING = 64, 128, 192  # channels of f8_3, f8_4, f9 and f10
-HEADS = ("fc8", "f8_3", "f8_4", "f9", "f10")
+HEADS = ("fc8", "f8_3", "f8_4", "f8_5", "f9", "f10", "conv_fov", "bn_fov", "conv_fov2", "bn_fov2", "cls_conv")
+"""Names of the heads of every network: this one's, AffinityNet's and DeepLab's."""
 
 
 class Cams(NamedTuple):
@@ -55,7 +56,7 @@ def printed_correlation(cam: Tensor, embedding: Tensor, *, norm: str, total: str
         return (cam.flatten(2).float() @ affinity).view_as(cam)
 
 
-class Network(nn.Module):
+class Network(Headed):
     """Backbone, 1x1 class head ``fc8`` and the refinement heads, with the released code's names and channel order.
 
     ``classes`` counts the foreground. The refined map trains the four refinement heads alone: the features enter
@@ -63,10 +64,8 @@ class Network(nn.Module):
     """
 
     def __init__(self, backbone: Backbone, classes: int, options: Model) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, options)
         self.options = options
-        self.mean, self.std = options.mean or backbone.mean, options.std or backbone.std
         low, middle, last = backbone.channels
         self.dropout7 = nn.Dropout2d(0.5)
         self.fc8 = nn.Conv2d(last, 1 + classes, 1, bias=False)

@@ -1,0 +1,66 @@
+"""CPN: consistency of an image's CAM with those of a complementary pair of patch images (paper section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from cpn_fast.config import Config
+from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
+from cpn_fast.methods.method import Losses, Views
+from cpn_fast.models.network import Cams, build_network
+from cpn_fast.patches import complementary_pair
+from cpn_fast.pipelines.training import Batch
+
+
+class Cpn:
+    """The triplet of image, patches and complement, in one forward pass of 3 B images (exact: BN is frozen)."""
+
+    def __init__(self, config: Config) -> None:
+        self.network = build_network(config)
+        self.patches = config.patches
+        self.options = config.loss
+        self.map: Literal["superpixels"] | None = "superpixels" if config.patches.kind == "superpixel" else None
+        self.patch_limit = config.superpixels.count
+        mean, std = torch.tensor(self.network.mean), torch.tensor(self.network.std)
+        self.fill = None if config.patches.fill is None else (torch.tensor(config.patches.fill) - mean) / std
+
+    def views(self, batch: Batch, generator: torch.Generator) -> Views:
+        pair = complementary_pair(
+            batch.images, batch.map, self.patches, self.fill, generator, patch_limit=self.patch_limit
+        )
+        images = torch.cat([batch.images, pair.visible, pair.complement])
+        return Views([(images, batch.labels.repeat(3, 1))], batch, pair.share)
+
+    def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
+        """Eqs. 13 to 15 and the released background suppression."""
+        (cams,) = outputs
+        size, options = views.batch.images.shape[2:], self.options
+        ((_, labels),) = views.inputs
+        logits = pooled_logits(cams.raw[:, 1:], size=size)
+        parts = {"classification": F.multilabel_soft_margin_loss(logits, labels)}
+        assert views.visible is not None
+        raw = cams.raw.unflatten(0, (3, -1))
+        refined = None if cams.refined is None else cams.refined.unflatten(0, (3, -1))
+        parts |= complementary_losses(
+            raw,
+            refined,
+            views.visible,
+            views.batch.labels,
+            size=size,
+            normalise=options.normalise,
+            background=options.background,
+            refined_background=options.refined_background,
+            cpcr_target=options.cpcr_target,
+            detach_refined_pair=options.detach_refined_pair,
+            hard_share=options.hard_share,
+            hard_over=options.hard_over,
+        )._asdict()
+        if cams.refined is not None and options.background_suppression:
+            parts["background_suppression"] = background_suppression(cams.refined, labels, size=size)
+        weights = {"classification": 1.0, **options.model_dump()}
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return Losses(total, {name: part.detach() for name, part in parts.items()}, logits.detach().chunk(3)[0])

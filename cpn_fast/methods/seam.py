@@ -1,0 +1,104 @@
+"""SEAM (Wang et al., CVPR 2020): an image's CAM must be that of the same image at a smaller scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpn_fast.config import Config
+from cpn_fast.kernels import background_suppression, pooled_logits
+from cpn_fast.kernels.eager import full_precision, mean_of_largest, normalise, statistics_dtype, upsample
+from cpn_fast.methods.method import Losses, Views
+from cpn_fast.models.network import Cams, build_network
+from cpn_fast.pipelines.training import Batch
+
+
+class Seam:
+    """Two forward passes in a step: the image, and the image scaled down. SEAM* is SEAM with ``model.prcm``."""
+
+    map = None
+
+    def __init__(self, config: Config) -> None:
+        self.network = build_network(config)
+        self.options, self.general = config.seam, config.loss
+
+    def views(self, batch: Batch, generator: torch.Generator) -> Views:
+        size = [self.network.backbone.fit(int(self.options.scale * side)) for side in batch.images.shape[2:]]
+        small = F.interpolate(batch.images, size, mode="bilinear", align_corners=True)
+        return Views([(batch.images, batch.labels), (small, batch.labels)], batch)
+
+    def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
+        """Means over both scales of classification and background suppression; ER and ECR between the scales."""
+        sizes, labels = [images.shape[2:] for images, _ in views.inputs], views.batch.labels
+        logits = [pooled_logits(cams.raw[:, 1:], size=size) for cams, size in zip(outputs, sizes, strict=True)]
+        parts = {"classification": torch.stack([F.multilabel_soft_margin_loss(x, labels) for x in logits]).mean()}
+        refined = [cams.refined for cams in outputs if cams.refined is not None]
+        if self.general.background_suppression:
+            suppressed = [background_suppression(x, labels, size=s) for x, s in zip(refined, sizes, strict=True)]
+            parts["background_suppression"] = torch.stack(suppressed).mean()
+        parts["er"], parts["ecr"] = equivariance_losses(
+            [cams.raw for cams in outputs],
+            refined,
+            labels,
+            sizes=sizes,
+            how=self.general.normalise,
+            hard_share=self.general.hard_share,
+        )
+        weights = {"classification": 1.0, **self.general.model_dump(), **self.options.model_dump()}
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return Losses(total, {name: part.detach() for name, part in parts.items()}, logits[0].detach())
+
+
+def equivariance_losses(
+    raw: Sequence[Tensor],
+    refined: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    sizes: Sequence[tuple[int, int]],
+    how: str,
+    hard_share: float,
+) -> tuple[Tensor, Tensor]:
+    """ER and ECR of released SEAM, each a scalar.
+
+    ``raw`` and ``refined`` hold the maps (N, 1 + C, h, w) of the image and of its small copy, which are upsampled to
+    ``sizes``, (H, W) of the two images, and normalised there (``Loss.normalise``); the image's then shrink to its
+    copy's size. ER is the mean difference of the raw foreground maps. ECR compares the refined map of one scale, its
+    own background included, with the raw map of the other, of whose foreground each pixel keeps the best class and
+    whose background is 1 - that; per image the largest ``hard_share`` of the errors count.
+    """
+    with full_precision(raw[0]):
+        raw = [
+            _normalised(maps, labels, size, sizes[-1], how, own_background=False)
+            for maps, size in zip(raw, sizes, strict=True)
+        ]
+        refined = [
+            _normalised(maps, labels, size, sizes[-1], how, own_background=True)
+            for maps, size in zip(refined, sizes, strict=True)
+        ]
+        er = (raw[0] - raw[1])[:, 1:].abs().mean()
+        targets = [_best_class(maps.detach()) for maps in raw]
+        errors = [(targets[1] - refined[0]).abs(), (targets[0] - refined[1]).abs()]
+        return er, torch.stack([mean_of_largest(error.flatten(1), hard_share).mean() for error in errors]).sum()
+
+
+def _normalised(
+    maps: Tensor, labels: Tensor, size: tuple[int, int], target: tuple[int, int], how: str, *, own_background: bool
+) -> Tensor:
+    """Normalised at ``size``, resized to ``target``: (N, 1 + C, *target), 0 where a class is absent.
+
+    Only the maps of present classes are ever held at full resolution.
+    """
+    background = torch.full_like(labels[:, :1], own_background)
+    present = torch.cat([background, labels], dim=1).nonzero(as_tuple=True)
+    chosen = normalise(upsample(maps[present].to(statistics_dtype(maps))[None], size), how)
+    full = maps.new_zeros(*maps.shape[:2], *target, dtype=chosen.dtype)
+    return full.index_put(present, upsample(chosen, target)[0])
+
+
+def _best_class(maps: Tensor) -> Tensor:
+    foreground = maps[:, 1:]
+    best = foreground.amax(dim=1, keepdim=True)
+    return torch.cat([1 - best, foreground.where(foreground == best, 0)], dim=1)

@@ -261,11 +261,25 @@ class Crf(Section):
     parameters: CrfName = "seam-labels"
     """A released set of parameters; ``PARAMETERS`` of ``cpn_fast/crf.py`` lists them."""
     low_alpha: Positive = 4.0
-    """Background scores (1 - max cam) ** alpha; where a class beats those of the low alpha, it is certain. SEAM, psa 4."""
+    """Background scores are (1 - max cam) ** alpha. Classes that beat the low alpha's are certain. Released 4."""
     high_alpha: Positive = 24.0
-    """Where background wins with those of the high alpha, it is certain. SEAM 24; psa 32, in its README 16."""
+    """Background that wins with those of the high alpha is certain. SEAM 24; psa 32, in its README 16."""
     workers: Count | None = None
     """Processes; null is one for each core."""
+
+
+class AffinityAugment(Augment):
+    """Keys of ``augment``."""
+
+    scale: tuple[Positive, Positive] | None = (1.0, 1.0)
+    """As in ``augment``. Released: images keep their size."""
+
+
+class AffinityTrain(Train):
+    """Keys of ``train``."""
+
+    batch: Count = 8
+    """Images per forward pass. SEAM and psa 8."""
 
 
 class Affinity(Section):
@@ -273,11 +287,10 @@ class Affinity(Section):
 
     radius: Annotated[int, Field(ge=2, le=32)] = 5
     """Pairs are nearer than this, in cells of 8 pixels. psa and SEAM 5."""
-    augment: Augment = Augment()
+    augment: AffinityAugment = AffinityAugment()
     """Released: crop 448, flip and colour."""
-    train: Train = Train(batch=8, epochs=8)
-    """SEAM and psa: batch 8, 8 epochs, momentum 0.0005; lr 0.01 (SEAM), 0.1 (psa). A section given in part says epochs
-    or steps, and takes the rest from ``train``'s defaults."""
+    train: AffinityTrain = AffinityTrain(epochs=8)
+    """Released: 8 epochs, momentum 0.0005; lr 0.01 (SEAM), 0.1 (psa). With any of these keys, give epochs or steps."""
 
 
 class Walk(Section):
@@ -291,6 +304,45 @@ class Walk(Section):
     """The walk has 2 ** logt steps. SEAM 6; psa 8."""
     crf: CrfName | None = None
     """CRF of the walked scores (released: ``seam-walk``, switched off); null is none."""
+
+
+class SegmentAugment(Augment):
+    """As ``augment``. Released: scale 0.5 to 1.5, crop 448, flip, and HSV shifted by up to 10 (of 180, 255, 255)."""
+
+    scale: tuple[Positive, Positive] | None = (0.5, 1.5)
+    brightness: Share = 0.04
+    contrast: Share = 0.0
+    saturation: Share = 0.04
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.056
+
+
+class SegmentTrain(Train):
+    """As ``train``; defaults are the released ones."""
+
+    batch: Count = 10
+    steps: Count | None = 20_000
+    lr: Positive = 0.001
+    momentum: Share = 0.9
+
+
+class Segment(Section):
+    """The DeepLab segmenter, on the backbone and the weights of ``model``."""
+
+    augment: SegmentAugment = SegmentAugment()
+    """Geometry and colour of its training images."""
+    train: SegmentTrain = SegmentTrain()
+    """Its optimiser and schedule; to give epochs, set steps to null."""
+    bn_momentum: Annotated[float, Field(gt=0, le=1)] = 0.0003
+    """Share by which a step moves the statistics of the head's batch normalisation. Released 0.0003; a run of less than
+    ten thousand steps needs more, or they stay near where they started."""
+    eval_list: Path = Path("ImageSets/Segmentation/val.txt")
+    """Images that ``segment`` makes masks for; ``--list`` names another one."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    """Image scales whose logits are averaged."""
+    flip: bool = True
+    """Adds the mirrored image at each scale."""
+    crf: CrfName | None = "segmentation"
+    """CRF of the averaged probabilities; null is none."""
 
 
 class Config(Section):
@@ -318,6 +370,7 @@ class Config(Section):
     crf: Crf = Crf()
     affinity: Affinity = Affinity()
     walk: Walk = Walk()
+    segment: Segment = Segment()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -294,7 +294,7 @@ def _open_run(config: Config, device: torch.device) -> dict[str, Any] | None:
 
 
 # What may change between two starts of one run: nothing that its weights depend on.
-FREE = {"out", "cam", "evaluate", "data.eval_list", "data.masks"} | {
+FREE = {"out", "cam", "evaluate", "crf", "affinity", "walk", "segment", "data.eval_list", "data.masks"} | {
     f"train.{key}" for key in ("log_every", "checkpoint_every", "data_threads")
 }
 

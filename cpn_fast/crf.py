@@ -1,0 +1,140 @@
+"""Dense CRF (Krähenbühl and Koltun, NIPS 2011) by pydensecrf: of one image's scores, and of a data set's seeds.
+
+pydensecrf holds Python's lock and its time grows with the number of labels: images run in processes of their own, each
+with the background and the classes that it is tagged with alone. What is kept of a result is the most probable class of
+each pixel, a palette PNG.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.progress import track
+
+from cpn_fast.config import CrfName
+from cpn_fast.dataset import Sample
+from cpn_fast.errors import UserError
+from cpn_fast.masks import write_mask
+from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.seeds import Seed, read_seed
+
+
+class Parameters(NamedTuple):
+    """Pairwise terms: Potts, with a Gaussian of position, and one of position and colour."""
+
+    iterations: int
+    near_sxy: float
+    """Deviation of the first Gaussian in pixels."""
+    near_weight: float
+    sxy: float
+    """Deviation of the second one in pixels."""
+    srgb: float
+    """Deviation of the second one in colour levels of 256."""
+    weight: float
+    certainty: float | None = None
+    """The unary term takes the best class for true with this probability; None: with its own score."""
+
+
+PARAMETERS: dict[CrfName, Parameters] = {
+    "seam-labels": Parameters(10, 3, 3, 80, 13, 10),
+    "seam-walk": Parameters(1, 3, 3, 80, 13, 10),
+    "cpn": Parameters(5, 3, 3, 50, 13, 10),
+    "segmentation": Parameters(1, 3, 3, 32, 13, 10),
+    "irn-labels": Parameters(10, 3, 3, 50, 5, 10, certainty=0.7),
+}
+"""The released settings. ``seam-labels`` (psa's too) label pairs for AffinityNet, ``seam-walk`` follows its random walk
+and draws SEAM's and CPN's pictures, ``cpn`` is in CPN's code and unused, ``segmentation`` follows the segmenter."""
+
+
+def with_background(seed: Seed, alpha: float) -> np.ndarray:
+    """Scores of background and present classes, float32 (1 + k, H, W): background is (1 - max cam) ** alpha."""
+    background = (1 - seed.cam.max(0, initial=0)) ** np.float32(alpha)
+    return np.concatenate([background[None], seed.cam])
+
+
+def dense_crf(image: np.ndarray, scores: np.ndarray, parameters: Parameters) -> np.ndarray:
+    """Probabilities of labels, float32 (K, H, W), that agree with the image, uint8 RGB (H, W, 3).
+
+    scores: float32 (K, H, W), K at least 1, from 0 to 1; as in the released code they need not sum to 1.
+    """
+    from pydensecrf.densecrf import DenseCRF2D  # here alone: only this needs the compiled library
+
+    labels, height, width = scores.shape
+    if image.dtype != np.uint8 or image.shape != (height, width, 3):
+        raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 {(height, width, 3)}")
+    if labels == 1:
+        return np.ones((1, height, width), np.float32)
+    if parameters.certainty is not None:
+        best = np.arange(labels)[:, None, None] == scores.argmax(0)
+        scores = np.where(best, parameters.certainty, (1 - parameters.certainty) / (labels - 1))
+    unary = -np.log(np.clip(scores, 1e-5, 1)).reshape(labels, -1)
+    crf = DenseCRF2D(width, height, labels)
+    crf.setUnaryEnergy(np.ascontiguousarray(unary, np.float32))
+    crf.addPairwiseGaussian(sxy=parameters.near_sxy, compat=parameters.near_weight)
+    crf.addPairwiseBilateral(
+        sxy=parameters.sxy, srgb=parameters.srgb, rgbim=np.ascontiguousarray(image), compat=parameters.weight
+    )
+    return np.asarray(crf.inference(parameters.iterations), np.float32).reshape(scores.shape)
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for CRFs; work that has not begun is dropped when the block fails."""
+    context = multiprocessing.get_context("forkserver")  # a fork of this process could hang on torch's threads
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError("a CRF process was killed, perhaps for memory: lower crf.workers and start again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_label_maps(
+    samples: Sequence[Sample], seeds: Path, folder: Path, *, alpha: float, parameters: CrfName, workers: int
+) -> None:
+    """Write ``folder/ID.png``, the mask of the CRF of ``seeds/ID.npz``, for the samples that have none yet.
+
+    Raises UserError for a missing or damaged seed or image.
+    """
+    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    if not missing:
+        return
+    with process_pool(min(workers, len(missing))) as pool:
+        jobs = [
+            pool.submit(
+                _write_label_map,
+                sample.image,
+                seeds / f"{sample.id}.npz",
+                folder / f"{sample.id}.png",
+                alpha,
+                parameters,
+            )
+            for sample in missing
+        ]
+        for job in track(as_completed(jobs), f"CRF, alpha {alpha:g}", total=len(jobs)):
+            job.result()
+
+
+def _write_label_map(image: Path, seed_path: Path, mask: Path, alpha: float, parameters: CrfName) -> None:
+    seed, pixels = read_seed(seed_path), read_image(image)
+    if seed.cam.shape[1:] != pixels.shape[:2]:
+        raise UserError(
+            f"{seed_path}: a seed of {seed.cam.shape[2]}x{seed.cam.shape[1]} pixels, expected "
+            f"{pixels.shape[1]}x{pixels.shape[0]} as in {image}: delete it and run `cpn-fast cam` again"
+        )
+    scores = dense_crf(pixels, with_background(seed, alpha), PARAMETERS[parameters])
+    write_mask(mask, class_values(seed)[scores.argmax(0)])
+
+
+def class_values(seed: Seed) -> np.ndarray:
+    """uint8 (1 + k,): the mask value of each score of ``with_background``."""
+    return np.concatenate([[0], seed.classes + 1]).astype(np.uint8)

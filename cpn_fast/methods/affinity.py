@@ -1,0 +1,38 @@
+"""AffinityNet's training: pairs of cells that the labels of stage ``refine`` call alike or different."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cpn_fast.affinity import affinity_losses, cell_labels, fitting_radius, pair_affinities
+from cpn_fast.config import Config
+from cpn_fast.dataset import Sample
+from cpn_fast.methods.method import Losses, Views
+from cpn_fast.models.affinity_net import build_affinity_net
+from cpn_fast.pipelines.training import Batch
+
+
+class Affinity:
+    """Labels are masks with 255 where they are unsure, ``labels/ID.png`` beside the run's folder."""
+
+    def __init__(self, config: Config) -> None:
+        self.network = build_affinity_net(config.model)
+        self.radius = config.affinity.radius
+        self.labels = config.out / "labels"
+
+    def map(self, sample: Sample) -> Path:
+        return self.labels / f"{sample.id}.png"
+
+    def views(self, batch: Batch, generator: torch.Generator) -> Views:
+        return Views([(batch.images,)], batch)
+
+    def losses(self, outputs: Sequence[Tensor], views: Views) -> Losses:
+        (features,) = outputs
+        assert views.batch.map is not None
+        radius = fitting_radius(self.radius, *features.shape[2:])
+        terms = affinity_losses(pair_affinities(features, radius), cell_labels(views.batch.map), radius)
+        return Losses(terms.total, {name: term.detach() for name, term in terms._asdict().items()})

@@ -1,0 +1,209 @@
+"""Stage ``refine``: from seeds of the training list to pseudo-masks, by AffinityNet (Ahn and Kwak, CVPR 2018).
+
+Its parts read each other's files, in ``refine`` in the run's folder:
+
+- ``crf-low``, ``crf-high``: masks of the dense CRF with a large and with a small background score;
+- ``labels``: what both are sure of, masks with 255 elsewhere;
+- ``affinity``: AffinityNet's training run;
+- ``masks``: the pseudo-masks, seeds that walked along AffinityNet's affinities.
+
+A part is skipped when it is finished and what it was made of is unchanged, made again when that changed, and continued
+in the middle when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpn_fast import ranks, train
+from cpn_fast.affinity import combined_labels, fitting_radius, pair_affinities, random_walk
+from cpn_fast.config import Config, CrfName
+from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with_background, write_label_maps
+from cpn_fast.dataset import Sample, load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.files import claim
+from cpn_fast.masks import read_mask, write_mask
+from cpn_fast.methods.affinity import Affinity
+from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
+from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
+from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.seeds import Seed, read_seed
+from cpn_fast.train import autocast, progress_bar
+from cpn_fast.weights import load_into, read_weights, to_network_keys
+
+
+def run(config: Config) -> Path:
+    """Refine the seeds of ``data.train_list``; returns the folder of pseudo-masks, ``ID.png`` with VOC's palette.
+
+    Under torchrun each process makes its share. Raises UserError for seeds that are missing or damaged.
+    """
+    rank = ranks.join()
+    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
+    own = rank.share(samples)
+    workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
+    seeds, origin = _seeds(config, samples)
+    folder = config.run / "refine"
+
+    digests = []
+    for name, alpha in (("crf-low", config.crf.low_alpha), ("crf-high", config.crf.high_alpha)):
+        made_by = {"seeds": origin, "alpha": alpha, "parameters": config.crf.parameters}
+        digests.append(_claim(rank, folder / name, made_by))
+        write_label_maps(own, seeds, folder / name, alpha=alpha, parameters=config.crf.parameters, workers=workers)
+    rank.wait()
+    labels = _claim(rank, folder / "labels", {"low": digests[0], "high": digests[1]})
+    write_labels(own, folder / "crf-low", folder / "crf-high", folder / "labels")
+    rank.wait()
+    _claim(rank, folder / "affinity", {"labels": labels, "radius": config.affinity.radius})
+    weights = train.fit(affinity_config(config), Affinity)
+    made_by = {
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "seeds": origin,
+        "radius": config.affinity.radius,
+        **config.walk.model_dump(mode="json"),
+    }
+    _claim(rank, folder / "masks", made_by)
+    walk(config, weights, own, seeds, folder / "masks", device=rank.device, workers=workers)
+    rank.wait()
+    return folder / "masks"
+
+
+def affinity_config(config: Config) -> Config:
+    """The training run of AffinityNet in ``RUN/refine/affinity``, on the labels beside it."""
+    changes = {
+        "name": "affinity",
+        "out": config.run / "refine",
+        "augment": config.affinity.augment,
+        "train": config.affinity.train,
+        "model": config.model.model_copy(update={"stride": 8}),
+    }
+    return config.model_copy(update=changes)
+
+
+def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path) -> None:
+    """Write ``combined_labels`` of two folders of masks, for the samples that have none yet."""
+    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+
+    def write(sample: Sample) -> None:
+        name = f"{sample.id}.png"
+        write_mask(folder / name, combined_labels(read_mask(low / name), read_mask(high / name)))
+
+    with ThreadPoolExecutor() as pool:
+        for _ in track(pool.map(write, missing), "Affinity labels", total=len(missing), disable=not missing):
+            pass
+
+
+def walk(
+    config: Config,
+    weights: Path,
+    samples: Sequence[Sample],
+    seeds: Path,
+    folder: Path,
+    *,
+    device: torch.device,
+    workers: int,
+) -> None:
+    """Write ``folder/ID.png``, the mask of ``seeds/ID.npz`` after the walk, for the samples that have none yet."""
+    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    if not missing:
+        return
+    network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    batches = scaled_images(
+        missing,
+        scales=(1.0,),
+        mean=network.mean,
+        std=network.std,
+        batch=config.cam.batch,
+        pixels=config.cam.pixels,
+        device=device,
+        threads=config.train.data_threads,
+        fit=network.backbone.fit,
+    )
+    pool: Executor
+    with process_pool(workers) if config.walk.crf else ThreadPoolExecutor(workers) as pool, progress_bar() as bar:
+        task = bar.add_task("random walk", total=len(samples), completed=len(samples) - len(missing), note="")
+        writing: deque[Future[None]] = deque()
+        for batch in batches:
+            chosen = [missing[index] for index in batch.indices]
+            read = [read_seed(seeds / f"{sample.id}.npz") for sample in chosen]
+            for sample, seed, scores in zip(chosen, read, walked_scores(network, batch, read, config), strict=True):
+                path = folder / f"{sample.id}.png"
+                writing.append(
+                    pool.submit(_write_mask, path, sample.image, scores, class_values(seed), config.walk.crf)
+                )
+            while len(writing) > workers + len(chosen):  # bounds what waits in memory
+                writing.popleft().result()
+            bar.advance(task, len(chosen))
+        for written in writing:
+            written.result()
+
+
+@torch.inference_mode()
+def walked_scores(network: AffinityNet, batch: ScaledBatch, seeds: Sequence[Seed], config: Config) -> list[np.ndarray]:
+    """Scores of background and present classes after the walk, float32 (1 + k, H, W), of images of one size.
+
+    The seeds are averaged over the cells of the feature map, walk there, and are enlarged bilinearly. The released code
+    pads to a multiple of 8 pixels first: at such sizes both are the same.
+    """
+    images = batch.scales[0].contiguous(memory_format=torch.channels_last)
+    with autocast(config.affinity.train.precision, images.device):
+        features = network(images)
+    height, width = features.shape[2:]
+    radius = fitting_radius(config.affinity.radius, height, width)
+    scores = [torch.from_numpy(with_background(seed, config.walk.alpha)).to(images.device) for seed in seeds]
+    planes = max(len(own) for own in scores)
+    pooled = torch.stack([_filled(F.adaptive_avg_pool2d(own, (height, width)), planes) for own in scores])
+    affinities = pair_affinities(features, radius)
+    walked = random_walk(affinities, pooled, radius=radius, beta=config.walk.beta, logt=config.walk.logt)
+    large = F.interpolate(walked, batch.size, mode="bilinear", align_corners=False)
+    return [own[: len(before)].cpu().numpy() for own, before in zip(large, scores, strict=True)]
+
+
+def load_affinity_net(config: Config, weights: Path) -> AffinityNet:
+    """The experiment's AffinityNet with trained weights, or those of a released file."""
+    network = build_affinity_net(config.model)
+    load_into(network, to_network_keys(read_weights(weights)), source=weights)
+    return network
+
+
+def _filled(scores: Tensor, planes: int) -> Tensor:
+    """Planes of 0 behind (k, h, w), which stay 0 in the walk."""
+    return F.pad(scores, (0, 0, 0, 0, 0, planes - len(scores)))
+
+
+def _write_mask(path: Path, image: Path, scores: np.ndarray, values: np.ndarray, crf: CrfName | None) -> None:
+    """In another thread or process, so that the network need not wait for files."""
+    if crf is not None:
+        scores = dense_crf(read_image(image), scores, PARAMETERS[crf])
+    write_mask(path, values[scores.argmax(0)])
+
+
+def _seeds(config: Config, samples: Sequence[Sample]) -> tuple[Path, str]:
+    """Folder of the seeds and what they were made by."""
+    folder = config.run / "cams" / config.data.train_list.stem
+    missing = [sample.id for sample in samples if not (folder / "seeds" / f"{sample.id}.npz").exists()]
+    if missing:
+        raise UserError(
+            f"{folder / 'seeds'}: {len(missing)} of the {len(samples)} images of {config.data.train_list} have no "
+            f"seed ({', '.join(missing[:3])}{' ...' * (len(missing) > 3)}). Make them first: cpn-fast cam CONFIG "
+            f"--checkpoint {config.run / 'model.safetensors'} --list {config.data.train_list}"
+        )
+    manifest = folder / "made_by.json"
+    if not manifest.exists():
+        raise UserError(f"{manifest}: expected beside the seeds, which `cpn-fast cam` makes, and not found")
+    return folder / "seeds", hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+
+def _claim(rank: ranks.Rank, folder: Path, made_by: dict[str, object]) -> str:
+    digest = claim(folder, made_by) if rank.first else ""
+    return rank.gather(digest)[0]

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydensecrf.densecrf import DenseCRF2D
+from pydensecrf.utils import unary_from_labels, unary_from_softmax
+
+from cpn_fast import crf
+from cpn_fast.dataset import Sample
+from cpn_fast.errors import UserError
+from cpn_fast.masks import read_mask
+from cpn_fast.seeds import Seed, write_seed
+
+HEIGHT, WIDTH = 30, 44
+
+# (iterations, sxy and weight of the Gaussian, sxy, srgb and weight of the bilateral term), from the released files.
+RELEASED = {
+    "seam-labels": (10, 3, 3, 80, 13, 10),
+    "seam-walk": (1, 3, 3, 80, 13, 10),
+    "cpn": (5, 3, 3, 50, 13, 10),
+    "segmentation": (1, 3, 3, 32, 13, 10),
+    "irn-labels": (10, 3, 3, 50, 5, 10),
+}
+
+
+def picture() -> np.ndarray:
+    """A red rectangle on blue, with noise; it covers rows 8 to 21 and columns 12 to 31."""
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    image[..., 2] = 200
+    image[8:22, 12:32] = (200, 0, 0)
+    return image + np.random.default_rng(0).integers(0, 20, image.shape, np.uint8)
+
+
+def blurred(peak: float = 1.0) -> np.ndarray:
+    """A CAM over the rectangle that ignores its edges."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return (peak * np.exp(-((y - 14.5) ** 2 / 60 + (x - 21.5) ** 2 / 120))).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", sorted(crf.PARAMETERS))
+def test_named_parameters_call_the_library_as_the_released_code_does(name) -> None:
+    image, scores = picture(), crf.with_background(Seed(np.array([1, 4]), np.stack([blurred(), blurred(0.4)])), 4)
+    iterations, sxy, weight, *bilateral = RELEASED[name]
+    plain = DenseCRF2D(WIDTH, HEIGHT, 3)
+    if name == "irn-labels":
+        plain.setUnaryEnergy(unary_from_labels(scores.argmax(0), 3, gt_prob=0.7, zero_unsure=False))
+    else:
+        plain.setUnaryEnergy(unary_from_softmax(scores))
+    plain.addPairwiseGaussian(sxy=sxy, compat=weight)
+    plain.addPairwiseBilateral(sxy=bilateral[0], srgb=bilateral[1], rgbim=image, compat=bilateral[2])
+    expected = np.array(plain.inference(iterations)).reshape(3, HEIGHT, WIDTH)
+    np.testing.assert_allclose(crf.dense_crf(image, scores, crf.PARAMETERS[name]), expected, rtol=0, atol=1e-6)
+
+
+def test_scores_snap_to_the_edges_of_the_image() -> None:
+    probabilities = crf.dense_crf(
+        picture(), crf.with_background(Seed(np.array([0]), blurred()[None]), 4), crf.PARAMETERS["seam-labels"]
+    )
+    np.testing.assert_allclose(probabilities.sum(0), 1, rtol=0, atol=1e-5)
+    found = probabilities.argmax(0)
+    expected = np.zeros((HEIGHT, WIDTH), int)
+    expected[8:22, 12:32] = 1
+    assert (found != expected).mean() < 0.02
+    assert ((blurred() > 0.5) != expected).mean() > 0.05
+
+
+def test_background_scores() -> None:
+    cam = np.array([[[0.0, 0.5, 1.0]], [[0.0, 0.75, 0.25]]], np.float32)
+    scores = crf.with_background(Seed(np.array([3, 5]), cam), 2)
+    np.testing.assert_allclose(scores, np.concatenate([[[[1, 0.0625, 0]]], cam]))
+    assert scores.dtype == np.float32
+    alone = crf.with_background(Seed(np.zeros(0, np.int64), np.zeros((0, 2, 3), np.float32)), 4)
+    np.testing.assert_array_equal(alone, np.ones((1, 2, 3)))
+    np.testing.assert_array_equal(
+        crf.dense_crf(np.zeros((2, 3, 3), np.uint8), alone, crf.PARAMETERS["cpn"]), np.ones((1, 2, 3))
+    )
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Three images and their seeds of classes 2 and 6; returns samples and the seeds' folder."""
+    samples = []
+    for name in "abc":
+        image = tmp_path / f"{name}.png"
+        Image.fromarray(picture()).save(image)
+        write_seed(tmp_path / "seeds" / f"{name}.npz", Seed(np.array([2, 6]), np.stack([blurred(), blurred(0.4)])))
+        samples.append(Sample(name, image, None, None))
+    return samples, tmp_path / "seeds"
+
+
+def test_masks_are_written_in_processes_and_finished_ones_kept(seeds, tmp_path) -> None:
+    samples, folder = seeds
+    masks = tmp_path / "masks"
+    options = {"alpha": 4.0, "parameters": "seam-labels", "workers": 2}
+    crf.write_label_maps(samples, folder, masks, **options)
+    paths = [masks / f"{sample.id}.png" for sample in samples]
+    found = [read_mask(path) for path in paths]
+    assert all(np.array_equal(mask, found[0]) for mask in found)
+    assert found[0][14, 20] == 3
+    assert set(np.unique(found[0])) <= {0, 3, 7}
+    stamps = [path.stat().st_mtime_ns for path in paths[1:]]
+    paths[0].unlink()
+    crf.write_label_maps(samples, folder, masks, **options)
+    assert np.array_equal(read_mask(paths[0]), found[0])
+    assert [path.stat().st_mtime_ns for path in paths[1:]] == stamps
+
+
+def test_what_a_process_finds_wrong_reaches_the_user(seeds, tmp_path) -> None:
+    samples, folder = seeds
+    write_seed(folder / "b.npz", Seed(np.array([2]), np.zeros((1, 10, 10), np.float32)))
+    with pytest.raises(UserError, match=r"b\.npz: a seed of 10x10 pixels, expected 44x30"):
+        crf.write_label_maps(samples, folder, tmp_path / "masks", alpha=4.0, parameters="cpn", workers=1)

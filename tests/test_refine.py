@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from cpn_fast import affinity, cam, config, refine, train
+from cpn_fast.dataset import load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.masks import IGNORE, read_mask
+from cpn_fast.models.affinity_net import build_affinity_net
+from cpn_fast.pipelines.inference import ScaledBatch
+from cpn_fast.seeds import Seed
+
+AFFINITY = {
+    "augment": {"long_side": [64, 96], "crop": 64},
+    "train": {"batch": 2, "steps": 2, "checkpoint_every": 1, "data_threads": 1},
+}
+
+
+@pytest.fixture
+def seeded(tiny_config):
+    """A config whose training list has seeds."""
+    settings = config.load(tiny_config(train={"steps": 1}, affinity=AFFINITY, crf={"workers": 1}))
+    cam.run(settings, train.run(settings), settings.data.train_list)
+    return settings
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_from_seeds_to_pseudo_masks(seeded, capsys) -> None:
+    masks = refine.run(seeded)
+    samples = load_samples(seeded.data, seeded.classes, seeded.data.train_list, labels=True, masks=True)
+    for sample in samples:
+        truth, present = read_mask(sample.mask), {0, *(np.flatnonzero(sample.label) + 1)}
+        mask = read_mask(masks / f"{sample.id}.png")
+        low, high = (read_mask(masks.parent / name / f"{sample.id}.png") for name in ("crf-low", "crf-high"))
+        labels = read_mask(masks.parent / "labels" / f"{sample.id}.png")
+        assert {mask.shape, low.shape, high.shape, labels.shape} == {truth.shape}
+        assert set(np.unique(mask)) <= present
+        assert set(np.unique(labels)) <= {*present, IGNORE}
+        assert (low > 0).sum() <= (high > 0).sum()  # a large background score leaves less to the classes
+        np.testing.assert_array_equal(labels, affinity.combined_labels(low, high))
+    assert "f8_5.weight" in load_file(masks.parent / "affinity" / "model.safetensors")
+
+
+def test_finished_parts_are_kept_and_changed_ones_made_again(seeded) -> None:
+    masks = refine.run(seeded)
+    before = contents(masks.parent)
+    refine.run(seeded)
+    after = contents(masks.parent)
+    manifests = {name for name in before if name.endswith("made_by.json")}
+    kept = {name for name in before if name.endswith((".png", ".safetensors", ".pt"))}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert {name: after[name][1] for name in manifests} == {name: before[name][1] for name in manifests}
+
+    refine.run(seeded.model_copy(update={"walk": seeded.walk.model_copy(update={"alpha": 1.0})}))
+    changed = contents(masks.parent)
+    assert {name for name in kept if changed[name][0] != before[name][0]} == {
+        name for name in kept if name.startswith("masks/")
+    }
+
+    refine.run(seeded.model_copy(update={"crf": seeded.crf.model_copy(update={"high_alpha": 100.0})}))
+    again = contents(masks.parent)
+    assert {name for name in kept if again[name][0] == before[name][0]} == {
+        name for name in kept if name.startswith("crf-low/")
+    }
+
+
+def test_an_interrupted_stage_continues(seeded) -> None:
+    """Files that were lost in the middle of any part come back the same, and the others are not touched."""
+    masks = refine.run(seeded)
+    folder = masks.parent
+    before = contents(folder)
+    lost = ["affinity/model.safetensors", "affinity/checkpoints/step-00000002.pt"]
+    for name in ("crf-low", "labels", "masks"):
+        lost += [f"{name}/{path.name}" for path in sorted((folder / name).glob("*.png"))[:2]]
+    for name in lost:
+        (folder / name).unlink()
+    refine.run(seeded)
+    after = contents(folder)
+    for name in lost:
+        if not name.endswith(".pt"):
+            assert after[name][1] == before[name][1]
+    untouched = {name for name in before if name.endswith(".png") and name not in lost}
+    assert {name: after[name] for name in untouched} == {name: before[name] for name in untouched}
+
+
+def test_missing_seeds_name_the_command(seeded) -> None:
+    seeds = seeded.run / "cams" / "train" / "seeds"
+    path = min(seeds.iterdir())
+    path.unlink()
+    with pytest.raises(UserError, match=rf"1 of the 12 images .* no seed \({path.stem}\)") as caught:
+        refine.run(seeded)
+    assert "cpn-fast cam CONFIG --checkpoint" in str(caught.value)
+
+
+def test_walked_scores_equal_the_released_steps(tiny_config) -> None:
+    """Sides that are multiples of 8, where no padding is needed; images with different numbers of classes."""
+    settings = config.load(tiny_config())
+    torch.manual_seed(0)
+    network = build_affinity_net(settings.model).eval()
+    rng = np.random.default_rng(0)
+    seeds = [
+        Seed(np.array([1]), rng.random((1, 64, 96), np.float32)),
+        Seed(np.array([0, 3]), rng.random((2, 64, 96), np.float32)),
+    ]
+    images = torch.randn(2, 3, 64, 96)
+    found = refine.walked_scores(network, ScaledBatch([0, 1], (64, 96), [images]), seeds, settings)
+    for image, seed, own in zip(images, seeds, found, strict=True):
+        planes = torch.zeros(1 + len(settings.classes), 64, 96)
+        planes[1 + seed.classes] = torch.from_numpy(seed.cam)
+        planes[0] = (1 - planes[1:].amax(0)) ** settings.walk.alpha
+        pooled = F.avg_pool2d(planes, 8)
+        with torch.no_grad():
+            features = network(image[None])
+        radius = affinity.fitting_radius(settings.affinity.radius, 8, 12)
+        matrix = affinity.transition(
+            affinity.pair_affinities(features, radius), (8, 12), radius=radius, beta=settings.walk.beta
+        ).to_dense()
+        walked = pooled.flatten(1) @ torch.linalg.matrix_power(matrix, 2**settings.walk.logt).T
+        expected = F.interpolate(walked.view(1, -1, 8, 12), (64, 96), mode="bilinear")[0]
+        np.testing.assert_allclose(own, expected[[0, *(1 + seed.classes)]], rtol=0, atol=1e-5)

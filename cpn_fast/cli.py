@@ -107,6 +107,55 @@ def predict(
 
 
 @app.command()
+def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Refine the training list's seeds to pseudo-masks: CRF, AffinityNet, random walk. Finished parts are kept."""
+    from cpn_fast import refine
+    from cpn_fast.config import load
+
+    settings = load(config, overrides)
+    masks = refine.run(settings)
+    print(f"Pseudo-masks are in {masks}")
+    _next(f"cpn-fast evaluate {config} --masks {masks} --list {settings.data.train_list}")
+
+
+@app.command()
+def segment(
+    config: ConfigFile,
+    masks: Annotated[
+        Path | None, typer.Option(help="A folder of pseudo-masks instead of refine's.", show_default=False)
+    ] = None,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="Images to segment instead of segment.eval_list.", show_default=False)
+    ] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="Also pack the masks, .tar.gz, for VOC's evaluation server.", show_default=False)
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Train the DeepLab segmenter on pseudo-masks of the training list, then segment another list. No tags needed."""
+    from cpn_fast import segment
+    from cpn_fast.config import load
+
+    settings = load(config, overrides)
+    weights = segment.run(settings, masks or settings.run / "refine" / "masks")
+    folder = segment.segment(settings, weights, list_file)
+    best = folder / ("crf" if settings.segment.crf else "masks")
+    print(f"Weights are in {weights}, masks in {best}")
+    if submission:
+        print(f"{segment.write_submission(best, submission)} masks are packed in {submission}")
+    _next(f"cpn-fast evaluate {config} --masks {best} --list {list_file or settings.segment.eval_list}")
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """All stages: train, cam, refine, segment, with scores. Finished work is skipped, interrupted work continued."""
+    from cpn_fast import run
+    from cpn_fast.config import load
+
+    run.run(load(config, overrides))
+
+
+@app.command()
 def convert(source: Path, destination: Path) -> None:
     """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth."""
     from cpn_fast.weights import convert

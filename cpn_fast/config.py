@@ -256,14 +256,19 @@ CrfName = Literal["seam-labels", "seam-walk", "cpn", "segmentation", "irn-labels
 
 
 class Crf(Section):
-    """Dense CRFs of the seeds, which ``refine`` labels AffinityNet's training images by."""
+    """Dense CRFs of the seeds, which ``refine`` labels AffinityNet's training images by.
+
+    A background score of (1 - max cam) ** alpha draws the line where the CAM is t, with (1 - t) ** alpha = t: alpha 24 at
+    0.09, 6 at 0.22, 4 at 0.28, 1 at 0.5, 0.3 at 0.70. The released alphas were made for SEAM's and psa's seeds: choose
+    others where the best threshold of ``evaluate`` is far from theirs.
+    """
 
     parameters: CrfName = "seam-labels"
     """A released set of parameters; ``PARAMETERS`` of ``cpn_fast/crf.py`` lists them."""
     low_alpha: Positive = 4.0
-    """Background scores are (1 - max cam) ** alpha. Classes that beat the low alpha's are certain. Released 4."""
+    """A class that wins against the large background score of this alpha is certain. SEAM and psa 4."""
     high_alpha: Positive = 24.0
-    """Background that wins with those of the high alpha is certain. SEAM 24; psa 32, in its README 16."""
+    """Background that wins with the small score of this alpha is certain. SEAM 24; psa 32, in its README 16."""
     workers: Count | None = None
     """Processes; null is one for each core."""
 
@@ -297,7 +302,7 @@ class Walk(Section):
     """Random walk of the seeds along AffinityNet's affinities, by ``refine``."""
 
     alpha: Positive = 6.0
-    """Background scores (1 - max cam) ** alpha. SEAM 6; psa 16."""
+    """Background scores are (1 - max cam) ** alpha, as in ``crf``. SEAM 6; psa 16."""
     beta: Positive = 8.0
     """Power of an affinity. SEAM and psa 8."""
     logt: Annotated[int, Field(ge=0, le=12)] = 6
@@ -307,22 +312,31 @@ class Walk(Section):
 
 
 class SegmentAugment(Augment):
-    """As ``augment``. Released: scale 0.5 to 1.5, crop 448, flip, and HSV shifted by up to 10 (of 180, 255, 255)."""
+    """As ``augment``, with the released trainer's values where it has such a thing."""
 
     scale: tuple[Positive, Positive] | None = (0.5, 1.5)
+    """Released 0.5 to 1.5; null takes ``long_side``."""
     brightness: Share = 0.04
+    """Released: a shift of V by up to 10 of 255, whose size this has."""
     contrast: Share = 0.0
+    """Released: none."""
     saturation: Share = 0.04
+    """Released: a shift of S by up to 10 of 255, whose size this has."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.056
+    """Released 10 of 180."""
 
 
 class SegmentTrain(Train):
-    """As ``train``; defaults are the released ones."""
+    """As ``train``, with the released trainer's values."""
 
     batch: Count = 10
+    """Released 10, on two GPUs."""
     steps: Count | None = 20_000
+    """Released 20,000. To give epochs, set this to null."""
     lr: Positive = 0.001
+    """Released 0.001, new layers x10 as in ``train``."""
     momentum: Share = 0.9
+    """Released 0.9."""
 
 
 class Segment(Section):
@@ -331,7 +345,7 @@ class Segment(Section):
     augment: SegmentAugment = SegmentAugment()
     """Geometry and colour of its training images."""
     train: SegmentTrain = SegmentTrain()
-    """Its optimiser and schedule; to give epochs, set steps to null."""
+    """Its optimiser and schedule."""
     bn_momentum: Annotated[float, Field(gt=0, le=1)] = 0.0003
     """Share by which a step moves the statistics of the head's batch normalisation. Released 0.0003; a run of less than
     ten thousand steps needs more, or they stay near where they started."""

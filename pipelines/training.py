@@ -44,6 +44,14 @@ class Batch(NamedTuple):
     """float32 (B, classes), 0 or 1."""
     indices: Tensor
     """int64 (B,): which samples these are."""
+    place: tuple[int, int] = (0, 1)
+    """Number of this rank and of ranks: which part of the step's images these are."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        height, width = self.images.shape[2:]
+        return height, width
 
 
 class TrainingPipeline:
@@ -124,7 +132,8 @@ class TrainingPipeline:
         _, _, indices = self._chosen(self._step)
         self._step += 1
         labels = self._labels[indices]
-        return Batch(images, labels_of_pixels, labels.to(self._device), torch.from_numpy(indices).to(self._device))
+        indices_there = torch.from_numpy(indices).to(self._device)
+        return Batch(images, labels_of_pixels, labels.to(self._device), indices_there, (self._rank, self._world))
 
     def _segment(self, images: Tensor, config: Superpixels) -> Tensor:
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self._mean, self._std))
@@ -218,7 +227,7 @@ def _geometry(augment: Augment, height: int, width: int, rng: np.random.Generato
     The offset is what DALI calls a crop position: 0 to 1 over the room that the visible part leaves in the crop.
     """
     if augment.scale is None:
-        long_side = rng.integers(*augment.long_side, endpoint=True)
+        long_side = float(rng.integers(*augment.long_side, endpoint=True))
     else:
         long_side = rng.uniform(*augment.scale) * max(height, width)
     flip = rng.random() < augment.flip

@@ -20,8 +20,14 @@ def lines(run):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, PLAIN, {"patches": {"kind": "grid", "grid_sizes": [16, 32]}}, {"superpixels": {"mode": "online"}}],
-    ids=["cpn", "cam", "grid", "online"],
+    [
+        {},
+        PLAIN,
+        {"patches": {"kind": "grid", "grid_sizes": [16, 32]}},
+        {"superpixels": {"mode": "online"}},
+        {"method": "seam", "model": {"prcm": False}},
+    ],
+    ids=["cpn", "cam", "grid", "online", "seam"],
 )
 def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny_config, monkeypatch) -> None:
     whole = config.load(tiny_config(name="whole", **changes))

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from cpn_fast.config import Augment, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.masks import write_mask
 from cpn_fast.pipelines.superpixels import read_image, segment
 from cpn_fast.pipelines.training import Batch, TrainingPipeline
 
@@ -49,7 +50,7 @@ def take(pipeline: TrainingPipeline, count: int) -> list[Batch]:
 
 
 def same(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True))
 
 
 @pytest.fixture
@@ -91,6 +92,33 @@ def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orienta
             inner &= np.roll(found, shift, (0, 1)) == found
         assert np.array_equal(found[inner], drawn[inner])
     assert seen_padding
+
+
+def test_a_palette_mask_gives_its_indices(tmp_path: Path) -> None:
+    """As the gray PNG of the same values does, whatever the compression."""
+    sample = save(tmp_path / "a.jpg", noise(60, 80))
+    values = np.random.default_rng(2).choice(np.array([0, 1, 20, 255], np.uint8), (60, 80))
+    write_mask(tmp_path / "palette.png", values)
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    crops = {**PLAIN, "flip": 0.5, "long_side": (40, 120), "crop": 64}
+    palette, gray = (
+        take(make([sample], crops, map_path=lambda s, kind=kind: tmp_path / f"{kind}.png"), 6)
+        for kind in ("palette", "gray")
+    )
+    assert all(same(a, b) for a, b in zip(palette, gray, strict=True))
+    assert {int(v) for batch in palette for v in batch.map.unique()} == {-1, 0, 1, 20, 255}
+
+
+def test_scale_draws_a_factor_of_the_images_own_size(tmp_path: Path) -> None:
+    sample = save(tmp_path / "a.jpg", noise(30, 60))
+    sides = []
+    for batch in take(make([sample], {**PLAIN, "scale": (0.5, 1.5), "crop": 96}), 40):
+        shown = (pixels(batch) > 0).all(2)
+        height, width = shown.any(1).sum(), shown.any(0).sum()
+        assert abs(height - width / 2) <= 1
+        sides.append(int(width))
+    assert 30 <= min(sides) < 40
+    assert 80 < max(sides) <= 90
 
 
 def test_flip_mirrors(samples: list[Sample]) -> None:
@@ -302,7 +330,7 @@ def test_a_kept_batch_is_not_overwritten(samples: list[Sample], tmp_path: Path) 
         Image.fromarray(read_image(sample.image)[..., 0]).save(tmp_path / f"{sample.id}.png")
     pipeline = make(samples, batch=2, map_path=lambda s: tmp_path / f"{s.id}.png")
     kept = next(pipeline)
-    copy = Batch(*(tensor.clone() for tensor in kept if tensor is not None))
+    copy = Batch(*(part.clone() if isinstance(part, torch.Tensor) else part for part in kept))
     take(pipeline, 8)
     assert same(kept, copy)
 
@@ -322,7 +350,7 @@ def test_online_superpixels_are_those_of_the_augmented_crop(tmp_path: Path) -> N
 
 
 def test_superpixels_are_none_unless_asked_for(samples: list[Sample]) -> None:
-    assert next(make(samples)).superpixels is None
+    assert next(make(samples)).map is None
 
 
 # Errors
@@ -359,7 +387,8 @@ def test_a_truncated_image_is_named(samples: list[Sample], kept: float) -> None:
         (lambda path: path.unlink(), "No such file"),
         (lambda path: path.write_bytes(b"\x89PNG"), "expected a map of labels"),
         (lambda path: path.write_bytes(path.read_bytes()[:-40]), "truncated"),
-        (lambda path: Image.new("P", (9, 8)).save(path), "expected a gray PNG of 8 or 16 bits"),
+        (lambda path: Image.new("RGB", (9, 8)).save(path), "expected a gray PNG of 8 or 16 bits or a palette PNG of 8"),
+        (lambda path: Image.new("L", (9, 8)).convert("1").save(path), "found type 0, 1 bits"),
         (
             lambda path: Image.new("L", (5, 6)).save(path),
             r"bits \[6, 5, 8\], expected \[8, 9, 8\] for .*a\.jpg",
@@ -398,5 +427,5 @@ def test_gpu_gives_nearly_the_batches_of_the_cpu(samples: list[Sample], tmp_path
     for cpu, gpu in zip(*batches, strict=True):
         assert gpu.images.is_cuda
         assert (gpu.images.cpu() - cpu.images).abs().mean() < 2
-        assert (gpu.superpixels.cpu() == cpu.superpixels).float().mean() > 0.99
+        assert (gpu.map.cpu() == cpu.map).float().mean() > 0.99
         assert torch.equal(gpu.indices.cpu(), cpu.indices)

@@ -24,6 +24,6 @@ class PlainCam:
         return Views([(batch.images, batch.labels)], batch)
 
     def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
-        logits = pooled_logits(outputs[0].raw[:, 1:], size=views.batch.images.shape[2:])
+        logits = pooled_logits(outputs[0].raw[:, 1:], size=views.batch.size)
         loss = F.multilabel_soft_margin_loss(logits, views.batch.labels)
         return Losses(loss, {"classification": loss.detach()}, logits.detach())

@@ -34,10 +34,15 @@ class Losses(NamedTuple):
 
 
 class Method(Protocol):
-    network: Headed
-    """What is trained, built with random weights."""
-    map: Literal["superpixels"] | Callable[[Sample], Path] | None
-    """What a batch's map holds: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or nothing."""
+    @property
+    def network(self) -> Headed:
+        """What is trained, built with random weights."""
+        ...
+
+    @property
+    def map(self) -> Literal["superpixels"] | Callable[[Sample], Path] | None:
+        """What a batch's map holds: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or nothing."""
+        ...
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views: ...
 

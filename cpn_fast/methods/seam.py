@@ -32,7 +32,8 @@ class Seam:
 
     def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
         """Means over both scales of classification and background suppression; ER and ECR between the scales."""
-        sizes, labels = [images.shape[2:] for images, _ in views.inputs], views.batch.labels
+        sizes = [(images.shape[2], images.shape[3]) for images, _ in views.inputs]
+        labels = views.batch.labels
         logits = [pooled_logits(cams.raw[:, 1:], size=size) for cams, size in zip(outputs, sizes, strict=True)]
         parts = {"classification": torch.stack([F.multilabel_soft_margin_loss(x, labels) for x in logits]).mean()}
         refined = [cams.refined for cams in outputs if cams.refined is not None]

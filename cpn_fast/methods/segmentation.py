@@ -1,0 +1,42 @@
+"""Training of the segmenter on masks: cross entropy per pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpn_fast.config import Config
+from cpn_fast.dataset import Sample
+from cpn_fast.kernels.eager import upsample
+from cpn_fast.masks import IGNORE
+from cpn_fast.methods.method import Losses, Views
+from cpn_fast.models.deeplab import build_deeplab
+from cpn_fast.pipelines.training import Batch
+
+
+class Segmentation:
+    """``masks`` holds ``ID.png`` for every training image; IGNORE and padding train nothing."""
+
+    def __init__(self, config: Config, masks: Path) -> None:
+        self.network = build_deeplab(config)
+        self.masks = masks
+
+    def map(self, sample: Sample) -> Path:
+        return self.masks / f"{sample.id}.png"
+
+    def views(self, batch: Batch, generator: torch.Generator) -> Views:
+        return Views([(batch.images,)], batch)
+
+    def losses(self, outputs: Sequence[Tensor], views: Views) -> Losses:
+        (logits,) = outputs
+        assert views.batch.map is not None
+        truth = views.batch.map.long()
+        truth = truth.where(truth >= 0, IGNORE)
+        scores = upsample(logits.float(), views.batch.size)
+        total = F.cross_entropy(scores, truth, ignore_index=IGNORE, reduction="sum")
+        loss = total / (truth != IGNORE).sum().clamp(min=1)
+        return Losses(loss, {"cross_entropy": loss.detach()})

@@ -1,0 +1,57 @@
+"""``cpn-fast run``: all stages in their order. Each leaves finished work alone and continues what was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cpn_fast import cam, evaluate, ranks, refine, segment, train
+from cpn_fast.config import Config
+from cpn_fast.dataset import load_samples
+
+
+def run(config: Config) -> None:
+    """Train, make seeds, refine them, train a segmenter; score whatever there is ground truth for, and print a table.
+
+    Seeds are scored on ``data.eval_list``, and so are pseudo-masks if its images are among ``data.train_list``; the
+    segmenter on ``segment.eval_list``.
+    """
+    lists = config.data
+    results: list[tuple[str, Path, float | None]] = []
+
+    weights = train.run(config)
+    seeds = cam.run(config, weights) / "seeds"
+    results.append(("seeds, oracle threshold", lists.eval_list, score(config, lists.eval_list, cams=seeds)))
+
+    if lists.train_list != lists.eval_list:
+        cam.run(config, weights, lists.train_list)
+    masks = refine.run(config)
+    if _ids(config, lists.eval_list) <= _ids(config, lists.train_list):
+        results.append(("pseudo-masks", lists.eval_list, score(config, lists.eval_list, masks=masks)))
+
+    weights = segment.run(config, masks)
+    folder, val = segment.segment(config, weights), config.segment.eval_list
+    results.append(("segmenter", val, score(config, val, masks=folder / "masks")))
+    if config.segment.crf is not None:
+        results.append(("segmenter and CRF", val, score(config, val, masks=folder / "crf")))
+
+    if ranks.join().first:
+        table = Table("result", "list", "mIoU", title=config.name)
+        for name, list_path, value in results:
+            table.add_row(name, list_path.name, "no ground truth" if value is None else f"{value:.1%}")
+        Console().print(table)
+
+
+def score(config: Config, list_path: Path, *, cams: Path | None = None, masks: Path | None = None) -> float | None:
+    """mIoU of seeds at their best threshold or of masks; None if an image of the list has no ground truth."""
+    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=None)
+    if any(sample.mask is None for sample in samples):
+        return None
+    found = evaluate.run(config, cams=cams, masks=masks, list_path=list_path, threshold_from=None)
+    return float(found.results[-1].scores.mean_iou)
+
+
+def _ids(config: Config, list_path: Path) -> set[str]:
+    return {sample.id for sample in load_samples(config.data, config.classes, list_path, labels=False, masks=False)}

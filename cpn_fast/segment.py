@@ -1,0 +1,178 @@
+"""Stage ``segment``: a DeepLab segmenter trained on pseudo-masks, which needs no tags afterwards, and its masks.
+
+In ``segment`` in the run's folder, ``deeplab`` is the training run and ``LIST/masks`` and ``LIST/crf`` are masks of the
+images of a list before and after the dense CRF.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tarfile
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpn_fast import ranks, train
+from cpn_fast.config import Config, CrfName
+from cpn_fast.crf import PARAMETERS, dense_crf, process_pool
+from cpn_fast.dataset import Sample, check_files, load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.files import claim, replacing
+from cpn_fast.masks import write_mask
+from cpn_fast.methods.segmentation import Segmentation
+from cpn_fast.models.deeplab import DeepLab, build_deeplab
+from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
+from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.train import autocast, progress_bar
+from cpn_fast.weights import load_into, read_weights, to_network_keys
+
+POSSIBLE = 0.01
+"""A class whose probability is nowhere above this is left out of the CRF, whose time grows with their number."""
+SUBMISSION = "results/VOC2012/Segmentation/comp6_test_cls"
+"""Where VOC's evaluation server looks for masks in an archive."""
+
+
+def run(config: Config, masks: Path) -> Path:
+    """Train the segmenter on ``masks/ID.png`` of ``data.train_list``, or continue; returns the file of its weights.
+
+    A finished run is left alone while the masks are the same, and made anew when they are not. Raises UserError for
+    masks that are missing or do not fit their images.
+    """
+    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
+    samples = [dataclasses.replace(sample, mask=masks / f"{sample.id}.png") for sample in samples]
+    missing = [sample.id for sample in samples if sample.mask is not None and not sample.mask.is_file()]
+    if missing:
+        raise UserError(
+            f"{masks}: {len(missing)} of {len(samples)} images of {config.data.train_list} have no mask there "
+            f"({', '.join(missing[:3])} ...). `cpn-fast refine` writes pseudo-masks; --masks names another folder"
+        )
+    settings = deeplab_config(config)
+    rank = ranks.join()
+    if rank.first:
+        claim(settings.run, {"masks_sha256": _digest(samples), "bn_momentum": config.segment.bn_momentum})
+    rank.wait()
+    workers, verified = settings.train.data_threads, settings.run / "masks.json"
+    check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
+    return train.fit(settings, lambda settings: Segmentation(settings, masks))
+
+
+def deeplab_config(config: Config) -> Config:
+    """The segmenter's training run, in ``RUN/segment/deeplab``."""
+    changes = {
+        "name": "deeplab",
+        "out": config.run / "segment",
+        "augment": config.segment.augment,
+        "train": config.segment.train,
+    }
+    return config.model_copy(update=changes)
+
+
+def segment(config: Config, weights: Path, list_path: Path | None = None) -> Path:
+    """Write ``masks/ID.png``, and ``crf/ID.png`` if ``segment.crf`` is set, for a list; returns their folder.
+
+    Finished images are kept when weights and settings are the same. Under torchrun each process makes its share.
+    """
+    rank, options = ranks.join(), config.segment
+    list_path = list_path or options.eval_list
+    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
+    network = build_deeplab(config)
+    load_into(network, to_network_keys(read_weights(weights)), source=weights)
+    network = network.to(rank.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+    folder = config.run / "segment" / list_path.stem
+    made_by = {
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
+    }
+    if rank.first:
+        claim(folder, made_by)
+    rank.wait()
+    last = folder / ("crf" if options.crf else "masks")  # its presence says that an image is done
+    own = rank.share(samples)
+    missing = [sample for sample in own if not (last / f"{sample.id}.png").exists()]
+    batches = scaled_images(
+        missing,
+        scales=options.scales,
+        mean=network.mean,
+        std=network.std,
+        batch=config.cam.batch,
+        pixels=config.cam.pixels,
+        device=rank.device,
+        threads=config.train.data_threads,
+        fit=network.backbone.fit,
+    )
+    workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
+    with ExitStack() as stack:
+        pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))
+        bar = stack.enter_context(progress_bar())
+        task = bar.add_task("segment", total=len(own), completed=len(own) - len(missing), note="")
+        writing: deque[Future[None]] = deque()
+        for batch in batches:
+            with torch.inference_mode(), autocast(config.train.precision, rank.device):
+                logits = mean_logits(network, batch, flip=options.flip, pixels=config.cam.pixels)
+            for index, scores in zip(batch.indices, logits, strict=True):
+                probabilities = scores.softmax(0).cpu().numpy()
+                writing.append(pool.submit(_write, folder, missing[index], probabilities, options.crf))
+                while len(writing) > 2 * workers:  # bounds what waits in memory
+                    writing.popleft().result()
+                    bar.advance(task)
+        for written in writing:
+            written.result()
+            bar.advance(task)
+    rank.wait()
+    return folder
+
+
+def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int) -> Tensor:
+    """Mean over scales and flips of the logits at the original size: float32 (B, 1 + classes, H, W).
+
+    A forward pass has an image and its mirror image together, or one after the other where both exceed ``pixels``.
+    """
+    total: Tensor | None = None
+    for images in batch.scales:
+        views = [images, images.flip(3)] if flip else [images]
+        if len(views) * images[:, 0].numel() <= pixels:
+            views = [torch.cat(views)]
+        logits = torch.cat([network(view.contiguous(memory_format=torch.channels_last)).float() for view in views])
+        if flip:
+            straight, mirrored = logits.chunk(2)
+            logits = (straight + mirrored.flip(3)) / 2
+        logits = F.interpolate(logits, batch.size, mode="bilinear", align_corners=True)
+        total = logits if total is None else total.add_(logits)
+    assert total is not None
+    return total / len(batch.scales)
+
+
+def _write(folder: Path, sample: Sample, probabilities: np.ndarray, crf: CrfName | None) -> None:
+    write_mask(folder / "masks" / f"{sample.id}.png", probabilities.argmax(0).astype(np.uint8))
+    if crf is not None:
+        values = np.flatnonzero(probabilities.max((1, 2)) > POSSIBLE).astype(np.uint8)
+        refined = dense_crf(read_image(sample.image), probabilities[values], PARAMETERS[crf])
+        write_mask(folder / "crf" / f"{sample.id}.png", values[refined.argmax(0)])
+
+
+def write_submission(masks: Path, path: Path) -> int:
+    """Pack a folder of masks as VOC's evaluation server takes them, a .tar.gz; returns how many there are."""
+    files = sorted(masks.glob("*.png"))
+    with replacing(path) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for mask in files:
+            archive.add(mask, f"{SUBMISSION}/{mask.name}")
+    return len(files)
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        assert sample.mask is not None
+        digest.update(sample.id.encode())
+        digest.update(sample.mask.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpn_fast import config, run
+
+SHORT = {"train": {"batch": 2, "steps": 2, "data_threads": 1}, "augment": {"crop": 64}}
+CHAIN = {
+    "train": {"batch": 2, "steps": 2, "data_threads": 1},
+    "data": {"train_list": "ImageSets/Segmentation/val.txt", "eval_list": "ImageSets/Segmentation/val.txt"},
+    "cam": {"scales": [1.0]},
+    "crf": {"workers": 1},
+    "affinity": {"train": SHORT["train"], "augment": {"long_side": [64, 96], "crop": 64}},
+    "walk": {"logt": 1},
+    "segment": {**SHORT, "bn_momentum": 0.1, "scales": [1.0]},
+}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When the files of the stages were written, but for logs and scores, which every start writes."""
+    kept = (".safetensors", ".npz", ".png", ".jpg", ".pt")
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.suffix in kept and "evaluation" not in path.parts
+    }
+
+
+def test_run_does_every_stage_and_then_nothing_twice(tiny_config, capsys) -> None:
+    settings = config.load(tiny_config(**CHAIN))
+    run.run(settings)
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("seeds, oracle threshold", "pseudo-masks", "segmenter and CRF"))
+    first = stamps(settings.run)
+    run.run(settings)
+    assert stamps(settings.run) == first
+
+    # Lost in the middle of a stage: that stage and what hangs on it, no more.
+    lost = next((settings.run / "segment" / "val" / "crf").iterdir())
+    lost.unlink()
+    run.run(settings)
+    again = stamps(settings.run)
+    changed = {name for name in first if again[name] != first[name]}
+    assert changed == {f"segment/val/{kind}/{lost.name}" for kind in ("masks", "crf")}
+
+
+def test_without_ground_truth_nothing_is_scored(tiny_config, small_voc) -> None:
+    settings = config.load(tiny_config(data={"masks": "nowhere"}))
+    assert run.score(settings, Path("ImageSets/Segmentation/val.txt"), masks=small_voc) is None
+
+
+@pytest.mark.parametrize("command", ["segment", "run"])
+def test_commands_are_listed(command) -> None:
+    from typer.testing import CliRunner
+
+    from cpn_fast.cli import app
+
+    assert command in CliRunner().invoke(app, ["--help"]).output

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from cpn_fast import config, evaluate, segment
+from cpn_fast.dataset import load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.masks import PALETTE, read_mask
+from cpn_fast.methods.segmentation import Segmentation
+from cpn_fast.models.deeplab import build_deeplab
+from cpn_fast.pipelines.inference import ScaledBatch
+from cpn_fast.pipelines.training import Batch
+from cpn_fast.train import make_optimizer
+
+VAL = "ImageSets/Segmentation/val.txt"
+SMALL = {
+    "augment": {"crop": 64},
+    "train": {"batch": 4, "steps": 4, "checkpoint_every": 2, "log_every": 2, "data_threads": 1},
+    "bn_momentum": 0.1,
+    "scales": [0.5, 1.0],
+}
+
+
+@pytest.fixture
+def settings(tiny_config):
+    return config.load(tiny_config(segment=SMALL, crf={"workers": 1}))
+
+
+def test_from_masks_to_a_score(settings, small_voc, tmp_path) -> None:
+    """Trained on the ground truth here, so that no earlier stage is needed."""
+    truth = small_voc / "SegmentationClass"
+    weights = segment.run(settings, truth)
+    folder = segment.segment(settings, weights)
+    samples = load_samples(settings.data, settings.classes, settings.segment.eval_list, labels=False, masks=True)
+    for kind in ("masks", "crf"):
+        for sample in samples:
+            assert read_mask(folder / kind / f"{sample.id}.png").shape == read_mask(sample.mask).shape
+        scores = evaluate.run(
+            settings, cams=None, masks=folder / kind, list_path=settings.segment.eval_list, threshold_from=None
+        )
+        assert 0 < scores.results[0].scores.mean_iou < 1
+    assert segment.write_submission(folder / "crf", tmp_path / "voc.tar.gz") == len(samples)
+    with tarfile.open(tmp_path / "voc.tar.gz") as archive:
+        inside = f"results/VOC2012/Segmentation/comp6_test_cls/{samples[0].id}.png"
+        image = Image.open(archive.extractfile(inside))
+    assert image.mode == "P"
+    assert np.array_equal(np.array(image.getpalette()).reshape(-1, 3), PALETTE)
+
+    # Finished parts are left alone; lost images are made again; other masks train anew.
+    lost, kept = (folder / "crf" / f"{sample.id}.png" for sample in samples[:2])
+    before = weights.stat().st_mtime_ns, kept.stat().st_mtime_ns
+    lost.unlink()
+    assert segment.run(settings, truth) == weights
+    segment.segment(settings, weights)
+    assert (weights.stat().st_mtime_ns, kept.stat().st_mtime_ns) == before
+    assert lost.exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    for sample in load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=True):
+        mask = read_mask(sample.mask)
+        Image.fromarray(np.where(mask == 1, 255, mask).astype(np.uint8)).save(other / f"{sample.id}.png")  # gray
+    segment.run(settings, other)
+    assert weights.stat().st_mtime_ns != before[0]
+
+
+def test_masks_that_are_missing_or_do_not_fit_are_named(settings, small_voc, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"12 of 12 images .* have no mask"):
+        segment.run(settings, tmp_path)
+    for path in (small_voc / "SegmentationClass").iterdir():
+        Image.fromarray(read_mask(path)[1:]).save(tmp_path / path.name)
+    with pytest.raises(UserError, match="another size than their image"):
+        segment.run(settings, tmp_path)
+
+
+def method(settings) -> Segmentation:
+    torch.manual_seed(0)
+    return Segmentation(settings, settings.run)
+
+
+def batch(truth: torch.Tensor) -> Batch:
+    return Batch(torch.zeros(len(truth), 3, *truth.shape[1:]), truth, torch.ones(len(truth), 5), torch.arange(1))
+
+
+def test_loss_is_the_mean_cross_entropy_of_what_is_labelled(settings) -> None:
+    truth = torch.tensor([[[0, 1, 255], [3, -1, 5]]], dtype=torch.int32)
+    logits = torch.randn(1, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    trained = method(settings)
+    loss = trained.losses([logits], trained.views(batch(truth), torch.Generator())).total
+    log = logits.float().log_softmax(1)[0]
+    expected = -(log[0, 0, 0] + log[1, 0, 1] + log[3, 1, 0] + log[5, 1, 2]) / 4
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0, :, 0, 2].abs().max() == 0  # ignored
+    assert gradient[0, :, 1, 1].abs().max() == 0  # padding
+    nothing = torch.full_like(truth, 255)
+    assert trained.losses([logits], trained.views(batch(nothing), torch.Generator())).total == 0
+
+
+def test_every_convolution_trains_and_the_head_ten_times_as_fast() -> None:
+    tree = {"name": "x", "data": {"root": "there"}, "train": {"steps": 1}, "model": {"backbone": "mobilenet_v2"}}
+    settings = config.parse(tree, "test")
+    network = build_deeplab(settings).train()
+    assert not network.backbone.features[0][1].training
+    assert network.bn_fov.training
+    groups = make_optimizer(network, settings.segment.train, torch.device("cpu")).param_groups
+    assert [group["base_lr"] for group in groups] == pytest.approx([0.001, 0.01, 0.02])
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    assert trained == {id(p) for m in convolutions for p in m.parameters()}
+
+
+def test_logits_are_averaged_over_scales_and_flips() -> None:
+    """A network whose logits are the image itself: the mean of all views is the image."""
+    image = F.interpolate(torch.randn(1, 3, 5, 4), (40, 32), mode="bilinear", align_corners=True)
+    scales = [image, F.interpolate(image, (79, 63), mode="bilinear", align_corners=True)]
+
+    class Painter(torch.nn.Module):
+        def forward(self, images):
+            return images
+
+    for pixels in (10**6, 10):
+        found = segment.mean_logits(Painter(), ScaledBatch([0], (40, 32), scales), flip=True, pixels=pixels)
+        torch.testing.assert_close(found, image, atol=0.05, rtol=0)
+    biased = segment.mean_logits(lambda x: x.cumsum(3), ScaledBatch([0], (40, 32), scales[:1]), flip=True, pixels=10)
+    torch.testing.assert_close(biased, (image.cumsum(3) + image.flip(3).cumsum(3).flip(3)) / 2)

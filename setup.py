@@ -42,6 +42,7 @@ setup(
         "scikit-learn>=1.4",
         "filelock>=3.12",
         "fast-slic>=0.4",
+        "pydensecrf2>=1.1",
     ],
     extras_require={
         "dev": [

@@ -258,9 +258,9 @@ CrfName = Literal["seam-labels", "seam-walk", "cpn", "segmentation", "irn-labels
 class Crf(Section):
     """Dense CRFs of the seeds, which ``refine`` labels AffinityNet's training images by.
 
-    A background score of (1 - max cam) ** alpha draws the line where the CAM is t, with (1 - t) ** alpha = t: alpha 24 at
-    0.09, 6 at 0.22, 4 at 0.28, 1 at 0.5, 0.3 at 0.70. The released alphas were made for SEAM's and psa's seeds: choose
-    others where the best threshold of ``evaluate`` is far from theirs.
+    A background score of (1 - max cam) ** alpha draws the line where the CAM is t, with (1 - t) ** alpha = t: alpha 24
+    at 0.09, 6 at 0.22, 4 at 0.28, 1 at 0.5, 0.3 at 0.70. The released alphas were made for SEAM's and psa's seeds:
+    choose others where the best threshold of ``evaluate`` is far from theirs.
     """
 
     parameters: CrfName = "seam-labels"

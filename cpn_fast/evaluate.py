@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import threading
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
+from cpn_fast import ranks
 from cpn_fast.config import Config, Evaluate
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
@@ -248,7 +250,7 @@ def evaluate_cams(
         sweep.add(seed, truth)
 
     _each(samples, folder, ".npz", score, workers)
-    counts = sweep.confusion()
+    counts = ranks.join().sum(sweep.confusion())
     curve = Scores(counts[np.searchsorted(tried, grid)])
     best = int(np.argmax(curve.mean_iou))
     results = [Result(kind, value, Scores(counts[np.searchsorted(tried, value)])) for kind, value in given.items()]
@@ -278,8 +280,9 @@ def evaluate_masks(
             total[:] += counts
 
     _each(samples, folder, ".png", score, workers)
+    scores = Scores(ranks.join().sum(total))
     ids = tuple(sample.id for sample in samples)
-    return Evaluation(folder, list_name, ids, tuple(classes), (Result("masks", None, Scores(total)),))
+    return Evaluation(folder, list_name, ids, tuple(classes), (Result("masks", None, scores),))
 
 
 def held_out_threshold(path: Path, ids: Collection[str]) -> float:
@@ -361,10 +364,12 @@ def run(
     place, home = source.resolve(), config.run.resolve()
     parts = place.relative_to(home).parts if place.is_relative_to(home) else place.parts[-2:]
     folder = config.run / "evaluation" / list_path.stem / "-".join(parts)
-    evaluation = dataclasses.replace(evaluation, path=write_evaluation(folder, evaluation))
-    print_evaluation(evaluation)
-    print(f"Scores, curve and plots are in {folder}")
-    return evaluation
+    if ranks.join().first:
+        write_evaluation(folder, evaluation)
+        print_evaluation(evaluation)
+        print(f"Scores, curve and plots are in {folder}")
+    ranks.join().wait()
+    return dataclasses.replace(evaluation, path=folder / "evaluation.json")
 
 
 class _Problem(Exception):
@@ -374,7 +379,7 @@ class _Problem(Exception):
 def _each(
     samples: Sequence[Sample], folder: Path, suffix: str, score: Callable[[Sample, Path], None], workers: int
 ) -> None:
-    """Score all samples in threads (reading and inflating leave the GIL); raise all problems in one go."""
+    """Score this process's share in threads (reading and inflating leave the GIL); raise all problems in one go."""
 
     def attempt(sample: Sample) -> tuple[str, str] | None:
         path = folder / f"{sample.id}{suffix}"
@@ -389,11 +394,13 @@ def _each(
             return "files that cannot be read", str(error)
         return None
 
-    problems: dict[str, list[str]] = defaultdict(list)
+    rank = ranks.join()
+    own = rank.share(samples)
     with ThreadPoolExecutor(workers) as pool:
-        for found in track(pool.map(attempt, samples), f"Scoring {folder.name}", total=len(samples)):
-            if found:
-                problems[found[0]].append(found[1])
+        tried = list(track(pool.map(attempt, own), f"Scoring {folder.name}", total=len(own)))
+    problems: dict[str, list[str]] = defaultdict(list)
+    for kind, name in filter(None, itertools.chain.from_iterable(rank.gather(tried))):
+        problems[kind].append(name)
     if problems:
         lines = [
             f"  {len(names)} {kind}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"

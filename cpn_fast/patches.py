@@ -28,16 +28,18 @@ def complementary_pair(
     generator: torch.Generator,
     *,
     patch_limit: int,
+    place: tuple[int, int] = (0, 1),
 ) -> Pair:
     """Hide patches of normalised images, (B, 3, H, W) of any float dtype, on their device and without a host sync.
 
     ``superpixels`` (B, H, W) holds integer labels from 0 to ``patch_limit - 1``, and -1 where padding is: that stays as
     it is in both images. Labels that a crop lacks, and padding, count nowhere. Grids ignore both arguments. ``fill``
     (3,) is the normalised colour of hidden pixels, None is 0. Every random number comes from ``generator``, on its own
-    device: the same state gives the same pair.
+    device: the same state gives the same pair. ``place`` (number, world) says that these are the number-th of world
+    equal parts of the images, which then become the pairs that the whole would.
     """
     if config.kind == "grid":
-        patches, patch_limit = _grid(images, config.grid_sizes, generator)
+        patches, patch_limit = _grid(images, config.grid_sizes, generator, place)
     elif superpixels is None:
         raise ValueError("superpixels is None, but patches.kind is superpixel")
     else:
@@ -47,9 +49,9 @@ def complementary_pair(
     present = torch.zeros(len(images), patch_limit + 1, dtype=torch.bool, device=images.device)
     present = present.scatter_(1, patches, True)[:, :-1]
     if config.kind == "superpixel" and config.sampling == "with-replacement":
-        hidden = _draw_with_replacement(present, config.hide, generator)
+        hidden = _draw_with_replacement(present, config.hide, generator, place)
     else:
-        hidden = _uniform(present.shape, present.device, generator) < config.hide
+        hidden = _uniform(present.shape, present.device, generator, place) < config.hide
 
     covered = torch.nn.functional.pad(hidden, (0, 1)).gather(1, patches)
     if config.share == "pixels":
@@ -61,20 +63,22 @@ def complementary_pair(
     return Pair(images.where(~covered, colour), images.where(~shown, colour), share)
 
 
-def _grid(images: Tensor, sizes: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, int]:
+def _grid(
+    images: Tensor, sizes: tuple[int, ...], generator: torch.Generator, place: tuple[int, int]
+) -> tuple[Tensor, int]:
     """Square cells of a side drawn per image, the last ones cut off: cell numbers (B, H * W) and their bound."""
     height, width = images.shape[2:]
     y, x = (torch.arange(side, device=images.device) for side in (height, width))
     cells = [(y // size)[:, None] * math.ceil(width / size) + x // size for size in sizes]
-    drawn = _uniform((len(images),), images.device, generator).mul(len(sizes)).long()
+    drawn = _uniform((len(images),), images.device, generator, place).mul(len(sizes)).long()
     return torch.stack(cells).flatten(1)[drawn], math.ceil(height / min(sizes)) * math.ceil(width / min(sizes))
 
 
-def _draw_with_replacement(present: Tensor, hide: float, generator: torch.Generator) -> Tensor:
+def _draw_with_replacement(present: Tensor, hide: float, generator: torch.Generator, place: tuple[int, int]) -> Tensor:
     """Draw floor(hide * n) of an image's n present patches, a patch perhaps more than once: bool like ``present``."""
     count = present.sum(1, keepdim=True)
     draws = math.floor(hide * present.shape[1])
-    ranks = (_uniform((len(present), draws), present.device, generator) * count).long()
+    ranks = (_uniform((len(present), draws), present.device, generator, place) * count).long()
     # The number of draws differs between images, but the shapes must not: surplus draws fall on an extra rank.
     surplus = torch.arange(draws, device=present.device) >= (hide * count.double()).floor()
     ranks = ranks.masked_fill(surplus, present.shape[1])
@@ -82,6 +86,10 @@ def _draw_with_replacement(present: Tensor, hide: float, generator: torch.Genera
     return drawn.gather(1, present.cumsum(1).sub(1).clamp(min=0)) & present
 
 
-def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
-    """float32 from [0, 1); its product with a whole number n never rounds up to n."""
-    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+def _uniform(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator, place: tuple[int, int]
+) -> Tensor:
+    """float32 from [0, 1), drawn for all parts; its product with a whole number n never rounds up to n."""
+    number, world = place
+    drawn = torch.rand((world, *shape), generator=generator, device=generator.device)
+    return drawn[number].to(device)

@@ -1,6 +1,7 @@
 """Which of torchrun's processes this is, what its share is, and how the processes agree.
 
-Without torchrun there is one process, which has everything and waits for nobody.
+Without torchrun there is one process, which has everything and waits for nobody; torch is then imported for ``device``
+alone, as scoring does without it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import functools
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import distributed
 
 from cpn_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 TIMEOUT = timedelta(hours=2)
 """The longest that processes wait for one that is still at work. A lost one ends the wait at once."""
@@ -28,13 +30,29 @@ class Rank(NamedTuple):
     number: int
     world: int
     """How many processes there are, on all machines."""
-    device: torch.device
-    """A GPU of this process's own, or the CPU."""
+    local: int
+    """Number among the processes of this machine."""
 
     @property
     def first(self) -> bool:
         """Whether this process writes and reports for all."""
         return self.number == 0
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU of this process's own, or the CPU. Raises UserError if there are fewer GPUs here than processes."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started process {self.local + 1} on this machine, which has {torch.cuda.device_count()} "
+                "GPU(s): give --nproc-per-node as many or fewer"
+            )
+        device = torch.device("cuda", self.local)
+        torch.cuda.set_device(device)
+        return device
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Every ``world``-th item. No two processes have one in common, so give all of them the same list."""
@@ -48,6 +66,8 @@ class Rank(NamedTuple):
         """Each process's (picklable) value, in the order of ranks; all must call it."""
         if self.world == 1:
             return [value]
+        from torch import distributed
+
         values = [None] * self.world
         distributed.all_gather_object(values, value, group=_on_cpu())
         return values
@@ -56,32 +76,25 @@ class Rank(NamedTuple):
         """Sum over the processes of an array that has one shape and dtype in all; all must call it."""
         if self.world == 1:
             return counts
+        import torch
+
         total = torch.from_numpy(counts.copy())
-        distributed.all_reduce(total, group=_on_cpu())
+        torch.distributed.all_reduce(total, group=_on_cpu())
         return total.numpy()
 
 
 @functools.cache
 def join() -> Rank:
-    """This process's rank; the first call meets the other processes (NCCL for GPUs, Gloo for the CPU).
-
-    Raises UserError when torchrun started more processes here than there are GPUs.
-    """
+    """This process's rank; the first call meets the other processes: by NCCL for GPU tensors, by Gloo for the rest."""
     number, world, local = (int(os.environ.get(name, alone)) for name, alone in _ENVIRONMENT.items())
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started process {local + 1} on this machine, which has {torch.cuda.device_count()} GPU(s): "
-                f"give --nproc-per-node={torch.cuda.device_count()} or less"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    rank = Rank(number, world, local)
     if world > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        from torch import distributed
+
+        distributed.init_process_group("nccl" if rank.device.type == "cuda" else "gloo", timeout=TIMEOUT)
         _on_cpu()
         atexit.register(distributed.destroy_process_group)
-    return Rank(number, world, device)
+    return rank
 
 
 _ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
@@ -90,4 +103,6 @@ _ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 @functools.cache
 def _on_cpu() -> Any:
     """The Gloo group, in which waiting occupies no GPU."""
+    from torch import distributed
+
     return distributed.new_group(backend="gloo", timeout=TIMEOUT)

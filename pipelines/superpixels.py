@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
+from cpn_fast import ranks
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
@@ -103,16 +105,21 @@ class SuperpixelCache:
     def build(self, samples: Sequence[Sample], workers: int) -> int:
         """Make the missing entries with ``workers`` threads and return how many there were.
 
-        May be interrupted and run again, and run by several processes at once (one works, the others wait).
+        May be interrupted and run again, and run by several processes at once (one works, the others wait). Under
+        torchrun, where all must call it, each process makes its share of them.
         Raises UserError for an unreadable image, an unwritable folder, or a folder of other parameters.
         """
-        if not self.missing(samples):
+        rank = ranks.join()
+        if not any(rank.gather(bool(self.missing(rank.share(samples))))):
             return 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock"):
-                self._claim()
-                return self._make(self.missing(samples), workers)
+            with FileLock(self.folder / ".lock") if rank.first else nullcontext():  # the first holds it for all
+                if rank.first:
+                    self._claim()
+                rank.wait()
+                made = self._make(self.missing(rank.share(samples)), workers)
+                return sum(rank.gather(made))
         except OSError as error:
             raise UserError(f"{self.folder}: cannot write superpixels: {error}. Set superpixels.cache") from None
 

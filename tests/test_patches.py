@@ -11,9 +11,9 @@ from cpn_fast.config import Patches
 from cpn_fast.patches import Pair, complementary_pair
 
 
-def make_pair(images, superpixels, config, seed=0, fill=None, patch_limit=50) -> Pair:
+def make_pair(images, superpixels, config, seed=0, fill=None, patch_limit=50, place=(0, 1)) -> Pair:
     generator = torch.Generator().manual_seed(seed)
-    return complementary_pair(images, superpixels, config, fill, generator, patch_limit=patch_limit)
+    return complementary_pair(images, superpixels, config, fill, generator, patch_limit=patch_limit, place=place)
 
 
 def blocks(batch: int, height: int, width: int, labels: list[int]) -> torch.Tensor:
@@ -223,3 +223,16 @@ def test_never_waits_for_the_gpu(kind):
         complementary_pair(images, superpixels, Patches(kind=kind), None, generator, patch_limit=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([2, 4]), st.integers(1, 3), sides, sides, configs, st.integers(0, 2**31))
+def test_the_parts_of_a_batch_become_the_pairs_of_the_whole(world, count, height, width, config, seed):
+    source = torch.Generator().manual_seed(seed)
+    images = torch.randn(world * count, 3, height, width, generator=source)
+    superpixels = torch.randint(-1, 50, (world * count, height, width), generator=source)
+    whole = make_pair(images, superpixels, config, seed)
+    for number, (own, labels) in enumerate(zip(images.chunk(world), superpixels.chunk(world), strict=True)):
+        part = make_pair(own, labels, config, seed, place=(number, world))
+        for a, b in zip(part, whole, strict=True):
+            torch.testing.assert_close(a, b.chunk(world)[number], equal_nan=True)

@@ -30,7 +30,13 @@ class Cpn:
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
         pair = complementary_pair(
-            batch.images, batch.map, self.patches, self.fill, generator, patch_limit=self.patch_limit
+            batch.images,
+            batch.map,
+            self.patches,
+            self.fill,
+            generator,
+            patch_limit=self.patch_limit,
+            place=batch.place,
         )
         images = torch.cat([batch.images, pair.visible, pair.complement])
         return Views([(images, batch.labels.repeat(3, 1))], batch, pair.share)
@@ -38,7 +44,7 @@ class Cpn:
     def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
         """Eqs. 13 to 15 and the released background suppression."""
         (cams,) = outputs
-        size, options = views.batch.images.shape[2:], self.options
+        size, options = views.batch.size, self.options
         ((_, labels),) = views.inputs
         logits = pooled_logits(cams.raw[:, 1:], size=size)
         parts = {"classification": F.multilabel_soft_margin_loss(logits, labels)}

@@ -12,6 +12,7 @@ from cpn_fast.config import Config, Model
 from cpn_fast.kernels import pixel_correlation, region_correlation, region_pooling
 from cpn_fast.models import build_backbone
 from cpn_fast.models.backbone import Backbone, Headed
+from cpn_fast.models.dropout import SharedDropout2d
 
 LOW, MIDDLE, EMBEDDING = 64, 128, 192  # channels of f8_3, f8_4, f9 and f10
 HEADS = ("fc8", "f8_3", "f8_4", "f8_5", "f9", "f10", "conv_fov", "bn_fov", "conv_fov2", "bn_fov2", "cls_conv")
@@ -67,7 +68,7 @@ class Network(Headed):
         super().__init__(backbone, options)
         self.options = options
         low, middle, last = backbone.channels
-        self.dropout7 = nn.Dropout2d(0.5)
+        self.dropout7 = SharedDropout2d(0.5)
         self.fc8 = nn.Conv2d(last, 1 + classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
         if options.pcm or options.prcm:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpn_fast.models.backbone import Backbone, Features
+from cpn_fast.models.dropout import SharedDropout2d
 
 
 class ResNet38d(Backbone):
@@ -92,10 +93,10 @@ class Bottleneck(nn.Module):
         self.bn_branch2a = nn.BatchNorm2d(inputs)
         self.conv_branch2a = nn.Conv2d(inputs, outputs // 4, 1, bias=False)
         self.bn_branch2b1 = nn.BatchNorm2d(outputs // 4)
-        self.dropout_2b1 = nn.Dropout2d(dropout)
+        self.dropout_2b1 = SharedDropout2d(dropout)
         self.conv_branch2b1 = nn.Conv2d(outputs // 4, outputs // 2, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn_branch2b2 = nn.BatchNorm2d(outputs // 2)
-        self.dropout_2b2 = nn.Dropout2d(dropout)
+        self.dropout_2b2 = SharedDropout2d(dropout)
         self.conv_branch2b2 = nn.Conv2d(outputs // 2, outputs, 1, bias=False)
         self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, bias=False)
 

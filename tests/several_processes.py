@@ -1,0 +1,53 @@
+"""Runs a function in several processes that find themselves as torchrun would have started them, on the CPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["cpn_fast.cam", "cpn_fast.evaluate", "cpn_fast.train"])  # imported once for all
+
+
+def run_in_processes(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """What ``function(*arguments)`` returned in each of ``world`` processes; fails when one of them does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
+    processes = [
+        CONTEXT.Process(target=_run, args=(number, world, port, pipe, function, arguments), daemon=True)
+        for number, (_, pipe) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        results = []
+        for number, (pipe, _) in enumerate(pipes):
+            assert pipe.poll(timeout), f"process {number} of {world} gave no result in {timeout} s"
+            results.append(pipe.recv())
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    errors = {number: result for number, result in enumerate(results) if isinstance(result, BaseException)}
+    assert not errors, errors
+    return results
+
+
+def _run(number: int, world: int, port: int, pipe: Any, function: Callable[..., Any], arguments: Any) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": str(number)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    try:
+        result = function(*arguments)
+    except BaseException as error:
+        pipe.send(error)
+        raise
+    pipe.send(result)
+    pipe.close()
+    from cpn_fast import ranks
+
+    ranks.join().wait()  # none may leave while another still talks to it

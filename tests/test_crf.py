@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,3 +113,8 @@ def test_what_a_process_finds_wrong_reaches_the_user(seeds, tmp_path) -> None:
     write_seed(folder / "b.npz", Seed(np.array([2]), np.zeros((1, 10, 10), np.float32)))
     with pytest.raises(UserError, match=r"b\.npz: a seed of 10x10 pixels, expected 44x30"):
         crf.write_label_maps(samples, folder, tmp_path / "masks", alpha=4.0, parameters="cpn", workers=1)
+
+
+def test_a_killed_process_is_explained() -> None:
+    with pytest.raises(UserError, match=r"lower crf\.workers"), crf.process_pool(1) as pool:
+        pool.submit(os._exit, 1).result()

@@ -156,6 +156,18 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="table1, table2, table3, table4, table5, fig6 or fig7.")],
+    config: Annotated[Path, typer.Option(help="CPN's config, of which the runs are variants.", show_default=False)],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Train whatever a table or figure of the paper needs and is not there yet, and print it beside the paper's."""
+    from cpn_fast import reproduce
+
+    print(f"Curves are in {reproduce.run(name, config, overrides)}, figures in the .json beside it")
+
+
+@app.command()
 def convert(source: Path, destination: Path) -> None:
     """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth."""
     from cpn_fast.weights import convert

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -12,36 +13,44 @@ from cpn_fast.config import Config
 from cpn_fast.dataset import load_samples
 
 
-def run(config: Config) -> None:
+class Stage(NamedTuple):
+    """What a stage made, scored."""
+
+    name: str
+    list: Path
+    miou: float | None
+    """From 0 to 1; None without ground truth."""
+
+
+def run(config: Config) -> list[Stage]:
     """Train, make seeds, refine them, train a segmenter; score whatever there is ground truth for, and print a table.
 
     Seeds are scored on ``data.eval_list``, and so are pseudo-masks if its images are among ``data.train_list``; the
     segmenter on ``segment.eval_list``.
     """
     lists = config.data
-    results: list[tuple[str, Path, float | None]] = []
-
     weights = train.run(config)
     seeds = cam.run(config, weights) / "seeds"
-    results.append(("seeds, oracle threshold", lists.eval_list, score(config, lists.eval_list, cams=seeds)))
+    stages = [Stage("seeds, oracle threshold", lists.eval_list, score(config, lists.eval_list, cams=seeds))]
 
     if lists.train_list != lists.eval_list:
         cam.run(config, weights, lists.train_list)
     masks = refine.run(config)
     if _ids(config, lists.eval_list) <= _ids(config, lists.train_list):
-        results.append(("pseudo-masks", lists.eval_list, score(config, lists.eval_list, masks=masks)))
+        stages.append(Stage("pseudo-masks", lists.eval_list, score(config, lists.eval_list, masks=masks)))
 
     weights = segment.run(config, masks)
     folder, val = segment.segment(config, weights), config.segment.eval_list
-    results.append(("segmenter", val, score(config, val, masks=folder / "masks")))
+    stages.append(Stage("segmenter", val, score(config, val, masks=folder / "masks")))
     if config.segment.crf is not None:
-        results.append(("segmenter and CRF", val, score(config, val, masks=folder / "crf")))
+        stages.append(Stage("segmenter and CRF", val, score(config, val, masks=folder / "crf")))
 
     if ranks.join().first:
         table = Table("result", "list", "mIoU", title=config.name)
-        for name, list_path, value in results:
-            table.add_row(name, list_path.name, "no ground truth" if value is None else f"{value:.1%}")
+        for name, list_path, miou in stages:
+            table.add_row(name, list_path.name, "no ground truth" if miou is None else f"{miou:.1%}")
         Console().print(table)
+    return stages
 
 
 def score(config: Config, list_path: Path, *, cams: Path | None = None, masks: Path | None = None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import platform
@@ -17,11 +18,12 @@ import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sklearn.metrics import average_precision_score
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 import cpn_fast
-from cpn_fast import checkpoint
+from cpn_fast import checkpoint, ranks
 from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
@@ -29,9 +31,11 @@ from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
+from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline
+from cpn_fast.ranks import Rank
 from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
 
 DROPOUT, HIDING = range(2)  # streams of random numbers
@@ -47,16 +51,27 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
 
     ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained. Raises
     UserError for anything wrong with the data, the weights, or a run folder that belongs to another config.
+
+    Under torchrun the processes share each step's images and average their gradients; the first one writes. Their
+    number may change between two starts.
     """
-    train, device = config.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, rank = config.train, ranks.join()
+    device = rank.device
+    if train.batch % rank.world:
+        raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
     final = config.run / "model.safetensors"
-    state = _open_run(config, device)
+    if rank.first:
+        _open_run(config, device)
+    rank.wait()
+    found = checkpoint.existing(config.run / "checkpoints")
+    state = checkpoint.read(found[0], device) if found else None
     if state is not None and final.exists():
         return final
 
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
     verified = config.run / "verified.json"
-    check_files(samples, workers=train.data_threads, classes=len(config.classes), verified=verified)
+    if rank.first:
+        check_files(samples, workers=train.data_threads, classes=len(config.classes), verified=verified)
     torch.manual_seed(train.seed)
     method = build(config)
     network = method.network
@@ -90,10 +105,14 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+    share = train.batch // rank.world
+    for module in network.modules():
+        if isinstance(module, SharedDropout2d):
+            module.number, module.world, module.images = rank.number, rank.world, share
     pipeline = TrainingPipeline(
         samples,
         config.augment,
-        batch=train.batch,
+        batch=share,
         mean=network.mean,
         std=network.std,
         seed=train.seed,
@@ -101,14 +120,17 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         threads=train.data_threads,
         map_path=map_path,
         online=online,
+        rank=rank.number,
+        world=rank.world,
         start_step=start * train.accumulate,
     )
     steps = train.steps or (train.epochs or 0) * pipeline.steps_per_epoch // train.accumulate
     if steps == 0:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
     generator = torch.Generator(device)
-    meter = Meter(config, start, pipeline.steps_per_epoch // train.accumulate)
+    meter = Meter(config, rank, start, pipeline.steps_per_epoch // train.accumulate)
     batches = timed(pipeline, meter)
+    forward = network if rank.world == 1 else averaging(network)
 
     with meter, progress_bar() as bar:
         task = bar.add_task("train", total=steps, completed=start, note="")
@@ -119,22 +141,23 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-            for _ in range(train.accumulate):
+            for left in reversed(range(train.accumulate)):
                 batch = next(batches)
                 views = method.views(batch, generator)
-                with autocast(train.precision, device):
-                    outputs = [
-                        network(images.contiguous(memory_format=torch.channels_last), *others)
-                        for images, *others in views.inputs
-                    ]
-                losses = method.losses(outputs, views)
-                (losses.total / train.accumulate).backward()
+                with exchanging(forward, now=left == 0):
+                    with autocast(train.precision, device):
+                        outputs = [
+                            forward(images.contiguous(memory_format=torch.channels_last), *others)
+                            for images, *others in views.inputs
+                        ]
+                    losses = method.losses(outputs, views)
+                    (losses.total / train.accumulate).backward()
                 meter.add(losses.total.detach(), losses.parts, losses.logits, batch.labels)
             optimizer.step()
             done = step + 1
             if done % train.log_every == 0 or done == steps:
                 bar.update(task, note=meter.write(done, train.lr * factor))
-            if done % train.checkpoint_every == 0 or done == steps:
+            if rank.first and (done % train.checkpoint_every == 0 or done == steps):
                 checkpoint.write(
                     config.run / "checkpoints",
                     done,
@@ -143,9 +166,11 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                     config=configs.dump(config),
                 )
             bar.update(task, completed=done)
-    tensors = {name: tensor.contiguous() for name, tensor in to_released_keys(network.state_dict()).items()}
-    with replacing(final) as file:
-        file.write(safetensors.torch.save(tensors))
+    if rank.first:
+        tensors = {name: tensor.contiguous() for name, tensor in to_released_keys(network.state_dict()).items()}
+        with replacing(final) as file:
+            file.write(safetensors.torch.save(tensors))
+    rank.wait()
     return final
 
 
@@ -168,6 +193,19 @@ def autocast(precision: str | None, device: torch.device) -> Any:
     """The forward pass's autocast: bf16 on CUDA and none on CPU unless ``precision`` says otherwise."""
     bf16 = precision == "bf16" or (precision is None and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def averaging(network: nn.Module) -> DistributedDataParallel:
+    """The network with gradients averaged over the processes. Buffers never change, so none are exchanged."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **{buffers: False})
+
+
+def exchanging(forward: nn.Module, *, now: bool) -> Any:
+    """A block whose backward pass averages the gradients over the processes, or leaves that to a later one."""
+    later = isinstance(forward, DistributedDataParallel) and not now
+    return forward.no_sync() if later else nullcontext()
 
 
 def keyed_seed(*key: int) -> int:
@@ -203,15 +241,18 @@ def timed(batches: Any, meter: Meter) -> Iterator[Any]:
 class Meter:
     """Running means since the last line, written to metrics.jsonl and TensorBoard.
 
-    Values stay on the device until a line is written, so that the loop does not wait for them.
+    Values stay on the device until a line is written, so that the loop does not wait for them. Means are over all
+    processes; the first writes.
     """
 
-    def __init__(self, config: Config, start: int, steps_per_epoch: int) -> None:
-        self.path = config.run / "metrics.jsonl"
+    def __init__(self, config: Config, rank: Rank, start: int, steps_per_epoch: int) -> None:
+        self.path, self.rank = config.run / "metrics.jsonl", rank
         self.batch, self.classes, self.steps_per_epoch = config.train.batch, config.classes, max(1, steps_per_epoch)
-        kept = [line for line in _lines(self.path) if line["step"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(config.run, purge_step=start + 1)
+        self.board = None
+        if rank.first:
+            kept = [line for line in _lines(self.path) if line["step"] <= start]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.board = SummaryWriter(config.run, purge_step=start + 1)
         self.last_step = start
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -221,7 +262,8 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
     def _restart(self) -> None:
         self.began, self.waited = time.perf_counter(), 0.0
@@ -238,22 +280,27 @@ class Meter:
 
     def write(self, step: int, lr: float) -> str:
         """Write a line; returns a short note for the progress bar. Raises UserError when the loss is not finite."""
-        means = {name: float(value) / self.batches for name, value in self.sums.items()}
+        own = {name: float(value) / self.batches for name, value in self.sums.items()}
+        everywhere = self.rank.gather(own)
+        means = {name: sum(means[name] for means in everywhere) / len(everywhere) for name in own}
         seconds = time.perf_counter() - self.began
         line: dict[str, Any] = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr, **means}
         line["images_per_second"] = self.batches * self.batch / seconds
         line["waiting"] = self.waited / seconds
         if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
-            line["mAP"] = mean_average_precision(torch.cat(self.labels), torch.cat(self.logits))
+            seen = self.rank.gather((torch.cat(self.labels).cpu(), torch.cat(self.logits).float().cpu()))
+            labels, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            line["mAP"] = mean_average_precision(labels, logits)
             self.logits.clear()
             self.labels.clear()
         if not math.isfinite(means["loss"]):
             raise UserError(f"the loss is {means['loss']} at step {step}: lower train.lr or train.momentum")
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name not in ("step", "epoch"):
-                self.board.add_scalar(name, value, step)
+        if self.board is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, step)
         self.last_step = step
         note = f"loss {means['loss']:.3f}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}"
         self._restart()
@@ -267,8 +314,8 @@ def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
     return float(average_precision_score(truth[:, occurring], scores[:, occurring]))
 
 
-def _open_run(config: Config, device: torch.device) -> dict[str, Any] | None:
-    """Make the run's folder, or read its newest checkpoint; refuse the folder of another config."""
+def _open_run(config: Config, device: torch.device) -> None:
+    """Make the run's folder; refuse that of another config."""
     resolved = configs.dump(config)
     path = config.run / "config.yaml"
     if path.exists():
@@ -289,8 +336,6 @@ def _open_run(config: Config, device: torch.device) -> dict[str, Any] | None:
         "threads": torch.get_num_threads(),
     }
     (config.run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-    found = checkpoint.existing(config.run / "checkpoints")
-    return checkpoint.read(found[0], device) if found else None
 
 
 # What may change between two starts of one run: nothing that its weights depend on.

@@ -12,7 +12,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["cpn_fast.cam", "cpn_fast.evaluate", "cpn_fast.train"])  # imported once for all
 
 
-def run_in_processes(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_in_processes(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
     """What ``function(*arguments)`` returned in each of ``world`` processes; fails when one of them does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from several_processes import run_in_processes
+
+from cpn_fast import cam, checkpoint, config, evaluate, ranks, train
+from cpn_fast.dataset import load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.masks import read_mask
+from cpn_fast.pipelines.superpixels import SuperpixelCache
+from cpn_fast.ranks import Rank
+from cpn_fast.seeds import Seed, read_seed, write_seed
+
+
+@given(items=st.lists(st.integers()), world=st.integers(1, 9))
+def test_every_item_is_in_exactly_one_share(items: list[int], world: int) -> None:
+    places = [Rank(number, world, 0).share(range(len(items))) for number in range(world)]
+    assert sorted(place for share in places for place in share) == list(range(len(items)))
+    assert max(map(len, places)) - min(map(len, places)) <= 1
+
+
+def test_alone_there_is_nothing_to_share() -> None:
+    rank = ranks.join()
+    assert rank.first
+    assert rank.share([1, 2, 3]) == [1, 2, 3]
+    assert rank.gather("x") == ["x"]
+    assert rank.sum(np.array([1, 2])).tolist() == [1, 2]
+    rank.wait()
+
+
+def talk() -> tuple[list[str], list[int], bool]:
+    rank = ranks.join()
+    rank.wait()
+    return rank.gather(f"from {rank.number}"), rank.sum(np.array([1, rank.number])).tolist(), rank.first
+
+
+def test_processes_tell_each_other() -> None:
+    expected = (["from 0", "from 1", "from 2"], [3, 3])
+    assert run_in_processes(3, talk) == [(*expected, True), (*expected, False), (*expected, False)]
+
+
+def stages(path: Path, weights: Path) -> tuple[list[str], list[str]]:
+    """Superpixels, seeds and scores of the training list; returns which images this process made the first two of."""
+    settings = config.load(path)
+    made: tuple[list[str], list[str]] = ([], [])
+    for owner, name, ids in ((SuperpixelCache, "_make_one", made[0]), (cam, "_write", made[1])):
+        original = getattr(owner, name)
+
+        def recorded(first, sample, *rest, original=original, ids=ids):
+            ids.append(sample.id)
+            original(first, sample, *rest)
+
+        setattr(owner, name, recorded)  # nothing to undo: the process ends
+    names = settings.data.train_list
+    samples = load_samples(settings.data, settings.classes, names, labels=False, masks=False)
+    SuperpixelCache(settings.superpixel_cache, settings.superpixels).build(samples, workers=1)
+    seeds = cam.run(settings, weights, names) / "seeds"
+    evaluate.run(settings, cams=seeds, masks=None, list_path=names, threshold_from=None)
+    return made
+
+
+def test_two_processes_share_superpixels_seeds_and_scoring(tiny_config, tmp_path) -> None:
+    weights = train.run(config.load(tiny_config(train={"steps": 2})))
+    alone, together = (
+        tiny_config(name=name, out=str(tmp_path / name), cam={"batch": 1}) for name in ("alone", "together")
+    )
+    (expected,) = run_in_processes(1, stages, alone, weights)
+    parts = run_in_processes(2, stages, together, weights)
+    for kind in range(2):
+        assert sorted(parts[0][kind] + parts[1][kind]) == sorted(expected[kind])
+        assert min(len(part[kind]) for part in parts) > 0
+
+    seeds = sorted((tmp_path / "alone").rglob("*.npz"))
+    assert len(seeds) == len(expected[1])
+    for path in seeds:
+        a, b = (read_seed(Path(str(path).replace("alone", name))) for name in ("alone", "together"))
+        assert np.array_equal(a.cam, b.cam)
+        assert np.array_equal(a.classes, b.classes)
+    found = []
+    for name in ("alone", "together"):
+        (path,) = (tmp_path / name).rglob("evaluation.json")
+        found.append({key: value for key, value in json.loads(path.read_text()).items() if key != "source"})
+    assert found[0] == found[1]
+
+
+def score_with_a_seed_missing(path: Path, seeds: Path) -> None:
+    settings = config.load(path)
+    with pytest.raises(UserError, match="1 files missing"):
+        evaluate.run(settings, cams=seeds, masks=None, list_path=settings.data.train_list, threshold_from=None)
+
+
+def test_a_problem_of_one_process_is_told_by_all(tiny_config, tmp_path) -> None:
+    path = tiny_config()
+    settings = config.load(path)
+    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=True)
+    for sample in samples[1:]:
+        height, width = read_mask(sample.mask).shape
+        write_seed(tmp_path / f"{sample.id}.npz", Seed(np.array([0]), np.zeros((1, height, width), np.float32)))
+    run_in_processes(2, score_with_a_seed_missing, path, tmp_path)
+
+
+TRAINING = {"batch": 4, "steps": 4, "log_every": 1, "checkpoint_every": 2}
+
+
+def weights_after(path: Path) -> dict[str, np.ndarray]:
+    return load_file(train.run(config.load(path)))
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """The stated tolerance: each array within 1e-4 of its norm, as sums over fewer images are rounded differently."""
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.linalg.norm(found[name] - array) <= 1e-4 * np.linalg.norm(array), name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_train_as_one_and_another_number_continues(world: int, tiny_config) -> None:
+    """With dropout and hidden patches, on CPN's whole loss."""
+    expected = weights_after(tiny_config(name="one", train=TRAINING))
+    path = tiny_config(name="many", train=TRAINING)
+    for found in run_in_processes(world, weights_after, path):
+        assert_close(found, expected)
+    folders = [config.load(path.with_name(f"{name}.yaml")).run for name in ("one", "many")]
+    one, many = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in folders)
+    assert [line["step"] for line in many] == [1, 2, 3, 4]
+    for a, b in zip(one, many, strict=True):
+        assert {key: b[key] for key in ("loss", "tcp", "cpcr")} == pytest.approx(
+            {key: a[key] for key in ("loss", "tcp", "cpcr")}, rel=1e-3
+        )
+
+    (folders[1] / "model.safetensors").unlink()
+    newest, before = checkpoint.existing(folders[1] / "checkpoints")
+    assert before.stem == "step-00000002"
+    newest.unlink()
+    assert_close(weights_after(path), expected)
+
+
+def test_a_batch_must_be_shared_equally(tiny_config, monkeypatch) -> None:
+    monkeypatch.setattr(ranks, "join", lambda: Rank(0, 3, 0))
+    with pytest.raises(UserError, match="multiple of torchrun's 3"):
+        train.run(config.load(tiny_config(train=TRAINING)))
+
+
+def test_torchrun_trains_and_the_first_process_speaks(tiny_config) -> None:
+    path = tiny_config(train={"steps": 2})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, "-m", "cpn_fast", "train", str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Weights are in") == 1
+    assert (config.load(path).run / "model.safetensors").exists()

@@ -104,7 +104,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> Figure:
                 marker = "o" if len(points) < 3 else None
                 axes.plot(*zip(*points, strict=True), label=key, lw=2 if key == "loss" else 1.2, marker=marker)
         if len(keys) > 1:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
             axes.set_yscale("log")
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cpn_fast.models.backbone import Backbone, Features
 
@@ -30,7 +31,8 @@ class Narrow(Backbone):
     def forward(self, images: Tensor) -> Features:
         low = self.low(self.stem(images))
         middle = self.middle(low)
-        return Features(low, middle, self.last(middle))
+        # Features after a ReLU point the same way everywhere; affinities are to tell what differs within an image.
+        return Features(F.instance_norm(low), F.instance_norm(middle), self.last(middle))
 
 
 class Residual(nn.Module):

@@ -199,13 +199,15 @@ def averaging(network: nn.Module) -> DistributedDataParallel:
     """The network with gradients averaged over the processes. Buffers never change, so none are exchanged."""
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
-    return DistributedDataParallel(network, gradient_as_bucket_view=True, **{buffers: False})
+    options: dict[str, Any] = {buffers: False}
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
 
 def exchanging(forward: nn.Module, *, now: bool) -> Any:
     """A block whose backward pass averages the gradients over the processes, or leaves that to a later one."""
-    later = isinstance(forward, DistributedDataParallel) and not now
-    return forward.no_sync() if later else nullcontext()
+    if now or not isinstance(forward, DistributedDataParallel):
+        return nullcontext()
+    return forward.no_sync()
 
 
 def keyed_seed(*key: int) -> int:

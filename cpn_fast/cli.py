@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cpn_fast.errors import UserError
+from cpn_fast.signals import EXIT_CODE, Stopped
 
 app = typer.Typer(
     help="Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds.",
@@ -225,7 +226,7 @@ def _next(command: str) -> None:
 
 
 def main() -> None:
-    """Entry point: what a user can mend is printed without a traceback, with exit code 1.
+    """Entry point: what a user can mend is printed without a traceback, with exit code 1; a stop on demand has 75.
 
     Of torchrun's processes, the first alone writes to standard output; every one may write errors.
     """
@@ -235,3 +236,6 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(f"Error: {error}")
+    except Stopped as stop:
+        print(f"{stop}. The same command goes on from there.", file=sys.stderr)
+        sys.exit(EXIT_CODE)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 import cpn_fast
-from cpn_fast import checkpoint, ranks
+from cpn_fast import checkpoint, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
@@ -132,7 +132,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     batches = timed(pipeline, meter)
     forward = network if rank.world == 1 else averaging(network)
 
-    with meter, progress_bar() as bar:
+    with meter, signals.noted() as stopping, progress_bar() as bar:
         task = bar.add_task("train", total=steps, completed=start, note="")
         for step in range(start, steps):
             torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
@@ -155,9 +155,12 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                 meter.add(losses.total.detach(), losses.parts, losses.logits, batch.labels)
             optimizer.step()
             done = step + 1
-            if done % train.log_every == 0 or done == steps:
+            logs = done % train.log_every == 0 or done == steps
+            if logs:
                 bar.update(task, note=meter.write(done, train.lr * factor))
-            if rank.first and (done % train.checkpoint_every == 0 or done == steps):
+            # One process stops after any step; several must stop after the same one, and agree when they log.
+            stops = done < steps and (stopping() if rank.world == 1 else logs and any(rank.gather(stopping())))
+            if rank.first and (done % train.checkpoint_every == 0 or done == steps or stops):
                 checkpoint.write(
                     config.run / "checkpoints",
                     done,
@@ -166,6 +169,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                     config=configs.dump(config),
                 )
             bar.update(task, completed=done)
+            if stops:
+                raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
     if rank.first:
         tensors = {name: tensor.contiguous() for name, tensor in to_released_keys(network.state_dict()).items()}
         with replacing(final) as file:

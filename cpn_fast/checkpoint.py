@@ -6,6 +6,8 @@ random generators and of the data pipeline.
 
 from __future__ import annotations
 
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,36 @@ def existing(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
+def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The newest state that can be read, with a warning on stderr if newer ones are damaged; None without any.
+
+    Raises UserError if all are damaged.
+    """
+    damaged: list[UserError] = []
+    for path in existing(folder):
+        try:
+            state = read(path, device)
+        except UserError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            print(f"Warning: {error}. Going on from {path.name}", file=sys.stderr)
+        return state
+    if damaged:
+        raise UserError(f"{damaged[0]}. No other is there: delete {folder} to start again")
+    return None
+
+
 def read(path: Path, device: torch.device) -> dict[str, Any]:
-    """The newest state as ``write`` was given it; raises UserError for a damaged or foreign file."""
+    """The state as ``write`` was given it; raises UserError for a damaged or foreign file."""
     try:
+        with zipfile.ZipFile(path) as records:  # torch does not compare the checksums that it writes
+            broken = records.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"checksum of {broken}")
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}). "
-            "Delete it to continue from the one before it, or its folder to start again"
-        ) from None
+    except Exception as error:  # unpickling raises many types
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict) or not {"step", "model", "optimizer", "config"} <= state.keys():
         raise UserError(f"{path}: not a training checkpoint; expected keys step, model, optimizer and config")
     return state

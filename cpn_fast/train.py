@@ -63,8 +63,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     if rank.first:
         _open_run(config, device)
     rank.wait()
-    found = checkpoint.existing(config.run / "checkpoints")
-    state = checkpoint.read(found[0], device) if found else None
+    state = checkpoint.newest(config.run / "checkpoints", device)
     if state is not None and final.exists():
         return final
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cpn_fast.errors import UserError
+from cpn_fast.files import is_disk_full
 from cpn_fast.signals import EXIT_CODE, Stopped
 
 app = typer.Typer(
@@ -236,6 +237,10 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(f"Error: {error}")
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        sys.exit(f"Error: {error.filename or 'a file'}: the disk is full; make room and give the same command again")
     except Stopped as stop:
         print(f"{stop}. The same command goes on from there.", file=sys.stderr)
         sys.exit(EXIT_CODE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,10 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cpn_fast.errors import UserError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes ``path``'s place, once on disk, when the block ends well, and vanishes when not."""
+    """A binary file that takes ``path``'s place, once on disk, when the block ends well, and vanishes when not.
+
+    Raises UserError if the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -24,8 +30,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"{path}: cannot be written, for the disk is full. What was complete stays as it was: make room and give "
+            "the same command again"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it followed (writers of libraries raise their own), says that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def claim(folder: Path, made_by: dict[str, Any]) -> str:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -177,3 +181,23 @@ def test_a_mask_that_does_not_fit_is_found_before_training(tiny_config, small_vo
 def test_a_frozen_stem_is_not_left_with_random_weights(tiny_config) -> None:
     with pytest.raises(UserError, match=r"model\.weights is null, but mobilenet_v2 keeps"):
         train.run(config.load(tiny_config(model={"backbone": "mobilenet_v2"})))
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_config) -> None:
+    """A limit of the size of files stands in for the disk: the kernel refuses the same calls."""
+    settings = config.load(path := tiny_config(name="small", train={"steps": 40, "checkpoint_every": 3}))
+    expected = load_file(train.run(config.load(tiny_config(name="whole", train={"steps": 40, "checkpoint_every": 3}))))
+    command = [sys.executable, "-m", "cpn_fast", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not checkpoint.existing(settings.run / "checkpoints"):
+        time.sleep(0.01)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "step-" in errors
+    assert "make room and give the same command again" in errors
+    assert "Traceback" not in errors
+    assert checkpoint.newest(settings.run / "checkpoints", torch.device("cpu"))
+    assert not list((settings.run / "checkpoints").glob(".*"))
+    found = load_file(train.run(settings))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

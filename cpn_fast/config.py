@@ -209,6 +209,9 @@ class Train(Section):
     """L2 on weights, not on biases."""
     precision: Literal["fp32", "bf16"] | None = None
     """Autocast of the forward pass; null is bf16 on CUDA, fp32 on CPU."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do at a step whose gradient is not finite: ``stop`` the run, or ``skip`` the step (its gradient counts as
+    zero). Its images are written to ``nonfinite.json`` in the run's folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Shuffling, augmentation, hiding, dropout and new layers all follow from it."""
     data_threads: Count = 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
+from cpn_fast.finite import GradientGuard
 from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
@@ -128,6 +128,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
     generator = torch.Generator(device)
     meter = Meter(config, rank, start, pipeline.steps_per_epoch // train.accumulate)
+    guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
     batches = timed(pipeline, meter)
     forward = network if rank.world == 1 else averaging(network)
 
@@ -140,6 +141,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
+            seen = []
             for left in reversed(range(train.accumulate)):
                 batch = next(batches)
                 views = method.views(batch, generator)
@@ -152,14 +154,19 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                     losses = method.losses(outputs, views)
                     (losses.total / train.accumulate).backward()
                 meter.add(losses.total.detach(), losses.parts, losses.logits, batch.labels)
-            optimizer.step()
+                seen.append(batch.indices)
             done = step + 1
+            meter.norms.append(guard.see(done, network.parameters(), seen))
+            optimizer.step()
             logs = done % train.log_every == 0 or done == steps
-            if logs:
-                bar.update(task, note=meter.write(done, train.lr * factor))
             # One process stops after any step; several must stop after the same one, and agree when they log.
             stops = done < steps and (stopping() if rank.world == 1 else logs and any(rank.gather(stopping())))
-            if rank.first and (done % train.checkpoint_every == 0 or done == steps or stops):
+            keeps = done % train.checkpoint_every == 0 or done == steps or stops
+            if logs or keeps:
+                meter.skipped += guard.check()
+            if logs:
+                bar.update(task, note=meter.write(done, train.lr * factor))
+            if rank.first and keeps:
                 checkpoint.write(
                     config.run / "checkpoints",
                     done,
@@ -274,7 +281,8 @@ class Meter:
     def _restart(self) -> None:
         self.began, self.waited = time.perf_counter(), 0.0
         self.sums: dict[str, Tensor] = {}
-        self.batches = 0
+        self.norms: list[Tensor] = []
+        self.batches = self.skipped = 0
 
     def add(self, total: Tensor, parts: dict[str, Tensor], logits: Tensor | None, labels: Tensor) -> None:
         for name, value in {"loss": total, **parts}.items():
@@ -285,7 +293,7 @@ class Meter:
         self.batches += 1
 
     def write(self, step: int, lr: float) -> str:
-        """Write a line; returns a short note for the progress bar. Raises UserError when the loss is not finite."""
+        """Write a line; returns a short note for the progress bar."""
         own = {name: float(value) / self.batches for name, value in self.sums.items()}
         everywhere = self.rank.gather(own)
         means = {name: sum(means[name] for means in everywhere) / len(everywhere) for name in own}
@@ -293,14 +301,15 @@ class Meter:
         line: dict[str, Any] = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr, **means}
         line["images_per_second"] = self.batches * self.batch / seconds
         line["waiting"] = self.waited / seconds
+        line["gradient_norm"] = float(torch.stack(self.norms).mean())
+        if self.skipped:
+            line["skipped"] = self.skipped
         if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
             seen = self.rank.gather((torch.cat(self.labels).cpu(), torch.cat(self.logits).float().cpu()))
             labels, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
             line["mAP"] = mean_average_precision(labels, logits)
             self.logits.clear()
             self.labels.clear()
-        if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is {means['loss']} at step {step}: lower train.lr or train.momentum")
         if self.board is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -344,9 +353,9 @@ def _open_run(config: Config, device: torch.device) -> None:
     (config.run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-# What may change between two starts of one run: nothing that its weights depend on.
+# What may change between two starts of one run: nothing that the weights of a sound run depend on.
 FREE = {"out", "cam", "evaluate", "crf", "affinity", "walk", "segment", "data.eval_list", "data.masks"} | {
-    f"train.{key}" for key in ("log_every", "checkpoint_every", "data_threads")
+    f"train.{key}" for key in ("log_every", "checkpoint_every", "data_threads", "nonfinite")
 }
 
 

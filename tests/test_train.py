@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import shutil
@@ -12,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from cpn_fast import checkpoint, config, train
+from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask, write_mask
+from cpn_fast.methods.cpn import Cpn
+from cpn_fast.pipelines.training import TrainingPipeline
 
 PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}
 
@@ -150,8 +154,62 @@ def test_checkpoints_execute_nothing(tmp_path) -> None:
         checkpoint.read(path, torch.device("cpu"))
 
 
+def with_a_bad_step(monkeypatch, number: int) -> None:
+    """The loss of that step is not a number."""
+    real, calls = Cpn.losses, itertools.count(1)
+
+    def losses(self, outputs, views):
+        found = real(self, outputs, views)
+        return found._replace(total=found.total * (float("nan") if next(calls) == number else 1))
+
+    monkeypatch.setattr(Cpn, "losses", losses)
+
+
+def images_of(settings, step: int) -> list[str]:
+    """Which the same run without a fault takes for a step."""
+    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
+    options = {"batch": settings.train.batch, "seed": 0, "threads": 1, "device": torch.device("cpu")}
+    pipeline = TrainingPipeline(
+        samples, settings.augment, mean=(0, 0, 0), std=(1, 1, 1), start_step=step - 1, **options
+    )
+    return [samples[index].id for index in next(pipeline).indices]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_kept(tiny_config, monkeypatch) -> None:
+    settings = config.load(tiny_config(train={"log_every": 5, "checkpoint_every": 3, "steps": 9}))
+    with_a_bad_step(monkeypatch, 5)
+    with pytest.raises(UserError, match=r"gradient of step 5 is not finite.*or go on with train\.nonfinite=skip"):
+        train.run(settings)
+    images = images_of(settings, 5)
+    assert json.loads((settings.run / "nonfinite.json").read_text()) == [{"step": 5, "images": images}]
+    (kept,) = checkpoint.existing(settings.run / "checkpoints")
+    assert kept.name == "step-00000003.pt"
+    assert all(value.isfinite().all() for value in checkpoint.read(kept, torch.device("cpu"))["model"].values())
+
+    monkeypatch.undo()
+    with_a_bad_step(monkeypatch, 2)  # the fifth: the run goes on after the third
+    path = tiny_config(train={"log_every": 5, "checkpoint_every": 3, "steps": 9, "nonfinite": "skip"})
+    assert all(value.isfinite().all() for value in load_file(train.run(config.load(path))).values())
+
+
+def test_a_gradient_that_is_not_finite_can_be_skipped(tiny_config, monkeypatch) -> None:
+    settings = config.load(tiny_config(train={"log_every": 3, "nonfinite": "skip"}))
+    with_a_bad_step(monkeypatch, 2)
+    weights = load_file(train.run(settings))
+    assert all(value.isfinite().all() for value in weights.values())
+    assert [line.get("skipped") for line in lines(settings.run)] == [1, None]
+    assert json.loads((settings.run / "nonfinite.json").read_text())[0]["images"] == images_of(settings, 2)
+
+
+def test_skipping_changes_no_sound_run(tiny_config) -> None:
+    stop, skip = (
+        train.run(config.load(tiny_config(name=mode, train={"nonfinite": mode}))) for mode in ("stop", "skip")
+    )
+    assert stop.read_bytes() == skip.read_bytes()
+
+
 def test_divergence_stops_with_advice(tiny_config) -> None:
-    with pytest.raises(UserError, match=r"lower train\.lr"):
+    with pytest.raises(UserError, match=r"Lower train\.lr"):
         train.run(config.load(tiny_config(train={"lr": 1e12, "steps": 12})))
 
 

@@ -41,7 +41,7 @@ class Data(Section):
     images: Path = Path("JPEGImages")
     """Folder of the images; an id ``x`` is ``x.jpg``."""
     masks: Path = Path("SegmentationClass")
-    """Folder of the ground-truth palette PNGs, read by ``evaluate`` alone."""
+    """Folder of the ground-truth palette PNGs: scores need them, and ``train`` only looks whether they are sound."""
     train_list: Path = Path("ImageSets/Segmentation/train_aug.txt")
     """Images to train on: bare ids, or the psa form ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``."""
     eval_list: Path = Path("ImageSets/Segmentation/train.txt")

@@ -17,8 +17,8 @@ PAGE = Path(__file__).with_name("config.md")
 HEAD = """# Configuration keys
 
 Generated from `cpn_fast/config.py` by `python docs/config_reference.py`. Every key of a YAML in `configs/`, its type,
-its default and what it does. `--set section.key=value` overrides one on the command line; `base: FILE` takes over the keys
-of another file.
+its default and what it does. `--set section.key=value` overrides one on the command line; `base: FILE` takes over
+the keys of another file.
 """
 
 

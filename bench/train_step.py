@@ -1,0 +1,411 @@
+"""A CPN training step: the released structure, then what makes ours fast, one thing at a time.
+
+"As released" follows the released trainer: a Python loop over pixels that hides patches, three forward passes in fp32
+with an affinity of all pixel pairs, six 21-channel maps upsampled to the crop and about sixty passes over them, and a
+loss that is read back after every step. Each row keeps what the rows above it have. Data loading and SLIC are outside:
+images and superpixels are random and ready. The released loader hides patches in worker processes, so that with enough
+of them the second row is where it starts from.
+
+All rows give the same loss and gradients for the same patches without dropout; that is checked first. FLOPs are those
+of the convolutions, forward and backward, counted by torch; MFU is their rate over that of a large matrix product in
+the same run (bf16 on a GPU, the faster of fp32 and bf16 on a CPU). On a CPU one thread computes, and all seconds are
+those it was busy, so that other work on the machine counts little. On a GPU ResNet38d runs at 448 px, in the last row
+with four times the images; on a CPU MobileNetV2 at 225 px. The last row's profile is written beside the figures.
+
+    python bench/train_step.py [--batch N] [--device DEVICE] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from timing import (
+    arguments,
+    folder,
+    machine,
+    matmul_rate,
+    median_seconds,
+    peak_extra_bytes,
+    plot_bars,
+    print_table,
+    write_json,
+)
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from cpn_fast.config import Model, Patches
+from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
+from cpn_fast.models import build_backbone, network
+from cpn_fast.patches import Pair, complementary_pair
+
+CLASSES, SUPERPIXELS = 20, 200
+PRESENT = (1, 2, 1, 1, 3, 1, 2, 1)  # classes of successive images, as often as in VOC
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which of our ways a step takes; all off is as released."""
+
+    patches_by_gather: bool = False
+    one_forward: bool = False
+    fused_affinity: bool = False
+    fused_losses: bool = False
+    no_waiting: bool = False
+    channels_last: bool = False
+    bf16: bool = False
+    compiled: bool = False
+    cuda_graph: bool = False
+
+
+WORDS = {
+    "patches_by_gather": "+ patches hidden on the device",
+    "one_forward": "+ one forward pass of all three",
+    "fused_affinity": "+ PCM and PRCM without the affinity",
+    "fused_losses": "+ losses from the small maps",
+    "no_waiting": "+ nothing read back, fused SGD",
+    "channels_last": "+ channels last",
+    "bf16": "+ bf16 autocast",
+    "compiled": "+ compiled network",
+    "cuda_graph": "+ whole step in a CUDA graph",
+}
+ONLY_ON_GPU = ("compiled", "cuda_graph")
+
+
+@dataclass(frozen=True)
+class Data:
+    images: Tensor
+    """float32 (B, 3, side, side), normalised."""
+    superpixels: Tensor
+    """int32 (B, side, side)."""
+    labels: Tensor
+    """float32 (B, CLASSES)."""
+
+
+class Step:
+    """A network and its optimiser, with fixed random weights; calling it makes one training step."""
+
+    def __init__(self, ways: Ways, data: Data, backbone: str) -> None:
+        torch.manual_seed(0)
+        self.ways, self.data = ways, data
+        self.device, self.size = data.images.device, tuple(data.images.shape[2:])
+        options = Model(backbone=backbone)  # type: ignore[arg-type]
+        self.network = network.Network(build_backbone(options), CLASSES, options).to(self.device).train()
+        layout = torch.channels_last if ways.channels_last else torch.contiguous_format
+        self.network.to(memory_format=layout)  # type: ignore[call-overload]
+        self.layout = layout
+        self.forward: Callable[[Tensor], network.Cams] = self.network
+        if ways.compiled:
+            self.forward = torch.compile(self.network)
+        groups: dict[float, list[Tensor]] = {0.001: [], 0.01: []}
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                groups[0.001 if name.startswith("backbone.") else 0.01].append(parameter)
+        how: dict[str, Any] = {"fused": True} if ways.no_waiting else {"foreach": False}
+        rate = (lambda lr: torch.tensor(lr, device=self.device)) if ways.cuda_graph else float
+        self.optimizer = torch.optim.SGD(
+            [{"params": parameters, "lr": rate(lr)} for lr, parameters in groups.items()],
+            lr=rate(0.001),
+            momentum=5e-4,
+            weight_decay=5e-4,
+            **how,
+        )
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.rng = np.random.default_rng(0)
+        self.seen = 0.0
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        if self.ways.cuda_graph:
+            self.replay = self.replay or self._capture()
+            self.replay()
+        else:
+            self._step()
+
+    def loss(self, pair: Pair) -> Tensor:
+        views = [self.data.images, pair.visible, pair.complement]
+        on = torch.autocast(self.device.type, torch.bfloat16, enabled=self.ways.bf16)
+        with on, affinity_stored(not self.ways.fused_affinity):
+            if self.ways.one_forward:
+                cams = self.forward(torch.cat(views).contiguous(memory_format=self.layout))
+                raw, refined = (maps.unflatten(0, (3, -1)) for maps in cams)  # type: ignore[union-attr]
+            else:
+                maps = [self.forward(view.contiguous(memory_format=self.layout)) for view in views]
+                raw, refined = (torch.stack(own) for own in zip(*maps, strict=True))
+        if self.ways.fused_losses:
+            return our_losses(raw, refined, pair.share, self.data.labels, self.size)
+        return released_losses(raw, refined, pair.share, self.data.labels, self.size)
+
+    def _step(self) -> None:
+        if self.ways.patches_by_gather:
+            pair = complementary_pair(
+                self.data.images, self.data.superpixels, Patches(), None, self.generator, patch_limit=SUPERPIXELS
+            )
+        else:
+            pair = looped_pair(self.data.images, self.data.superpixels, self.draws())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(pair)
+        loss.backward()
+        self.optimizer.step()
+        if not self.ways.no_waiting:
+            self.seen = float(loss.detach())
+
+    def draws(self) -> list[list[int]]:
+        """Per image the released draw of hidden patches, with replacement."""
+        counts = [int(labels.max()) + 1 for labels in self.data.superpixels]
+        return [self.rng.integers(0, count, count // 2).tolist() for count in counts]
+
+    def _capture(self) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph.replay
+
+
+def looped_pair(images: Tensor, superpixels: Tensor, hidden: list[list[int]]) -> Pair:
+    """Pixel by pixel in Python, as released: a mask of what is hidden, and what it leaves."""
+    signs = []
+    for labels, numbers in zip(superpixels.cpu().numpy(), hidden, strict=True):
+        drawn = set(numbers)
+        sign = np.ones(labels.shape, np.float32)
+        for y in range(labels.shape[0]):
+            for x in range(labels.shape[1]):
+                if labels[y, x] in drawn:
+                    sign[y, x] = 0
+        signs.append(torch.from_numpy(sign))
+    shown = torch.stack(signs)[:, None].to(images.device)
+    return Pair(images * shown, images * (1 - shown), shown.mean((1, 2, 3)))
+
+
+@contextmanager
+def affinity_stored(stored: bool) -> Iterator[None]:
+    """Have the network take the plain formulas, which hold an affinity of all pixels with all."""
+    if not stored:
+        yield
+        return
+    names = ("pixel_correlation", "region_pooling", "region_correlation")
+    plain = {name: functools.partial(getattr(network, name), backend="eager") for name in names}
+    with mock.patch.multiple(network, **plain):
+        yield
+
+
+def our_losses(raw: Tensor, refined: Tensor, visible: Tensor, labels: Tensor, size: tuple[int, ...]) -> Tensor:
+    """From maps (3, B, 1 + CLASSES, h, w), as ``methods.Cpn`` adds them up."""
+    tall, wide = size
+    thrice = labels.repeat(3, 1)
+    logits = pooled_logits(raw.flatten(0, 1)[:, 1:], size=(tall, wide))
+    terms = complementary_losses(raw, refined, visible, labels, size=(tall, wide))
+    suppression = background_suppression(refined.flatten(0, 1), thrice, size=(tall, wide))
+    return F.multilabel_soft_margin_loss(logits, thrice) + terms.tcp + terms.tcp_refined + terms.cpcr + suppression
+
+
+def released_losses(raw: Tensor, refined: Tensor, visible: Tensor, labels: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The same sum at the crop's resolution, term after term."""
+    present = torch.cat([torch.ones_like(labels[:, :1]), labels], 1)[:, :, None, None]
+    shares = [torch.ones_like(visible), visible, 1 - visible]
+    total = raw.new_zeros((), dtype=torch.float32)
+    scaled: list[list[Tensor]] = [[], []]
+    for cam, own, share in zip(raw, refined, shares, strict=True):
+        cam, own = (F.interpolate(maps.float(), size, mode="bilinear", align_corners=True) for maps in (cam, own))
+        logits = F.adaptive_avg_pool2d(cam, (1, 1))[:, 1:, 0, 0]
+        strongest = (own * present)[:, 1:].amax(1).flatten(1)
+        lowest = strongest.topk(int(0.25 * strongest.shape[1]), largest=False)[0]
+        total = total + (F.multilabel_soft_margin_loss(logits, labels) + lowest.relu().mean()) / 3
+        for maps, kept in ((cam, scaled[0]), (own, scaled[1])):
+            kept.append(share[:, None, None, None] * stretched(maps) * present)
+
+    (cam, cam_1, cam_2), (own, own_1, own_2) = scaled
+    total = total + (cam_2.detach() + cam_1.detach() - cam)[:, 1:].abs().mean()
+    total = total + (own - own_1 - own_2)[:, 1:].abs().mean()
+    cam, cam_1, cam_2, own_1, own_2 = (with_background(maps) for maps in (cam, cam_1, cam_2, own_1, own_2))
+    for seen, other in ((cam_1, own_2), (cam_2, own_1)):
+        target = (cam - seen).detach()
+        target = target * (target == target.amax(1, keepdim=True))
+        errors = (target - other).abs().flatten(1)
+        total = total + errors.topk(int(0.2 * errors.shape[1]))[0].mean()
+    return total
+
+
+def stretched(maps: Tensor) -> Tensor:
+    maps = maps.relu()
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    return (maps - low - 1e-5).relu() / (high - low + 1e-5)
+
+
+def with_background(maps: Tensor) -> Tensor:
+    return torch.cat([1 - maps[:, 1:].amax(1, keepdim=True), maps[:, 1:]], 1)
+
+
+def generated(batch: int, side: int, device: torch.device) -> Data:
+    """Smooth images, superpixels that are the cells of random points, and VOC's number of classes."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(batch, 3, side // 16, side // 16, generator=generator)
+    images = F.interpolate(coarse, (side, side), mode="bicubic") + torch.randn(batch, 3, side, side) / 10
+    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2).float()
+    centres = side * torch.rand(batch, SUPERPIXELS, 2, generator=generator)
+    superpixels = torch.stack([torch.cdist(grid, own).argmin(1) for own in centres]).view(batch, side, side)
+    labels = torch.zeros(batch, CLASSES)
+    for index, row in enumerate(labels):
+        row[torch.randperm(CLASSES, generator=generator)[: PRESENT[index % len(PRESENT)]]] = 1
+    return Data(images.to(device), superpixels.int().to(device), labels.to(device))
+
+
+def check(data: Data, backbone: str) -> dict[str, float]:
+    """Errors of the last fp32 row against "as released" on one pair: of the loss, and of fc8's and f9's gradients."""
+    hidden = Step(Ways(), data, backbone).draws()
+    looped = looped_pair(data.images, data.superpixels, hidden)
+    gathered = torch.zeros(len(hidden), SUPERPIXELS, dtype=torch.bool)
+    for row, numbers in zip(gathered, hidden, strict=True):
+        row[numbers] = True
+    covered = gathered.to(data.images.device).gather(1, data.superpixels.flatten(1).long()).view(data.superpixels.shape)
+    assert torch.equal(looped.visible == 0, (covered[:, None] | (data.images == 0)).expand_as(data.images))
+
+    results = []
+    for ways in (Ways(), Ways(True, True, True, True, True, True)):
+        step = Step(ways, data, backbone)
+        step.network.eval()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        loss = step.loss(looped)
+        loss.backward()
+        gradients = [step.network.fc8.weight.grad, step.network.f9.weight.grad]
+        results.append([loss.detach(), *(gradient for gradient in gradients if gradient is not None)])
+    torch.backends.cudnn.allow_tf32 = True
+    errors = [float((a - b).square().mean().sqrt() / a.square().mean().sqrt()) for a, b in zip(*results, strict=True)]
+    found = dict(zip(("loss", "gradient of fc8", "gradient of f9"), errors, strict=True))
+    assert found["loss"] < 1e-4, found
+    assert max(errors) < 2e-2, found
+    return found
+
+
+def convolution_flops(step: Step) -> int:
+    """Of one step, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if "convolution" in str(operation))
+
+
+def step_seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float, float]:
+    """Median, lowest and highest on a CPU, or 20th and 80th percentile on a GPU, within about 10 s."""
+    if device.type == "cuda":
+        return median_seconds(run, device, budget=10)
+    run()
+    seconds: list[float] = []
+    while sum(seconds) < 10 and len(seconds) < 20:
+        begin = time.process_time()
+        run()
+        seconds.append(time.process_time() - begin)
+    return statistics.median(seconds), min(seconds), max(seconds)
+
+
+def multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Dense FLOP/s, by the same clock as the steps."""
+    if device.type == "cuda":
+        return matmul_rate(device, dtype)
+    a, b = (torch.randn(1536, 1536).to(dtype) for _ in range(2))
+    return 2 * 1536**3 / step_seconds(lambda: a @ b, device)[0]
+
+
+def profiled(step: Step, device: torch.device) -> str:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60)
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--batch", type=int, default=4, help="images in a step (default 4, as released)")
+    options = parser.parse_args()
+    device, gpu = options.device, options.device.type == "cuda"
+    backbone, side = ("resnet38d", 448) if gpu else ("mobilenet_v2", 225)
+    batch = options.batch
+    torch.set_num_threads(1)
+    data = generated(batch, side, device)
+    errors = check(generated(2, side, device), backbone)
+    rates = {str(dtype): multiply_rate(device, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    peak = rates["torch.bfloat16"] if gpu else max(rates.values())
+    flops = convolution_flops(Step(Ways(True, True, True, True), data, backbone)) / batch
+
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    ways, text = Ways(), ""
+    names = ["as released", *(name for name in WORDS if gpu or name not in ONLY_ON_GPU)]
+    cases = dict.fromkeys(names, data) | ({"larger batch": generated(4 * batch, side, device)} if gpu else {})
+    for name, own in cases.items():
+        ways = replace(ways, **{name: True}) if name in WORDS else ways
+        count = len(own.images)
+        what = WORDS.get(name, f"+ {count} images a step" if rows and count > batch else name)
+        try:
+            step = Step(ways, own, backbone)
+            median, low, high = step_seconds(step, device)
+            memory = peak_extra_bytes(step, device)
+            text = profiled(step, device) if name == [*cases][-1] else text
+        except RuntimeError as error:  # such as out of memory: the rows below may still fit
+            failures[what] = str(error).splitlines()[0]
+            continue
+        finally:
+            torch.compiler.reset()
+        row = {
+            "step": what,
+            "ms": 1e3 * median,
+            "ms low": 1e3 * low,
+            "ms high": 1e3 * high,
+            "images/s": count / median,
+            "peak MiB": memory / 2**20,
+            "TFLOP/s": flops * count / median / 1e12,
+            "MFU": flops * count / median / peak,
+        }
+        rows.append(row | {"times faster": row["images/s"] / (rows or [row])[0]["images/s"]})
+    described = machine(device)
+    title = f"CPN step of {batch} images, {backbone} at {side} px, {described['device']}"
+    print_table(title, rows)
+    for what, why in failures.items():
+        print(f"failed: {what}: {why}")
+    left_out = {} if gpu else {WORDS[name]: "needs a GPU" for name in ONLY_ON_GPU}
+    for what, why in left_out.items():
+        print(f"left out: {what}: {why}")
+    out = folder(options.out, device)
+    write_json(
+        out / "train_step.json",
+        described,
+        rows,
+        batch=batch,
+        backbone=backbone,
+        side=side,
+        tflop_per_image=flops / 1e12,
+        matmul_tflops={dtype: rate / 1e12 for dtype, rate in rates.items()},
+        errors=errors,
+        left_out=left_out,
+        failures=failures,
+    )
+    (out / "train_step_profile.txt").write_text(f"{title}: {rows[-1]['step']}\n{text}\n")
+    plot_bars(
+        out / "train_step.png", "CPN step", "images/s", {row["step"]: {"images/s": row["images/s"]} for row in rows}
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The benches' own machinery: what they compare is checked here, how fast it is only when they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_the_path(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+@pytest.mark.parametrize(
+    ("script", "word", "why"),
+    [
+        ("print('x')", "done", ""),
+        ("import nowhere_to_be_found", "skipped", "needs nowhere_to_be_found, which is not installed"),
+        ("import cpn_fast.nowhere", "failed", "cpn_fast.nowhere"),
+        ("raise SystemExit('seeds differ')", "failed", "seeds differ"),
+        ("import time; time.sleep(600)", "out of time", "stopped after 1 s"),
+    ],
+)
+def test_a_bench_ends_in_one_of_four_ways(script: str, word: str, why: str, tmp_path: Path) -> None:
+    import run_all
+
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    outcome = run_all.run(path, [], 1 if word == "out of time" else 60, dict(os.environ))
+    assert outcome.word == word
+    assert why in outcome.why
+
+
+def test_ours_is_compared_with_the_fastest_peer() -> None:
+    import run_all
+
+    def row(backend: str, ms: float, size: str = "a") -> dict:
+        return {"size": size, "pass": "forward", "backend": backend, "ms": ms}
+
+    rows = [row("eager", 9), row("compiled eager", 6), row("tiled", 3), row("triton", 2), row("eager", 8, "b")]
+    ((what, own, peer, ratio),) = run_all.compared("affinity_kernel", {"rows": rows})  # "b" has none of ours
+    assert (what, own["backend"], peer["backend"], ratio) == ("a, forward", "triton", "compiled eager", 3)
+    steps = [{"step": "as released", "images/s": 2}, {"step": "+ a", "images/s": 3}, {"step": "+ b", "images/s": 8}]
+    ((_, own, peer, ratio),) = run_all.compared("train_step", {"rows": steps})
+    assert (own["step"], peer["step"], ratio) == ("+ b", "as released", 4)
+
+
+def test_readme_shows_the_stored_results() -> None:
+    import run_all
+
+    places = sorted(path.parent for path in run_all.RESULTS.glob("*/table.md"))
+    assert places
+    tables = [run_all.table(place) for place in places]
+    assert [(place / "table.md").read_text() for place in places] == tables
+    readme = run_all.README.read_text()
+    assert run_all.in_readme(readme, tables) == readme
+
+
+def test_the_released_step_and_ours_agree() -> None:
+    import train_step
+
+    found = train_step.check(train_step.generated(2, 65, torch.device("cpu")), "narrow")
+    assert max(found.values()) < 1e-3
+
+
+def test_a_training_step_is_measured_where_dali_is_missing(tmp_path: Path) -> None:
+    import run_all
+
+    path = tmp_path / "script.py"
+    path.write_text("import sys; sys.modules['nvidia.dali'] = None; import train_step")
+    outcome = run_all.run(path, [], 60, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert outcome.word == "done", outcome.why

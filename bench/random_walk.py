@@ -3,11 +3,11 @@
 Input of both are the affinities of an image's 34 directions, at stride 8, and the scores. Generated features: regions
 with noise, so that affinities spread over 0 to 1. Sizes are those of a 448 px crop and of a 500 x 375 image.
 
-- released: an hw x hw matrix, to the power beta, columns divided by their sum, squared logt times; times 21 planes;
-- released, present planes: the same, times background and one class alone;
-- ours: one sparse matrix, 2^logt products with the present planes.
+- released: an hw x hw matrix, to the power beta, columns divided by their sum, squared logt times, times the scores;
+- ours: one sparse matrix, 2^logt products with the scores.
 
-Both must agree within 1e-5 before anything is timed. Memory is what a walk takes beside its input.
+Both must agree within 3e-7 a step before anything is timed (in float32 the dense power errs more than ours does).
+Memory is what a walk takes beside its input.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from cpn_fast.affinity import pair_affinities, pairs, random_walk
 
 RADIUS, BETA = 5, 8
-SIZES = ((56, 56), (47, 63))
-PRESENT, PLANES = 2, 21
-"""Background and one class, as in 59 % of VOC's training images; all 21, as the released code walks them."""
+CASES = (((56, 56), 6), ((56, 56), 8), ((47, 63), 6))
+"""Height and width in cells, logt: 6 is SEAM's, 8 psa's."""
+PLANES = 2
+"""Background and one class, as in 59 % of VOC's training images."""
 
 
 def generated(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def generated(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tens
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(448, 5, 6, generator=generator)
     features = F.interpolate(means[None], size, mode="nearest") + 0.3 * torch.randn(1, 448, *size, generator=generator)
-    scores = F.interpolate(torch.rand(1, PRESENT, 6, 6, generator=generator), size, mode="bilinear")
+    scores = F.interpolate(torch.rand(1, PLANES, 6, 6, generator=generator), size, mode="bilinear")
     return features.to(device), scores.to(device)
 
 
@@ -56,31 +57,27 @@ def main() -> None:
     device = options.device
     rows: list[dict[str, Any]] = []
     bars: dict[str, dict[str, float]] = {}
-    for size in SIZES:
+    for size, logt in CASES:
         features, scores = generated(size, device)
         affinities = pair_affinities(features, RADIUS)
-        all_planes = F.pad(scores, (0, 0, 0, 0, 0, PLANES - PRESENT))
-        for logt in (6, 8):
-            walked = random_walk(affinities, scores, radius=RADIUS, beta=BETA, logt=logt)
-            difference = float((walked - released(affinities, scores, logt)).abs().max())
-            if difference > 1e-5:
-                raise SystemExit(f"{size}, logt {logt}: the walks differ by {difference}")
-            ways: dict[str, Callable[[], Tensor]] = {
-                "released": lambda: released(affinities, all_planes, logt),  # noqa: B023 (called in this round)
-                "released, present planes": lambda: released(affinities, scores, logt),  # noqa: B023
-                "ours": lambda: random_walk(affinities, scores, radius=RADIUS, beta=BETA, logt=logt),  # noqa: B023
-            }
-            group = []
-            for way, run in ways.items():
-                median, low, high = (1e3 * seconds for seconds in median_seconds(run, device, budget=30))
-                row: dict[str, Any] = {"cells": "x".join(map(str, size)), "steps": 2**logt, "way": way, "ms": median}
-                group.append(row | {"p20": low, "p80": high, "extra MB": peak_extra_bytes(run, device) / 1e6})
-            for row in group:
-                row["times faster"] = group[0]["ms"] / row["ms"]
-                row["times less memory"] = group[0]["extra MB"] / row["extra MB"]
-                row["largest difference"] = difference if row["way"] == "ours" else None
-            rows += group
-            bars[f"{size[0]} x {size[1]}, {2**logt} steps"] = {row["way"]: row["ms"] for row in group}
+        ways: dict[str, Callable[[], Tensor]] = {
+            "released": lambda: released(affinities, scores, logt),  # noqa: B023 (called in this round)
+            "ours": lambda: random_walk(affinities, scores, radius=RADIUS, beta=BETA, logt=logt),  # noqa: B023
+        }
+        difference = float((ways["ours"]() - ways["released"]()).abs().max())
+        if difference > 3e-7 * 2**logt:
+            raise SystemExit(f"{size}, logt {logt}: the walks differ by {difference}")
+        group: list[dict[str, Any]] = []
+        for way, run in ways.items():
+            median, low, high = (1e3 * seconds for seconds in median_seconds(run, device, budget=20))
+            row: dict[str, Any] = {"cells": "x".join(map(str, size)), "steps": 2**logt, "way": way, "ms": median}
+            group.append(row | {"p20": low, "p80": high, "extra MB": peak_extra_bytes(run, device) / 1e6})
+        for row in group:
+            row["times faster"] = group[0]["ms"] / row["ms"]
+            row["times less memory"] = group[0]["extra MB"] / row["extra MB"]
+            row["largest difference"] = difference
+        rows += group
+        bars[f"{size[0]} x {size[1]}, {2**logt} steps"] = {row["way"]: row["ms"] for row in group}
     print_table("Random walk of one image", rows)
     place = folder(options.out, device)
     write_json(place / "random_walk.json", machine(device), rows)

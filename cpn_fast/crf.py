@@ -93,7 +93,10 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BrokenProcessPool:
-        raise UserError("a CRF process was killed, perhaps for memory: lower crf.workers and start again") from None
+        raise UserError(
+            "a CRF process died. If it was for memory, lower crf.workers; if a script of your own started it, put the "
+            'script\'s work under `if __name__ == "__main__":`, since the processes import it'
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

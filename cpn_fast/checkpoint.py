@@ -46,8 +46,8 @@ def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
         except UserError as error:
             damaged.append(error)
             continue
-        for error in damaged:
-            print(f"Warning: {error}. Going on from {path.name}", file=sys.stderr)
+        for problem in damaged:
+            print(f"Warning: {problem}. Going on from {path.name}", file=sys.stderr)
         return state
     if damaged:
         raise UserError(f"{damaged[0]}. No other is there: delete {folder} to start again")

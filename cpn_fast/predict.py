@@ -104,7 +104,7 @@ class Model:
         images = scales[min(range(len(factors)), key=lambda i: abs(factors[i] - 1))]
         # Refinement plays no part in the logits, so any tags will do.
         cams = self.network(images.contiguous(memory_format=torch.channels_last), images.new_ones(1, len(self.classes)))
-        return pooled_logits(cams.raw[:, 1:].float(), size=images.shape[2:])[0].sigmoid().cpu()
+        return pooled_logits(cams.raw[:, 1:].float(), size=(images.shape[2], images.shape[3]))[0].sigmoid().cpu()
 
     def _indicator(self, tags: Sequence[str]) -> Tensor:
         unknown = sorted(set(tags) - set(self.classes))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -221,7 +221,7 @@ def _pictures(sample: Sample, mask: np.ndarray, model: Model | None) -> tuple[li
 
 
 def _cams(model: Model, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
-    maps = {"plain CAM": "raw"}
+    maps: dict[str, Literal["refined", "raw"]] = {"plain CAM": "raw"}
     if model.config.model.pcm or model.config.model.prcm:
         maps["refined CAM"] = "refined"
     return {name: model.with_map(map).predict(image, tags).seed for name, map in maps.items()}

@@ -2,7 +2,12 @@
 
 Needs no GPU: registers, stack, spills and shared memory are read from the cubin, tensor-core instructions from its
 disassembly. A configuration passes when it has no stack frame and no spill, and a kernel with a product uses tensor
-cores; the script exits with 1 where one does not. Shapes are those of the paper: C = 21, D = 192.
+cores; the script exits with 1 where one does not. Kernels are compiled for the blocks of the paper's C = 21 and
+D = 192, and for those at the ends of what other numbers of channels and classes lead to (``--shapes paper`` leaves
+these out).
+
+A second table counts what each kernel has to do in training: useful FLOPs, FLOPs that padding makes of them, bytes to
+and from memory, and the time below which an H100 cannot get.
 """
 
 from __future__ import annotations
@@ -26,12 +31,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cpn_fast.kernels import losses_triton, pixel_triton, region_triton
-from cpn_fast.kernels.launch import family
+from cpn_fast.kernels.launch import family, fitting_configs
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 DTYPES = {"bf16": "half", "fp16": "half", "fp32": "tf32"}
-LIMITS = {80: (163, 64), 86: (99, 48), 89: (99, 48), 90: (227, 64), 100: (227, 64)}
-"""Shared memory of a program in KiB and warps of a multiprocessor (CUDA C++ Programming Guide)."""
+LIMITS = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64)}
+"""Shared memory in KiB and warps of a multiprocessor (CUDA C++ Programming Guide)."""
+RESERVED = 1 << 10  # bytes of shared memory that the system takes for every program
 REGISTERS = 65536
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
@@ -55,6 +61,11 @@ class Case:
     has_product: bool = False
     all_float32: bool = False
 
+    @property
+    def options(self) -> str:
+        blocks = [f"{name}={value}" for name, value in self.config.kwargs.items()]
+        return " ".join([*blocks, f"warps={self.config.num_warps}", f"stages={self.config.num_stages}"])
+
 
 @dataclass(frozen=True)
 class Result:
@@ -72,29 +83,43 @@ class Result:
     verdict: str
 
 
-def cases(dtype: str, arch: int) -> Iterator[Case]:
-    """Every configuration that may run for a dtype on an architecture."""
-    key = (DTYPES[dtype], family(arch // 10))
-    product = {"PRECISION": DTYPES[dtype]}
-    pixel: dict[str, Any] = {"DK": 64, "CHUNKS": 3, "CB": 32, **product}
-    plain = triton.Config({}, num_warps=4)
-    regional = triton.Config({}, **region_triton.OPTIONS)
-    yield Case("pixel prepare", pixel_triton._prepare_kernel, {"DP": 192, "CB": 32, "DK": 64, "BP": 32}, plain)
-    for config in pixel_triton.FORWARD[key]:
-        constants = {**pixel, "NORMALISE": True, "stride_op": 1}
-        yield Case("pixel forward", pixel_triton._forward_kernel, constants, config, True)
-    yield Case("pixel prepare backward", pixel_triton._prepare_backward_kernel, {"CB": 32, "BP": 32}, plain)
-    for config in pixel_triton.BACKWARD[key]:
-        yield Case("pixel backward", pixel_triton._backward_kernel, {**pixel, "stride_ed": 1}, config, True)
+BLOCKS = ((64, 3, 32), (64, 4, 128), (64, 4, 16), (64, 3, 128), (64, 1, 128), (16, 1, 16))
+"""Channels in one product, how many products, and columns of classes; the paper's first."""
+REGION_BLOCKS = (32, 64, 16)
+"""Classes; the paper's first."""
 
-    region: dict[str, Any] = {"CB": 32, "BP": region_triton.BP, **product}
-    pool, correlate = {**region, "BD": region_triton.BD}, {**region, "BE": region_triton.BD}
-    yield Case("region pool", region_triton._pool_kernel, pool, regional, True)
-    yield Case("region join", region_triton._join_kernel, {"DB": 256, "SB": region_triton.SPLITS}, regional)
-    yield Case("region pool backward", region_triton._pool_backward_kernel, pool, regional, True)
-    yield Case("region logits", region_triton._logits_kernel, correlate, regional, True)
+
+def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
+    """Every configuration that may run for a dtype on an architecture."""
+    numbers, gpu = DTYPES[dtype], family(arch // 10)
+    product = {"PRECISION": numbers}
+    plain = triton.Config({}, num_warps=4)
+    for dk, chunks, cb in BLOCKS if shapes == "all" else BLOCKS[:1]:
+        size, channels = f" D={dk * chunks} CB={cb}", dk * chunks
+        pixel: dict[str, Any] = {"DK": dk, "CHUNKS": chunks, "CB": cb, **product}
+        prepare = {"DP": channels, "CB": cb, "DK": dk, "BP": 32}
+        yield Case("pixel prepare" + size, pixel_triton._prepare_kernel, prepare, plain)
+        for config in fitting_configs(pixel_triton.FORWARD, numbers, gpu, channels):
+            constants = {**pixel, "NORMALISE": True, "stride_op": 1}
+            yield Case("pixel forward" + size, pixel_triton._forward_kernel, constants, config, True)
+        for config in fitting_configs(pixel_triton.BACKWARD, numbers, gpu, channels):
+            constants = {**pixel, "CP": min(pixel_triton.CP, cb), "stride_ed": 1}
+            yield Case("pixel backward" + size, pixel_triton._backward_kernel, constants, config, True)
+        constants = {"CB": cb, "BP": 32}
+        yield Case("pixel prepare backward" + size, pixel_triton._prepare_backward_kernel, constants, plain)
+
+    regional = triton.Config({}, **region_triton.OPTIONS)
+    join = {"DB": region_triton.JOINED, "SB": region_triton.SPLITS}
+    yield Case("region join", region_triton._join_kernel, join, regional)
     yield Case("region correlate", region_triton._correlate_kernel, {"SB": 64, "BP": 1024}, regional)
-    yield Case("region correlate backward", region_triton._correlate_backward_kernel, correlate, regional, True)
+    for cb in REGION_BLOCKS if shapes == "all" else REGION_BLOCKS[:1]:
+        region: dict[str, Any] = {"CB": cb, "BP": region_triton.BP, **product}
+        pool, correlate = {**region, "BD": region_triton.BD}, {**region, "BE": region_triton.BD}
+        yield Case(f"region pool CB={cb}", region_triton._pool_kernel, pool, regional, True)
+        yield Case(f"region pool backward CB={cb}", region_triton._pool_backward_kernel, pool, regional, True)
+        yield Case(f"region logits CB={cb}", region_triton._logits_kernel, correlate, regional, True)
+        name = f"region correlate backward CB={cb}"
+        yield Case(name, region_triton._correlate_backward_kernel, correlate, regional, True)
 
     if dtype != "fp32":
         return
@@ -136,7 +161,7 @@ def build(case: Case, dtype: str, arch: int) -> Result:
         function = function.fn
     constants = {**case.constants, **case.config.kwargs}
     types = dict.fromkeys(VALUES + GRADIENTS, dtype) | POINTERS
-    if case.name == "region pool backward":
+    if case.kernel is region_triton._pool_backward_kernel:
         types["grad"] = dtype
     signature: dict[str, str] = {}
     attributes = {}
@@ -158,24 +183,22 @@ def build(case: Case, dtype: str, arch: int) -> Result:
     assert found, usage
     registers, stack, shared = int(found[1]), int(found[2]), compiled.metadata.shared
     spills, instructions = len(SPILL.findall(code)), sorted(set(TENSOR_CORE.findall(code)))
-    config = " ".join(f"{k}={v}" for k, v in case.config.kwargs.items())
-    warps = case.config.num_warps
     problems = [
         f"{stack} bytes of stack" if stack else "",
         f"{spills} spills" if spills else "",
         "no tensor cores" if case.has_product and not instructions else "",
-        "" if shared <= LIMITS[arch][0] << 10 else "too much shared memory",
+        "" if shared + RESERVED <= LIMITS[arch][0] << 10 else "too much shared memory",
     ]
     return Result(
-        case.name, f"{config} warps={warps} stages={case.config.num_stages}".strip(), dtype, arch, registers, stack,
-        spills, shared, " ".join(instructions), _occupancy(arch, registers, shared, warps),
+        case.name, case.options, dtype, arch, registers, stack, spills, shared, " ".join(instructions),
+        _occupancy(arch, registers, shared, case.config.num_warps),
         ", ".join(filter(None, problems)) or "pass",
     )  # fmt: skip
 
 
-def report(dtypes: list[str], archs: list[int], jobs: int = 1) -> list[Result]:
+def report(dtypes: list[str], archs: list[int], shapes: str, jobs: int = 1) -> list[Result]:
     """All results, in order."""
-    work = [(case, dtype, arch) for arch in archs for dtype in dtypes for case in cases(dtype, arch)]
+    work = [(case, dtype, arch) for arch in archs for dtype in dtypes for case in cases(dtype, arch, shapes)]
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(lambda item: build(*item), work))
 
@@ -194,8 +217,8 @@ def _type(name: str, types: dict[str, str], all_float32: bool) -> str:
 
 def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     kilobytes, slots = LIMITS[arch]
-    by_registers = REGISTERS // (max(registers, 1) * 32 * warps)
-    by_shared = (kilobytes << 10) // shared if shared else slots
+    by_registers = REGISTERS // (-(-max(registers, 1) // 8) * 8 * 32 * warps)  # handed out to warps by 256
+    by_shared = (kilobytes << 10) // (shared + RESERVED)
     return min(slots, warps * min(by_registers, by_shared)) / slots
 
 
@@ -207,18 +230,83 @@ def _dump(path: str, option: str) -> str:
     return subprocess.run([command, option, path], capture_output=True, text=True, check=True).stdout
 
 
+def model() -> list[dict[str, Any]]:
+    """What a training step asks of each kernel: 12 images, 56 x 56 maps, losses at 448 x 448, bfloat16.
+
+    An upsampled and normalised value is 12 FLOPs. Losses see K = 1.56 present classes an image; pixels on the rim of a
+    block of 16 x 16 are computed for both of its sides. ``floor`` is the larger of FLOPs over the H100's rate (798
+    TFLOP/s dense bfloat16 as measured elsewhere, 67 TFLOP/s float32 without tensor cores) and bytes over 3.35 TB/s.
+    """
+    n, p, d, c, f = 12, 56 * 56, 192, 21, 195
+    padded, columns = -(-p // pixel_triton.PAD) * pixel_triton.PAD, 32
+    k, large = 1.56, 448 * 448
+    rim = ((losses_triton.SIDE + 1) / losses_triton.SIDE) ** 2
+    sample, maps, fold = 12, losses_triton.MAPS, 2 * 2 * losses_triton.TILE  # FLOPs a pixel
+    small_map = 4 * n * p
+    rows: list[tuple[str, float, float, float, float]] = [  # useful and executed FLOPs, bytes, FLOP/s
+        ("pixel prepare", 4 * n * p * d, 4 * n * padded * d, 2 * n * (p * (d + c) + padded * (d + columns)), 67e12),
+        (
+            "pixel forward", 2 * n * p * p * (d + c), 2 * n * padded**2 * (d + columns),
+            2 * n * (padded * (d + columns) + p * c), 798e12,
+        ),
+        (
+            "pixel prepare backward", 3 * n * p * c, 3 * n * padded * columns,
+            2 * n * (2 * p * c + padded * columns), 67e12,
+        ),
+        (
+            "pixel backward", 4 * n * p * p * (d + c), 4 * n * padded**2 * (d + columns),
+            2 * n * (padded * (d + 2 * columns) + p * d), 798e12,
+        ),
+        ("region pool", 2 * n * p * c * f, 2 * n * p * columns * 256, 2 * n * p * (c + f), 798e12),
+        ("region pool backward", 4 * n * p * c * f, 4 * n * p * columns * 256, 4 * n * p * (c + f), 798e12),
+        ("region logits", 2 * n * p * c * d, 2 * n * p * columns * d, n * p * (2 * d + 4 * c), 798e12),
+        ("region correlate", 3 * n * p * c, 3 * n * p * c, 8 * n * p * c, 67e12),
+        (
+            "region correlate backward", 4 * n * p * c * d, 2 * n * p * (columns + c) * d,
+            n * p * (4 * d + 14 * c), 798e12,
+        ),
+        ("losses extrema", maps * n * k * large * sample, maps * n * k * large * sample, maps * k * small_map, 67e12),
+        (
+            "losses tcp, raw and refined", 6 * n * k * large * sample,
+            n * k * large * rim * (6 * sample + 4 * 3 * fold), 10 * k * small_map, 67e12,
+        ),
+        (
+            "losses cpcr", 5 * n * k * large * sample,
+            n * (k + 1) * large * rim * (5 * (k + 1) * sample + 2 * 3 * fold), 7 * k * small_map, 67e12,
+        ),
+        (
+            "losses finish", maps * n * k * large * sample, maps * n * k * large * rim * sample,
+            3 * maps * k * small_map, 67e12,
+        ),
+    ]  # fmt: skip
+    return [
+        {
+            "kernel": name,
+            "useful GFLOP": useful / 1e9,
+            "executed GFLOP": executed / 1e9,
+            "MB": moved / 1e6,
+            "bound by": "arithmetic" if useful / rate > moved / 3.35e12 else "memory",
+            "floor us": max(useful / rate, moved / 3.35e12) * 1e6,
+        }
+        for name, useful, executed, moved, rate in rows
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
+    parser.add_argument("--shapes", default="all", choices=("all", "paper"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of kernel_report.json")
     options = parser.parse_args()
-    rows = [asdict(result) for result in report(options.dtype, options.arch, options.jobs)]
+    rows = [asdict(result) for result in report(options.dtype, options.arch, options.shapes, options.jobs)]
     print_table(f"Triton {triton.__version__}", rows)
+    counted = model()
+    print_table("Counted per training step: 12 images, 56 x 56, losses at 448 x 448", counted)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kernel_report.json").write_text(
-        json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n"
+        json.dumps({"triton": triton.__version__, "model": counted, "rows": rows}, indent=1) + "\n"
     )
     failed = sum(row["verdict"] != "pass" for row in rows)
     print(f"{len(rows)} configurations, {failed} failed")

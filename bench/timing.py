@@ -143,16 +143,18 @@ def plot_bars(path: Path, title: str, unit: str, groups: dict[str, dict[str, flo
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.22 * len(groups) * (len(names) + 1)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.22 * len(groups) * (len(names) + 1)), layout="constrained")
     for index, name in enumerate(names):
         at = [g * (len(names) + 1) + index for g, bars in enumerate(groups.values()) if name in bars]
-        axes.barh(at, [bars[name] for bars in groups.values() if name in bars], label=name)
+        drawn = axes.barh(at, [bars[name] for bars in groups.values() if name in bars], label=name)
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
     axes.set_yticks([g * (len(names) + 1) + (len(names) - 1) / 2 for g in range(len(groups))], list(groups))
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.margins(x=0.1)
     axes.set_xlabel(unit)
     axes.set_title(title)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

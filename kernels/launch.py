@@ -22,8 +22,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DOT_SIDE = 16  # the smallest side of a tensor-core product
 
 
-Table = dict[tuple[str, str], list[triton.Config]]
-"""Configurations for a precision ("half", "tf32") and a family of GPUs ("ampere": sm_80 to 89, "hopper": sm_90 on)."""
+Table = dict[tuple[str, str, int], list[triton.Config]]
+"""Configurations for a precision ("half", "tf32"), a family of GPUs ("ampere": sm_80 to 89, "hopper": sm_90 on) and the
+most channels of an embedding that they take."""
 
 
 def tuned(table: Table, key: list[str]) -> Callable[[Any], Any]:
@@ -31,11 +32,18 @@ def tuned(table: Table, key: list[str]) -> Callable[[Any], Any]:
     configs = [config for configs in table.values() for config in configs]
 
     def fitting(_: object, __: object, **arguments: Any) -> list[triton.Config]:
-        return table[arguments["PRECISION"], family(torch.cuda.get_device_capability()[0])]
+        gpu = family(torch.cuda.get_device_capability()[0])
+        return fitting_configs(table, arguments["PRECISION"], gpu, arguments["DK"] * arguments["CHUNKS"])
 
     if INTERPRETED:
         return triton.autotune(configs=configs[:1], key=key)
     return triton.autotune(configs=configs, key=key, prune_configs_by={"early_config_prune": fitting})
+
+
+def fitting_configs(table: Table, numbers: str, gpu: str, channels: int) -> list[triton.Config]:
+    """A precision's and a family's, for as many channels or a few more."""
+    width = min(width for *kind, width in table if kind == [numbers, gpu] and width >= channels)
+    return table[numbers, gpu, width]
 
 
 def family(major: int) -> str:
@@ -57,7 +65,7 @@ def product(left, right, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyp
 
 def precision(dtype: torch.dtype) -> str:
     """How products of a dtype run: ``half`` or ``tf32``."""
-    if INTERPRETED:
+    if INTERPRETED and dtype == torch.bfloat16:
         return "ieee"  # its products would take bfloat16's bits for integers
     return "tf32" if dtype == torch.float32 else "half"
 
@@ -67,10 +75,17 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def check(*tensors: Tensor) -> None:
-    """Raise where the kernels cannot run: TypeError for the dtype, ValueError for the device."""
+def obstacle(*tensors: Tensor) -> str | None:
+    """Why the kernels cannot run on these tensors, or None."""
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"backend 'triton' takes float32, bfloat16 and float16, found {tensor.dtype}: use 'tiled'")
+            return f"takes float32, bfloat16 and float16, found {tensor.dtype}"
         if not (tensor.is_cuda or INTERPRETED):
-            raise ValueError(f"backend 'triton' needs tensors on CUDA, found {tensor.device}: use 'tiled'")
+            return f"needs tensors on CUDA, found {tensor.device}"
+    return None
+
+
+def check(reason: str | None) -> None:
+    """Raise ValueError where there is an obstacle."""
+    if reason is not None:
+        raise ValueError(f"backend 'triton' {reason}: use 'tiled'")

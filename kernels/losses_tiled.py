@@ -8,7 +8,8 @@ one image's maps of its present classes, never (1 + C) maps. Only where errors o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from torch import Tensor
 from cpn_fast.kernels import eager
 from cpn_fast.kernels.eager import NORMALISE_EPS, Variant, counted
 
+SCHEMA = (
+    "(Tensor cam, Tensor? refined, Tensor visible, Tensor labels, SymInt[] size, str normalise, str background, "
+    "str refined_background, str cpcr_target, bool detach_refined_pair, float hard_share, str hard_over, "
+    "bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+)  # the fields of Variant between the tensors and needs_grad
 DIRECTIONS = ((1, 2), (2, 1))  # CPCR: the branch taken from the image's map, and the one whose refined map it guides
 
 
@@ -70,36 +76,26 @@ class _Cut(NamedTuple):
     place: Tensor
 
 
-@torch.library.custom_op("cpn_fast::complementary_losses_tiled", mutates_args=())
+@torch.library.custom_op("cpn_fast::complementary_losses_tiled", mutates_args=(), schema=SCHEMA)
 def _losses(
-    cam: Tensor,
-    refined: Tensor | None,
-    visible: Tensor,
-    labels: Tensor,
-    size: list[int],
-    normalise: str,
-    background: str,
-    refined_background: str,
-    cpcr_target: str,
-    detach_refined_pair: bool,
-    hard_share: float,
-    hard_over: str,
-    needs_grad: bool,
+    cam: Tensor, refined: Tensor | None, visible: Tensor, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses (3,); gradients of TCP for cam[0], of refined TCP for refined, of CPCR for refined[1:]."""
+    variant, needs_grad = Variant(*options[:-1]), options[-1]
+    size, normalise, hard_over = variant.size, variant.normalise, variant.hard_over
     batch, channels = cam.shape[1:3]
     pixels = size[0] * size[1]
     resize = _resize(cam, size)
     weights = torch.stack([torch.ones_like(visible), visible, 1 - visible])[:, :, None, None]
-    full = weights if background == "before-lambda" else torch.ones_like(weights)
-    own_background = refined_background == "own"
+    full = weights if variant.background == "before-lambda" else torch.ones_like(weights)
+    own_background = variant.refined_background == "own"
     present = [row.nonzero().flatten() + 1 for row in labels]
 
     losses = cam.new_zeros(3)
     gradients = empty_gradients(cam, needs_grad)
     d_tcp, d_refined, d_cpcr = (gradient.zero_() for gradient in gradients)
     share_of_tcp = 1 / (batch * (channels - 1) * pixels)
-    count = counted((batch if hard_over == "batch" else 1) * channels * pixels, hard_share)
+    count = counted((batch if hard_over == "batch" else 1) * channels * pixels, variant.hard_share)
     share_of_cpcr = 1 / (count if hard_over == "batch" else count * batch)
 
     def maps(source: Tensor, n: int, picked: Tensor) -> _Maps:
@@ -114,7 +110,7 @@ def _losses(
         targets = _with_background(raw.values, full[:, n])
         guided = own.values if own_background else _with_background(own.values, full[:, n])
         some_absent = len(present[n]) < channels - 1
-        return [_target(targets[0] - targets[s], cpcr_target, some_absent) - guided[h] for s, h in DIRECTIONS]
+        return [_target(targets[0] - targets[s], variant.cpcr_target, some_absent) - guided[h] for s, h in DIRECTIONS]
 
     cuts: list[_Cut | None] = [None, None]
     if refined is not None and hard_over == "batch" and sum(len(p) + 1 for p in present) * pixels > count:
@@ -151,7 +147,7 @@ def _losses(
         picked = torch.cat([classes.new_zeros(1), classes]) if own_background else classes
         grad = torch.zeros_like(own.values)
         grad[0, first:] = inconsistent.sign_().mul_(-share_of_tcp)
-        if not detach_refined_pair:
+        if not variant.detach_refined_pair:
             grad[1:, first:] = -inconsistent
         d_refined[:, n, picked] = resize.down(_through_normalise(grad, own, normalise))
         grad = torch.zeros_like(own.values[1:])
@@ -164,7 +160,7 @@ def _losses(
     return losses, *gradients
 
 
-def _resize(like: Tensor, size: list[int]) -> _Resize:
+def _resize(like: Tensor, size: Sequence[int]) -> _Resize:
     def matrix(small: int, large: int) -> Tensor:
         return eager.upsample(torch.eye(small, dtype=like.dtype, device=like.device)[None, None], (large, small))[0, 0]
 

@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cpn_fast.kernels.eager import NORMALISE_EPS, Variant, counted
-from cpn_fast.kernels.launch import INTERPRETED, check, on_device
+from cpn_fast.kernels.launch import INTERPRETED, check, obstacle, on_device
 from cpn_fast.kernels.losses_tiled import (
+    SCHEMA,
     differentiate,
     differentiate_suppression,
     empty_gradients,
@@ -79,6 +80,37 @@ def _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask):
 
 
 @triton.jit
+def _block(h, w, H, W, SIDE: tl.constexpr):
+    """The block of the small map that this program owns, and the pixels that touch it."""
+    across = tl.cdiv(w, SIDE)
+    block_y = (tl.program_id(0) // across) * SIDE
+    block_x = (tl.program_id(0) % across) * SIDE
+    top = _first(block_y - 1, h, H)
+    left = _first(block_x - 1, w, W)
+    bottom = tl.where(block_y + SIDE >= h, H, _first(block_y + SIDE, h, H))
+    right = tl.where(block_x + SIDE >= w, W, _first(block_x + SIDE, w, W))
+    return block_y, block_x, top, left, bottom, right
+
+
+@triton.jit
+def _inside(block_y, block_x, h, w, SIDE: tl.constexpr):
+    """Offsets of a block's elements in their small map, (SIDE, SIDE), and which of them exist."""
+    o_y = block_y + tl.arange(0, SIDE)
+    o_x = block_x + tl.arange(0, SIDE)
+    return o_y[:, None] * w + o_x[None, :], (o_y < h)[:, None] & (o_x < w)[None, :]
+
+
+@triton.jit
+def _span(start, stop, first_small, small, large, SIDE: tl.constexpr, TILE: tl.constexpr):
+    """One side of a tile: lower neighbours and weights of its pixels, which of them exist, which of those this program
+    owns, and the weights (SIDE, TILE) with which they fold back onto its block."""
+    o = start + tl.arange(0, TILE)
+    o_low, b_f = _position(o, small, large)
+    m = o < stop
+    return o_low, b_f, m, m & (o_low >= first_small), _weights(first_small + tl.arange(0, SIDE), o_low, b_f, m)
+
+
+@triton.jit
 def _value(maps, statistics, i_map: tl.constexpr, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
     """A normalised tile, scaled by lambda. ``statistics`` are of the (image, slot)."""
     source = maps + (((i_map % 3) * N + i_n) * (C + 1) + channel) * h * w
@@ -86,6 +118,17 @@ def _value(maps, statistics, i_map: tl.constexpr, i_n, channel, o_y, b_fy, o_x, 
     slope = tl.load(statistics + i_map * 8 + 4)
     shift = tl.load(statistics + i_map * 8 + 5)
     return tl.maximum(b_u - shift, 0.0) * slope
+
+
+@triton.jit
+def _values(cam, refined, statistics, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
+    """What CPCR reads of a class: raw tiles of the three branches, refined ones of branches 1 and 2."""
+    b_r0 = _value(cam, statistics, 0, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_r1 = _value(cam, statistics, 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_r2 = _value(cam, statistics, 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_q1 = _value(refined, statistics, 4, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_q2 = _value(refined, statistics, 5, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    return b_r0, b_r1, b_r2, b_q1, b_q2
 
 
 @triton.jit
@@ -198,11 +241,7 @@ def _scan(
     for slot in range(count):
         channel = tl.load(table + i_n * (C + 1) + slot)
         p_s = statistics + (i_n * (C + 1) + slot) * 48
-        b_r0 = _value(cam, p_s, 0, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-        b_r1 = _value(cam, p_s, 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-        b_r2 = _value(cam, p_s, 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-        b_q1 = _value(refined, p_s, 4, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-        b_q2 = _value(refined, p_s, 5, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+        b_r0, b_r1, b_r2, b_q1, b_q2 = _values(cam, refined, p_s, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
         b_top1 = tl.maximum(b_top1, b_r0 - b_r1)
         b_top2 = tl.maximum(b_top2, b_r0 - b_r2)
         b_raw0 = tl.maximum(b_raw0, b_r0)
@@ -267,11 +306,9 @@ def _histogram_kernel(
         for slot in range(count):
             channel = tl.load(table + i_n * (C + 1) + slot)
             p_s = statistics + (i_n * (C + 1) + slot) * 48
-            b_r0 = _value(cam, p_s, 0, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-            b_r1 = _value(cam, p_s, 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-            b_r2 = _value(cam, p_s, 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-            b_q1 = _value(refined, p_s, 4, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-            b_q2 = _value(refined, p_s, 5, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+            b_r0, b_r1, b_r2, b_q1, b_q2 = _values(
+                cam, refined, p_s, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
+            )
             _count_errors(bins, state, _residual(b_r0 - b_r1, b_top1, b_q2, ONE_HOT), mask, SHIFT, WIDTH)
             _count_errors(bins + BINS, state + 4, _residual(b_r0 - b_r2, b_top2, b_q1, ONE_HOT), mask, SHIFT, WIDTH)
         b_g1 = full1 - b_own1
@@ -327,8 +364,8 @@ def _counting(b_residual, cut):
 
 @triton.jit
 def _fold(acc, b_grad, b_wy, b_wx):
-    """Adjoint of upsampling a tile: acc + wy (SIDE, TILE) @ grad (TILE, TILE) @ wx (TILE, SIDE)."""
-    b_half = tl.dot(b_grad, b_wx, input_precision="tf32x3")
+    """Adjoint of upsampling a tile: acc + wy (SIDE, TILE) @ grad (TILE, TILE) @ wx (SIDE, TILE) transposed."""
+    b_half = tl.dot(b_grad, tl.trans(b_wx), input_precision="tf32x3")
     return tl.dot(b_wy, b_half, acc, input_precision="tf32x3")
 
 
@@ -358,18 +395,12 @@ def _tcp_kernel(
     """TCP of one class over the pixels of a block of the small map, and the gradients folded back onto the block, but
     for what flows through the extrema. MAP is 0 for raw maps and 3 for refined ones; PAIR says whether branches 1 and 2
     get a gradient."""
-    across = tl.cdiv(w, SIDE)
-    block_y = (tl.program_id(0) // across) * SIDE
-    block_x = (tl.program_id(0) % across) * SIDE
+    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
     if slot < tl.load(present + i_n):
         channel = tl.load(table + i_n * (C + 1) + slot)
         p_s = statistics + (i_n * (C + 1) + slot) * 48
-        o_sy = block_y + tl.arange(0, SIDE)
-        o_sx = block_x + tl.arange(0, SIDE)
-        bottom = tl.where(block_y + SIDE >= h, H, _first(block_y + SIDE, h, H))
-        right = tl.where(block_x + SIDE >= w, W, _first(block_x + SIDE, w, W))
         acc_0 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         acc_1 = acc_0
         acc_2 = acc_0
@@ -380,16 +411,12 @@ def _tcp_kernel(
         m1_2 = 0.0
         m2_1 = 0.0
         m2_2 = 0.0
-        for top in range(_first(block_y - 1, h, H), bottom, TILE):
-            o_row = top + tl.arange(0, TILE)
-            o_y, b_fy = _position(o_row, h, H)
-            b_wy = _weights(o_sy, o_y, b_fy, o_row < bottom)
-            for left in range(_first(block_x - 1, w, W), right, TILE):
-                o_column = left + tl.arange(0, TILE)
-                o_x, b_fx = _position(o_column, w, W)
-                b_wx = tl.trans(_weights(o_sx, o_x, b_fx, o_column < right))
-                mask = (o_row < bottom)[:, None] & (o_column < right)[None, :]
-                m_owned = mask & (o_y >= block_y)[:, None] & (o_x >= block_x)[None, :]
+        for top in range(first_row, bottom, TILE):
+            o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
+            for left in range(first_column, right, TILE):
+                o_x, b_fx, m_x, m_own_x, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
+                mask = m_y[:, None] & m_x[None, :]
+                m_owned = m_own_y[:, None] & m_own_x[None, :]
                 b_0 = _value(maps, p_s, MAP, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
                 b_1 = _value(maps, p_s, MAP + 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
                 b_2 = _value(maps, p_s, MAP + 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
@@ -407,15 +434,15 @@ def _tcp_kernel(
             p_sum += 3 + 2 * (MAP // 3)
             tl.store(p_sum, m0_1)
             tl.store(p_sum + 1, m0_2)
-            m_block = (o_sy < h)[:, None] & (o_sx < w)[None, :]
-            p_g = gradient + ((i_n * (C + 1) + channel) * h + o_sy[:, None]) * w + o_sx[None, :]
+            o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+            p_g = gradient + (i_n * (C + 1) + channel) * h * w + o_block
             tl.store(p_g, acc_0, mask=m_block)
             if PAIR:
                 tl.store(p_sum + 2, m1_1)
                 tl.store(p_sum + 3, m1_2)
                 tl.store(p_sum + 4, m2_1)
                 tl.store(p_sum + 5, m2_2)
-                stride = N * (C + 1) * h * w
+                stride = tl.num_programs(2).to(tl.int64) * (C + 1) * h * w
                 tl.store(p_g + stride, acc_1, mask=m_block)
                 tl.store(p_g + 2 * stride, acc_2, mask=m_block)
 
@@ -427,9 +454,7 @@ def _cpcr_kernel(
     SIDE: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """CPCR of one class, or of the background in the slot behind the classes; otherwise as ``_tcp_kernel``."""
-    across = tl.cdiv(w, SIDE)
-    block_y = (tl.program_id(0) // across) * SIDE
-    block_x = (tl.program_id(0) % across) * SIDE
+    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
     count = tl.load(present + i_n)
@@ -439,10 +464,6 @@ def _cpcr_kernel(
         share = tl.load(visible + i_n)
         p_s = statistics + (i_n * (C + 1) + slot) * 48
         p_cut = cut + i_n * (0 if BATCH else 1) * 4
-        o_sy = block_y + tl.arange(0, SIDE)
-        o_sx = block_x + tl.arange(0, SIDE)
-        bottom = tl.where(block_y + SIDE >= h, H, _first(block_y + SIDE, h, H))
-        right = tl.where(block_x + SIDE >= w, W, _first(block_x + SIDE, w, W))
         acc_1 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         acc_2 = acc_1
         cpcr = 0.0
@@ -450,24 +471,18 @@ def _cpcr_kernel(
         q1_2 = 0.0
         q2_1 = 0.0
         q2_2 = 0.0
-        for top in range(_first(block_y - 1, h, H), bottom, TILE):
-            o_row = top + tl.arange(0, TILE)
-            o_y, b_fy = _position(o_row, h, H)
-            b_wy = _weights(o_sy, o_y, b_fy, o_row < bottom)
-            for left in range(_first(block_x - 1, w, W), right, TILE):
-                o_column = left + tl.arange(0, TILE)
-                o_x, b_fx = _position(o_column, w, W)
-                b_wx = tl.trans(_weights(o_sx, o_x, b_fx, o_column < right))
-                mask = (o_row < bottom)[:, None] & (o_column < right)[None, :]
-                m_owned = mask & (o_y >= block_y)[:, None] & (o_x >= block_x)[None, :]
+        for top in range(first_row, bottom, TILE):
+            o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
+            for left in range(first_column, right, TILE):
+                o_x, b_fx, m_x, m_own_x, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
+                mask = m_y[:, None] & m_x[None, :]
+                m_owned = m_own_y[:, None] & m_own_x[None, :]
                 b_back1, b_back2, b_top1, b_top2, b_own1, b_own2, b_ties1, b_ties2, full1, full2 = _scan(
                     cam, refined, statistics, table, count, i_n, o_y, b_fy, o_x, b_fx, N, C, h, w, mask, share, BEFORE
                 )
-                b_r0 = _value(cam, p_s, 0, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-                b_r1 = _value(cam, p_s, 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-                b_r2 = _value(cam, p_s, 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-                b_q1 = _value(refined, p_s, 4, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-                b_q2 = _value(refined, p_s, 5, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+                b_r0, b_r1, b_r2, b_q1, b_q2 = _values(
+                    cam, refined, p_s, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
+                )
                 b_g1 = b_q1 if OWN else full1 - b_own1
                 b_g2 = b_q2 if OWN else full2 - b_own2
                 b_d1 = tl.where(is_class, b_r0 - b_r1, b_back1)
@@ -494,12 +509,12 @@ def _cpcr_kernel(
             tl.store(p_sum + 12, q1_2)
             tl.store(p_sum + 13, q2_1)
             tl.store(p_sum + 14, q2_2)
-            m_block = (o_sy < h)[:, None] & (o_sx < w)[None, :]
+            o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
             if not OWN:
                 m_block = m_block & is_class
-            o_block = ((i_n * (C + 1) + channel) * h + o_sy[:, None]) * w + o_sx[None, :]
-            tl.store(d_cpcr + o_block, acc_1, mask=m_block)
-            tl.store(d_cpcr + N * (C + 1) * h * w + o_block, acc_2, mask=m_block)
+            p_g = d_cpcr + (i_n * (C + 1) + channel) * h * w + o_block
+            tl.store(p_g, acc_1, mask=m_block)
+            tl.store(p_g + tl.num_programs(2).to(tl.int64) * (C + 1) * h * w, acc_2, mask=m_block)
 
 
 @triton.jit
@@ -509,9 +524,7 @@ def _finish_kernel(
     SIDE: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Finish one gradient of one branch (``gradient`` and ``maps`` (N, 1 + C, h, w)): slope, extrema and factor."""
-    across = tl.cdiv(w, SIDE)
-    block_y = (tl.program_id(0) // across) * SIDE
-    block_x = (tl.program_id(0) % across) * SIDE
+    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
     count = tl.load(present + i_n)
@@ -535,26 +548,18 @@ def _finish_kernel(
         at_high = tl.where(high > 0, d_span / tl.load(p_s + 2), 0.0)
         at_low = tl.where(low > 0, (-s1 * slope - d_span) / tl.load(p_s + 3), 0.0) if MIN_MAX else 0.0
 
-        o_sy = block_y + tl.arange(0, SIDE)
-        o_sx = block_x + tl.arange(0, SIDE)
-        m_block = (o_sy < h)[:, None] & (o_sx < w)[None, :]
-        p_g = gradient + ((i_n * (C + 1) + channel) * h + o_sy[:, None]) * w + o_sx[None, :]
+        o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+        p_g = gradient + (i_n * (C + 1) + channel) * h * w + o_block
         acc = tl.load(p_g, mask=m_block, other=0.0) * slope
         source = maps + (i_n * (C + 1) + channel) * h * w
-        bottom = tl.where(block_y + SIDE >= h, H, _first(block_y + SIDE, h, H))
-        right = tl.where(block_x + SIDE >= w, W, _first(block_x + SIDE, w, W))
-        for top in range(_first(block_y - 1, h, H), bottom, TILE):
-            o_row = top + tl.arange(0, TILE)
-            o_y, b_fy = _position(o_row, h, H)
-            for left in range(_first(block_x - 1, w, W), right, TILE):
-                o_column = left + tl.arange(0, TILE)
-                o_x, b_fx = _position(o_column, w, W)
-                mask = (o_row < bottom)[:, None] & (o_column < right)[None, :]
+        for top in range(first_row, bottom, TILE):
+            o_y, b_fy, m_y, _, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
+            for left in range(first_column, right, TILE):
+                o_x, b_fx, m_x, _, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
+                mask = m_y[:, None] & m_x[None, :]
                 b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
                 b_at = tl.where(mask & (b_u == high), at_high, 0.0) + tl.where(mask & (b_u == low), at_low, 0.0)
                 if tl.max(tl.abs(b_at)) > 0:
-                    b_wy = _weights(o_sy, o_y, b_fy, o_row < bottom)
-                    b_wx = tl.trans(_weights(o_sx, o_x, b_fx, o_column < right))
                     acc = _fold(acc, b_at, b_wy, b_wx)
         tl.store(p_g, acc * factor, mask=m_block)
 
@@ -596,9 +601,7 @@ def _suppression_kernel(
 ):  # fmt: skip
     """Background suppression over the pixels of a block of the small map (summed by the first class), and its gradient
     for one class."""
-    across = tl.cdiv(w, SIDE)
-    block_y = (tl.program_id(0) // across) * SIDE
-    block_x = (tl.program_id(0) % across) * SIDE
+    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
     count = tl.load(present + i_n)
@@ -606,22 +609,14 @@ def _suppression_kernel(
         last = tl.load(cut + i_n * 2)
         place = tl.load(cut + i_n * 2 + 1)
         o_map = (i_n * (C + 1) + tl.load(table + i_n * (C + 1) + slot)) * h * w
-        o_sy = block_y + tl.arange(0, SIDE)
-        o_sx = block_x + tl.arange(0, SIDE)
-        bottom = tl.where(block_y + SIDE >= h, H, _first(block_y + SIDE, h, H))
-        right = tl.where(block_x + SIDE >= w, W, _first(block_x + SIDE, w, W))
         acc = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         loss = 0.0
-        for top in range(_first(block_y - 1, h, H), bottom, TILE):
-            o_row = top + tl.arange(0, TILE)
-            o_y, b_fy = _position(o_row, h, H)
-            b_wy = _weights(o_sy, o_y, b_fy, o_row < bottom)
-            for left in range(_first(block_x - 1, w, W), right, TILE):
-                o_column = left + tl.arange(0, TILE)
-                o_x, b_fx = _position(o_column, w, W)
-                b_wx = tl.trans(_weights(o_sx, o_x, b_fx, o_column < right))
-                mask = (o_row < bottom)[:, None] & (o_column < right)[None, :]
-                m_owned = mask & (o_y >= block_y)[:, None] & (o_x >= block_x)[None, :]
+        for top in range(first_row, bottom, TILE):
+            o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
+            for left in range(first_column, right, TILE):
+                o_x, b_fx, m_x, m_own_x, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
+                mask = m_y[:, None] & m_x[None, :]
+                m_owned = m_own_y[:, None] & m_own_x[None, :]
                 b_s, b_ties = _strongest(refined, table, count, i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask)
                 b_weight = tl.where(b_s < last, 1.0, tl.where(b_s == last, place, 0.0))
                 loss += tl.sum(tl.where(m_owned, b_s * b_weight, 0.0))
@@ -632,42 +627,31 @@ def _suppression_kernel(
         if slot == 0:
             tl.store(sums + i_n * tl.num_programs(0) + tl.program_id(0), loss * factor)
         if GRADIENTS:
-            m_block = (o_sy < h)[:, None] & (o_sx < w)[None, :]
-            p_g = gradient + o_map + o_sy[:, None] * w + o_sx[None, :]
-            tl.store(p_g, acc * factor, mask=m_block)
+            o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+            tl.store(gradient + o_map + o_block, acc * factor, mask=m_block)
 
 
 def complementary_losses(
     cam: Tensor, refined: Tensor | None, visible: Tensor, labels: Tensor, variant: Variant
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``eager.complementary_losses``."""
-    check(cam)
+    check(obstacle(cam))
     needs_grad = torch.is_grad_enabled() and (cam.requires_grad or (refined is not None and refined.requires_grad))
     losses = _losses(cam, refined, visible, labels, *variant, needs_grad)[0]
     tcp, tcp_refined, cpcr = losses.unbind()
     return tcp, tcp_refined, cpcr
 
 
-@torch.library.custom_op("cpn_fast::complementary_losses_triton", mutates_args=())
+@torch.library.custom_op("cpn_fast::complementary_losses_triton", mutates_args=(), schema=SCHEMA)
 def _losses(
-    cam: Tensor,
-    refined: Tensor | None,
-    visible: Tensor,
-    labels: Tensor,
-    size: list[int],
-    normalise: str,
-    background: str,
-    refined_background: str,
-    cpcr_target: str,
-    detach_refined_pair: bool,
-    hard_share: float,
-    hard_over: str,
-    needs_grad: bool,
+    cam: Tensor, refined: Tensor | None, visible: Tensor, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses (3,); gradients of TCP for cam[0], of refined TCP for refined, of CPCR for refined[1:]."""
+    variant, needs_grad = Variant(*options[:-1]), options[-1]
+    size, hard_share, pair = variant.size, variant.hard_share, not variant.detach_refined_pair
     _, batch, channels, *small = cam.shape
     classes, pixels, device = channels - 1, size[0] * size[1], cam.device
-    own, over_batch = refined_background == "own", hard_over == "batch"
+    own, over_batch = variant.refined_background == "own", variant.hard_over == "batch"
     count = counted((batch if over_batch else 1) * channels * pixels, hard_share)
     share_of_tcp = 1 / (batch * classes * pixels)
     share_of_cpcr = 1 / (count if over_batch else count * batch)
@@ -681,9 +665,14 @@ def _losses(
     sums = torch.zeros(batch, channels, blocks, SUMS, device=device)
     d_tcp, d_refined, d_cpcr = (part.zero_() for part in empty_gradients(cam, needs_grad))
     shape = (batch, classes, *small, *size)
-    flags: dict[str, Any] = {"OWN": own, "BEFORE": background == "before-lambda", "ONE_HOT": cpcr_target == "one-hot"}
-    flags |= {"BATCH": over_batch, "TILE": TILE}
-    min_max = normalise == "min-max"
+    flags: dict[str, Any] = {
+        "OWN": own,
+        "BEFORE": variant.background == "before-lambda",
+        "ONE_HOT": variant.cpcr_target == "one-hot",
+        "BATCH": over_batch,
+        "TILE": TILE,
+    }
+    min_max = variant.normalise == "min-max"
     with on_device(cam):
         _extrema_kernel[(STRIPS, MAPS * channels, batch)](
             parts, cam, maps, table, present, *shape,
@@ -714,7 +703,7 @@ def _losses(
         )
         if refined is not None:
             _tcp_kernel[(blocks, classes, batch)](
-                sums, d_refined, maps, statistics, table, present, *shape, MAP=3, PAIR=not detach_refined_pair, **tcp
+                sums, d_refined, maps, statistics, table, present, *shape, MAP=3, PAIR=pair, **tcp
             )
             _cpcr_kernel[(blocks, channels, batch)](
                 sums, d_cpcr, cam, maps, statistics, cut, table, present, visible, *shape,
@@ -739,7 +728,7 @@ def _losses(
 
 def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int], share: float) -> Tensor:
     """As ``eager.background_suppression``."""
-    check(refined)
+    check(obstacle(refined))
     return _suppression(refined, labels, size, share, torch.is_grad_enabled() and refined.requires_grad)[0]
 
 

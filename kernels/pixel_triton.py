@@ -27,11 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpn_fast.kernels import eager, launch
 from cpn_fast.kernels.launch import check, next_power, on_device, precision, product, tuned
 
 PAD = 128  # pixels are padded to a multiple of this, and every block of pixels divides it
 DK = 64  # channels in one product
 MAX_DEPTH = 4 * DK
+CP = 32  # columns of Y and Z in one product of the backward pass
 
 
 def _configs(*rows: tuple[int, int, bool, int, int]) -> list[triton.Config]:
@@ -43,20 +45,26 @@ def _configs(*rows: tuple[int, int, bool, int, int]) -> list[triton.Config]:
 
 
 FORWARD = {
-    ("half", "ampere"): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (128, 64, True, 8, 2)),
-    ("half", "hopper"): _configs(
+    ("half", "ampere", 192): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (128, 64, True, 8, 2)),
+    ("half", "ampere", 256): _configs((64, 64, False, 4, 3), (64, 64, True, 4, 2), (64, 32, False, 4, 3)),
+    ("half", "hopper", 192): _configs(
         (128, 64, True, 8, 2), (128, 64, True, 8, 3), (128, 128, True, 8, 2), (64, 64, True, 4, 2)
     ),
-    ("tf32", "ampere"): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3), (128, 64, False, 8, 3)),
-    ("tf32", "hopper"): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (64, 32, False, 4, 3)),
+    ("half", "hopper", 256): _configs((128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2)),
+    ("tf32", "ampere", 192): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3), (128, 64, False, 8, 3)),
+    ("tf32", "ampere", 256): _configs((64, 64, False, 4, 2), (64, 32, False, 4, 3), (64, 32, False, 4, 2)),
+    ("tf32", "hopper", 192): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (64, 32, False, 4, 3)),
+    ("tf32", "hopper", 256): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3)),
 }
 BACKWARD = {
-    ("half", "ampere"): _configs((64, 32, False, 4, 2), (32, 64, True, 4, 2), (32, 64, False, 4, 2)),
-    ("half", "hopper"): _configs(
-        (128, 64, True, 8, 2), (128, 64, False, 8, 3), (64, 64, True, 8, 2), (64, 64, False, 8, 2)
-    ),
-    ("tf32", "ampere"): _configs((64, 32, False, 8, 2), (32, 64, False, 4, 2), (32, 32, False, 4, 2)),
-    ("tf32", "hopper"): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
+    ("half", "ampere", 192): _configs((64, 32, False, 4, 2), (32, 64, True, 4, 2), (32, 64, False, 4, 2)),
+    ("half", "ampere", 256): _configs((32, 64, False, 4, 2), (32, 32, False, 4, 2)),
+    ("half", "hopper", 192): _configs((128, 64, False, 8, 3), (64, 64, True, 8, 2), (64, 64, False, 8, 2)),
+    ("half", "hopper", 256): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
+    ("tf32", "ampere", 192): _configs((64, 32, False, 8, 2), (32, 64, False, 4, 2), (32, 32, False, 4, 2)),
+    ("tf32", "ampere", 256): _configs((32, 32, False, 4, 2), (32, 32, False, 8, 2), (32, 64, False, 8, 2)),
+    ("tf32", "hopper", 192): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
+    ("tf32", "hopper", 256): _configs((64, 32, False, 8, 2), (64, 32, False, 8, 3), (64, 64, False, 8, 2)),
 }
 
 
@@ -71,7 +79,7 @@ def _prepare_kernel(
     i_n = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     m_p = o_p < pixels
-    o_d = tl.arange(0, DK)
+    o_d = tl.arange(0, DK).to(tl.int64)
     p_e = embedding + i_n * stride_en + o_p.to(tl.int64)[:, None] * stride_ep
     b_square = tl.zeros([BP], dtype=tl.float32)
     for start in range(0, DP, DK):
@@ -92,7 +100,8 @@ def _prepare_kernel(
     for group in range(groups):
         o_class = group * (CB - 1) + o_c
         m_c = (o_class < C) & (o_c < CB - 1)
-        b_c = tl.load(p_c + o_class[None, :] * stride_cc, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+        p_class = p_c + o_class.to(tl.int64)[None, :] * stride_cc
+        b_c = tl.load(p_class, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
         b_c = tl.where((o_c == CB - 1)[None, :] & m_p[:, None], 1.0, b_c)  # [BP, CB]
         p_y = y + ((i_n * groups + group) * padded + o_p)[:, None] * CB + o_c[None, :]
         tl.store(p_y, b_c.to(y.dtype.element_ty))
@@ -100,7 +109,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _load_chunks(p_q, DK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Up to four chunks of channels; those beyond CHUNKS repeat the first and go unused."""
+    """Up to four chunks of channels, (BM, DK); those beyond CHUNKS repeat the first and go unused."""
     b_q0 = tl.load(p_q)
     b_q1, b_q2, b_q3 = b_q0, b_q0, b_q0
     if CHUNKS > 1:
@@ -110,6 +119,25 @@ def _load_chunks(p_q, DK: tl.constexpr, CHUNKS: tl.constexpr):
     if CHUNKS > 3:
         b_q3 = tl.load(p_q + 3 * DK)
     return b_q0, b_q1, b_q2, b_q3
+
+
+@triton.jit
+def _scores(
+    b_q, p_q, p_k, b_s, DK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, RESIDENT: tl.constexpr
+):
+    """b_s + g_i . g_j for BM targets and BN sources; the targets' chunks are ``b_q``, or read again at ``p_q``."""
+    if RESIDENT:
+        b_s = product(b_q[0], tl.load(p_k).T, b_s, PRECISION)
+        if CHUNKS > 1:
+            b_s = product(b_q[1], tl.load(p_k + DK).T, b_s, PRECISION)
+        if CHUNKS > 2:
+            b_s = product(b_q[2], tl.load(p_k + 2 * DK).T, b_s, PRECISION)
+        if CHUNKS > 3:
+            b_s = product(b_q[3], tl.load(p_k + 3 * DK).T, b_s, PRECISION)
+    else:
+        for o_chunk in range(0, DK * CHUNKS, DK):
+            b_s = product(tl.load(p_q + o_chunk), tl.load(p_k + o_chunk).T, b_s, PRECISION)
+    return b_s
 
 
 @tuned(FORWARD, key=["DK", "CHUNKS", "CB", "PRECISION"])
@@ -134,25 +162,16 @@ def _forward_kernel(
     o_c = tl.arange(0, CB)
     D: tl.constexpr = DK * CHUNKS
     g += i_n * padded * D
-    p_q = g + o_m[:, None] * D + o_d[None, :]
+    p_q = g + o_m.to(tl.int64)[:, None] * D + o_d[None, :]
     p_k = g + o_n[:, None] * D + o_d[None, :]
     p_y = y + (i_n * groups + i_group) * padded * CB + o_n[:, None] * CB + o_c[None, :]
+    b_q = (p_q, p_q, p_q, p_q)
     if RESIDENT:
-        b_q0, b_q1, b_q2, b_q3 = _load_chunks(p_q, DK, CHUNKS)  # [BM, DK]
+        b_q = _load_chunks(p_q, DK, CHUNKS)
     acc = tl.zeros([BM, CB], dtype=tl.float32)
     for _ in range(0, padded, BN):
         b_s = tl.zeros([BM, BN], dtype=tl.float32)
-        if RESIDENT:
-            b_s = product(b_q0, tl.load(p_k).T, b_s, PRECISION)
-            if CHUNKS > 1:
-                b_s = product(b_q1, tl.load(p_k + DK).T, b_s, PRECISION)
-            if CHUNKS > 2:
-                b_s = product(b_q2, tl.load(p_k + 2 * DK).T, b_s, PRECISION)
-            if CHUNKS > 3:
-                b_s = product(b_q3, tl.load(p_k + 3 * DK).T, b_s, PRECISION)
-        else:
-            for o_chunk in range(0, DK * CHUNKS, DK):
-                b_s = product(tl.load(p_q + o_chunk), tl.load(p_k + o_chunk).T, b_s, PRECISION)
+        b_s = _scores(b_q, p_q, p_k, b_s, DK, CHUNKS, PRECISION, RESIDENT)
         b_a = tl.maximum(b_s, 0.0).to(y.dtype.element_ty)  # [BM, BN]
         acc = product(b_a, tl.load(p_y), acc, PRECISION)
         p_k += BN * D
@@ -166,7 +185,7 @@ def _forward_kernel(
         acc = acc / pixels
     o_class = i_group * (CB - 1) + o_c
     m_o = (o_m < pixels)[:, None] & ((o_class < C) & (o_c < CB - 1))[None, :]
-    p_o = out + i_n * stride_on + o_m.to(tl.int64)[:, None] * stride_op + o_class[None, :] * stride_oc
+    p_o = out + i_n * stride_on + o_m.to(tl.int64)[:, None] * stride_op + o_class.to(tl.int64)[None, :] * stride_oc
     tl.store(p_o, acc.to(out.dtype.element_ty), mask=m_o)
 
 
@@ -187,9 +206,9 @@ def _prepare_backward_kernel(
     for group in range(groups):
         o_class = group * (CB - 1) + o_c
         m_c = (o_p < pixels)[:, None] & ((o_class < C) & (o_c < CB - 1))[None, :]
-        o_64 = o_p.to(tl.int64)[:, None]
-        p_g = grad + i_n * stride_gn + o_64 * stride_gp + o_class[None, :] * stride_gc
-        p_o = out + i_n * stride_on + o_64 * stride_op + o_class[None, :] * stride_oc
+        o_row, o_column = o_p.to(tl.int64)[:, None], o_class.to(tl.int64)[None, :]
+        p_g = grad + i_n * stride_gn + o_row * stride_gp + o_column * stride_gc
+        p_o = out + i_n * stride_on + o_row * stride_op + o_column * stride_oc
         b_g = tl.load(p_g, mask=m_c, other=0.0).to(tl.float32) * b_scale[:, None]  # [BP, CB]
         b_o = tl.load(p_o, mask=m_c, other=0.0).to(tl.float32)
         b_z = tl.where((o_c == CB - 1)[None, :], -tl.sum(b_g * b_o, 1)[:, None], b_g)
@@ -203,25 +222,26 @@ def _backward_kernel(
     d_embedding, g, y, z, norm,
     stride_en, stride_ed, stride_ep,
     pixels, padded, D, groups, eps,
-    DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """d_embedding of BM pixels i."""
+    """d_embedding of BM pixels i; Y and Z are multiplied CP of their columns at a time."""
     i_n = tl.program_id(1).to(tl.int64)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.program_id(0).to(tl.int64) * BM
+    o_r = tl.arange(0, BM)
+    o_m = tl.program_id(0) * BM + o_r
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, DK)
-    o_c = tl.arange(0, CB)
+    o_c = tl.arange(0, CP)
     DP: tl.constexpr = DK * CHUNKS
     g += i_n * padded * DP
-    y += i_n * groups * padded * CB
-    z += i_n * groups * padded * CB
-    p_q = g + o_m[:, None] * DP + o_d[None, :]
+    p_q = g + first * DP + o_r[:, None] * DP + o_d[None, :]
     p_k = g + o_n[:, None] * DP + o_d[None, :]
-    o_mc = o_m[:, None] * CB + o_c[None, :]
+    o_mc = o_r[:, None] * CB + o_c[None, :]
     o_nc = o_n[:, None] * CB + o_c[None, :]
+    b_q = (p_q, p_q, p_q, p_q)
     if RESIDENT:
-        b_q0, b_q1, b_q2, b_q3 = _load_chunks(p_q, DK, CHUNKS)  # [BM, DK]
+        b_q = _load_chunks(p_q, DK, CHUNKS)
     acc0 = tl.zeros([BM, DK], dtype=tl.float32)
     if CHUNKS > 1:
         acc1 = tl.zeros([BM, DK], dtype=tl.float32)
@@ -231,23 +251,14 @@ def _backward_kernel(
         acc3 = tl.zeros([BM, DK], dtype=tl.float32)
     for start in range(0, padded, BN):
         b_s = tl.zeros([BM, BN], dtype=tl.float32)
-        if RESIDENT:
-            b_s = product(b_q0, tl.load(p_k).T, b_s, PRECISION)
-            if CHUNKS > 1:
-                b_s = product(b_q1, tl.load(p_k + DK).T, b_s, PRECISION)
-            if CHUNKS > 2:
-                b_s = product(b_q2, tl.load(p_k + 2 * DK).T, b_s, PRECISION)
-            if CHUNKS > 3:
-                b_s = product(b_q3, tl.load(p_k + 3 * DK).T, b_s, PRECISION)
-        else:
-            for o_chunk in range(0, DK * CHUNKS, DK):
-                b_s = product(tl.load(p_q + o_chunk), tl.load(p_k + o_chunk).T, b_s, PRECISION)
+        b_s = _scores(b_q, p_q, p_k, b_s, DK, CHUNKS, PRECISION, RESIDENT)
         b_both = tl.zeros([BM, BN], dtype=tl.float32)
-        for group in range(groups):
-            o_group = group * padded * CB
-            p_j = o_group + start * CB + o_nc
-            b_both = product(tl.load(y + o_group + o_mc), tl.load(z + p_j).T, b_both, PRECISION)
-            b_both = product(tl.load(z + o_group + o_mc), tl.load(y + p_j).T, b_both, PRECISION)
+        for column in range(0, groups * CB, CP):
+            o_i = (i_n * groups + column // CB) * padded * CB + column % CB
+            o_j = o_i + start * CB
+            o_i += first * CB
+            b_both = product(tl.load(y + o_i + o_mc), tl.load(z + o_j + o_nc).T, b_both, PRECISION)
+            b_both = product(tl.load(z + o_i + o_mc), tl.load(y + o_j + o_nc).T, b_both, PRECISION)
         b_both = tl.where(b_s > 0, b_both, 0.0).to(g.dtype.element_ty)  # [BM, BN]
         acc0 = product(b_both, tl.load(p_k), acc0, PRECISION)
         if CHUNKS > 1:
@@ -269,28 +280,35 @@ def _backward_kernel(
     b_norm = tl.load(norm + i_n * padded + o_m)
     b_scale = 1.0 / ((b_norm + eps) * pixels)
     b_along *= tl.where(b_norm > 0, (b_norm + eps) / b_norm, 0.0)
-    m_p = (o_m < pixels)[:, None]
-    p_d = d_embedding + i_n * stride_en + o_m.to(tl.int64)[:, None] * stride_ep + o_d[None, :] * stride_ed
-    _store_chunk(p_d, p_q, acc0, b_along, b_scale, m_p & (o_d < D)[None, :])
+    p_d = d_embedding + i_n * stride_en + o_m.to(tl.int64)[:, None] * stride_ep
+    m_m = o_m < pixels
+    _store_chunk(p_d, stride_ed, m_m, p_q, acc0, b_along, b_scale, 0, D, DK)
     if CHUNKS > 1:
-        _store_chunk(p_d + DK * stride_ed, p_q + DK, acc1, b_along, b_scale, m_p & (DK + o_d < D)[None, :])
+        _store_chunk(p_d, stride_ed, m_m, p_q, acc1, b_along, b_scale, 1, D, DK)
     if CHUNKS > 2:
-        _store_chunk(p_d + 2 * DK * stride_ed, p_q + 2 * DK, acc2, b_along, b_scale, m_p & (2 * DK + o_d < D)[None, :])
+        _store_chunk(p_d, stride_ed, m_m, p_q, acc2, b_along, b_scale, 2, D, DK)
     if CHUNKS > 3:
-        _store_chunk(p_d + 3 * DK * stride_ed, p_q + 3 * DK, acc3, b_along, b_scale, m_p & (3 * DK + o_d < D)[None, :])
+        _store_chunk(p_d, stride_ed, m_m, p_q, acc3, b_along, b_scale, 3, D, DK)
 
 
 @triton.jit
-def _store_chunk(p_d, p_g, acc, b_along, b_scale, mask):
-    b_d = (acc - tl.load(p_g).to(tl.float32) * b_along[:, None]) * b_scale[:, None]
-    tl.store(p_d, b_d.to(p_d.dtype.element_ty), mask=mask)
+def _store_chunk(p_d, stride_ed, m_m, p_q, acc, b_along, b_scale, CHUNK: tl.constexpr, D, DK: tl.constexpr):
+    o_d = CHUNK * DK + tl.arange(0, DK)
+    b_d = (acc - tl.load(p_q + CHUNK * DK).to(tl.float32) * b_along[:, None]) * b_scale[:, None]
+    p_d += o_d.to(tl.int64)[None, :] * stride_ed
+    tl.store(p_d, b_d.to(p_d.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+
+
+def obstacle(cam: Tensor, embedding: Tensor) -> str | None:
+    """Why the kernels cannot run on these tensors, or None."""
+    if embedding.shape[1] > MAX_DEPTH:
+        return f"takes an embedding of up to {MAX_DEPTH} channels, found {embedding.shape[1]}"
+    return launch.obstacle(cam, embedding)
 
 
 def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
     """As ``eager.pixel_correlation``."""
-    check(cam, embedding)
-    if embedding.shape[1] > MAX_DEPTH:
-        raise ValueError(f"embedding: backend 'triton' takes up to {MAX_DEPTH} channels, found {embedding.shape[1]}")
+    check(obstacle(cam, embedding))
     return _forward(cam, embedding, eps)[0]
 
 
@@ -358,7 +376,7 @@ def _backward(
         )  # fmt: skip
         _backward_kernel[lambda meta: (blocks.padded // meta["BM"], batch)](
             d_embedding, g, y, z, norm, *d_embedding.stride(), pixels, blocks.padded, depth, blocks.groups, eps,
-            **options,
+            CP=min(CP, blocks.columns), **options,
         )  # fmt: skip
         if cam_needs_grad:
             _forward_kernel[lambda meta: (blocks.padded // meta["BM"], blocks.groups, batch)](
@@ -378,18 +396,8 @@ def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, T
 
 
 @_backward.register_fake
-def _fake_backward(
-    grad: Tensor,
-    out: Tensor,
-    total: Tensor,
-    g: Tensor,
-    y: Tensor,
-    norm: Tensor,
-    eps: float,
-    depth: int,
-    channels_last: bool,
-    cam_needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, out: Tensor, total: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, depth, channels_last, cam_needs_grad = rest
     batch, _, pixels = out.shape
     d_cam = grad.new_empty(out.shape if cam_needs_grad else (0,))
     if channels_last:
@@ -406,7 +414,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, *_):
     cam_needs_grad = ctx.needs_input_grad[0]
-    d_cam, d_embedding = _backward(grad, *ctx.saved_tensors, ctx.eps, ctx.depth, ctx.channels_last, cam_needs_grad)
+    with eager.full_precision(grad):
+        d_cam, d_embedding = _backward(grad, *ctx.saved_tensors, ctx.eps, ctx.depth, ctx.channels_last, cam_needs_grad)
     return d_cam if cam_needs_grad else None, d_embedding, None
 
 

@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from cpn_fast.kernels import eager
-from cpn_fast.kernels.launch import check, next_power, on_device, precision, product
+from cpn_fast.kernels.launch import check, next_power, obstacle, on_device, precision, product
 
 BP = 32  # pixels of a block
 BD = 64  # channels of a block
 SPLITS = 8  # programs that share an image's pixels in pooling
+JOINED = 256  # channels that a program joins
 OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 
@@ -39,8 +40,8 @@ def _pool_kernel(
     i_d = tl.program_id(1)
     groups = tl.cdiv(C, CB)
     i_n = (tl.program_id(2) // groups).to(tl.int64)
-    o_c = (tl.program_id(2) % groups) * CB + tl.arange(0, CB)
-    o_d = i_d * BD + tl.arange(0, BD)
+    o_c = ((tl.program_id(2) % groups) * CB + tl.arange(0, CB)).to(tl.int64)
+    o_d = (i_d * BD + tl.arange(0, BD)).to(tl.int64)
     b_high = tl.full([CB], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([CB], dtype=tl.float32)
     acc = tl.zeros([CB, BD], dtype=tl.float32)
@@ -71,11 +72,11 @@ def _pool_kernel(
 def _join_kernel(
     pooled, high, total, partial, highs, sums, C, D, splits, DB: tl.constexpr, SB: tl.constexpr
 ):  # fmt: skip
-    """Join the splits of one region."""
+    """Join the splits of one region in a block of channels."""
     i_c = tl.program_id(0)
     i_n = tl.program_id(1).to(tl.int64)
     o_s = tl.arange(0, SB)
-    o_d = tl.arange(0, DB)
+    o_d = tl.program_id(2) * DB + tl.arange(0, DB)
     o_row = (i_n * splits + o_s) * C + i_c
     b_highs = tl.load(highs + o_row, mask=o_s < splits, other=float("-inf"))
     b_high = tl.max(b_highs, 0)
@@ -85,8 +86,9 @@ def _join_kernel(
     b_p = tl.load(partial + o_row[:, None] * D + o_d[None, :], mask=m_p, other=0.0)  # [SB, DB]
     b_z = tl.sum(b_p * b_weights[:, None], 0) / b_total
     tl.store(pooled + (i_n * C + i_c) * D + o_d, b_z.to(pooled.dtype.element_ty), mask=o_d < D)
-    tl.store(high + i_n * C + i_c, b_high)
-    tl.store(total + i_n * C + i_c, b_total)
+    if tl.program_id(2) == 0:
+        tl.store(high + i_n * C + i_c, b_high)
+        tl.store(total + i_n * C + i_c, b_total)
 
 
 @triton.jit
@@ -162,7 +164,7 @@ def _logits_kernel(
         m_c = o_c < C
         acc = tl.zeros([CB, BP], dtype=tl.float32)
         for start_e in range(0, E, BE):
-            o_e = start_e + tl.arange(0, BE)
+            o_e = (start_e + tl.arange(0, BE)).to(tl.int64)
             p_k = keys + (i_n * C + o_c)[:, None] * E + o_e[None, :]
             b_k = tl.load(p_k, mask=m_c[:, None] & (o_e < E)[None, :], other=0.0)  # [CB, BE]
             p_q = queries + i_n * stride_qn + o_e[:, None] * stride_qe + o_p.to(tl.int64)[None, :] * stride_qp
@@ -227,7 +229,7 @@ def _correlate_backward_kernel(
     total += i_n * C
     d_logits += i_n * C * pixels
     for start_c in range(0, C, CB):
-        o_c = start_c + tl.arange(0, CB)
+        o_c = (start_c + tl.arange(0, CB)).to(tl.int64)
         m = (o_c < C)[:, None] & m_p[None, :]
         b_share = _share(logits, high, total, o_c, o_p, C, pixels, pixels, 1)
         p_g = grad + i_n * stride_gn + o_c[:, None] * stride_gc + o_64[None, :] * stride_gp
@@ -241,10 +243,10 @@ def _correlate_backward_kernel(
         tl.store(d_logits + o_out, b_d.to(d_logits.dtype.element_ty), mask=m)
     tl.debug_barrier()
     for start_e in range(0, E, BE):
-        o_e = start_e + tl.arange(0, BE)
+        o_e = (start_e + tl.arange(0, BE)).to(tl.int64)
         acc = tl.zeros([BE, BP], dtype=tl.float32)
         for start_c in range(0, C, CB):
-            o_c = start_c + tl.arange(0, CB)
+            o_c = (start_c + tl.arange(0, CB)).to(tl.int64)
             m = (o_c < C)[:, None] & m_p[None, :]
             b_d = tl.load(d_logits + o_c[:, None] * pixels + o_p[None, :], mask=m, other=0.0)  # [CB, BP]
             p_k = keys + (i_n * C + o_c)[None, :] * E + o_e[:, None]
@@ -257,13 +259,13 @@ def _correlate_backward_kernel(
 
 def region_pooling(cam: Tensor, features: Tensor) -> Tensor:
     """As ``eager.region_pooling``."""
-    check(cam, features)
+    check(obstacle(cam, features))
     return _pool(cam, features)[0]
 
 
 def region_correlation(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> Tensor:
     """As ``eager.region_correlation``."""
-    check(cam, keys, queries)
+    check(obstacle(cam, keys, queries))
     return _correlate(cam, keys.to(queries.dtype), queries, scale)[0]
 
 
@@ -286,9 +288,8 @@ def _pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             pixels, per_split, classes, depth, splits,
             CB=block, BD=BD, BP=BP, PRECISION=precision(features.dtype), **OPTIONS,
         )  # fmt: skip
-        _join_kernel[(classes, batch)](
-            pooled, high, total, partial, highs, sums, classes, depth, splits,
-            DB=triton.next_power_of_2(depth), SB=SPLITS, **OPTIONS,
+        _join_kernel[(classes, batch, triton.cdiv(depth, JOINED))](
+            pooled, high, total, partial, highs, sums, classes, depth, splits, DB=JOINED, SB=SPLITS, **OPTIONS,
         )  # fmt: skip
     return pooled, high, total
 
@@ -298,7 +299,7 @@ def _pool_backward(
     grad: Tensor, cam: Tensor, features: Tensor, pooled: Tensor, high: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor]:
     (batch, classes, pixels), depth = cam.shape, features.shape[1]
-    d_cam, d_features = _fake_pool_backward(grad, cam, features, pooled, high, total)
+    d_cam, d_features = _fake_pool_backward(grad, cam, features)
     grad = grad.contiguous()
     along = torch.linalg.vecdot(grad.float(), pooled.float())
     with on_device(cam):
@@ -342,7 +343,7 @@ def _correlate_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, classes, pixels), depth = cam.shape, queries.shape[1]
-    d_cam, d_keys, d_queries = _fake_correlate_backward(grad, cam, keys, queries, out, logits, high, total, scale)
+    d_cam, d_keys, d_queries = _fake_correlate_backward(grad, cam, keys, queries)
     along = torch.linalg.vecdot(grad.float(), out.float())
     d_logits = torch.empty(batch, classes, pixels, dtype=queries.dtype, device=cam.device)
     with on_device(cam):
@@ -370,9 +371,7 @@ def _fake_pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_pool_backward.register_fake
-def _fake_pool_backward(
-    grad: Tensor, cam: Tensor, features: Tensor, pooled: Tensor, high: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fake_pool_backward(grad: Tensor, cam: Tensor, features: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     return cam.new_empty(cam.shape), _empty_like_layout(features)
 
 
@@ -385,15 +384,7 @@ def _fake_correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) ->
 
 @_correlate_backward.register_fake
 def _fake_correlate_backward(
-    grad: Tensor,
-    cam: Tensor,
-    keys: Tensor,
-    queries: Tensor,
-    out: Tensor,
-    logits: Tensor,
-    high: Tensor,
-    total: Tensor,
-    scale: float,
+    grad: Tensor, cam: Tensor, keys: Tensor, queries: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return cam.new_empty(cam.shape), keys.new_empty(keys.shape), _empty_like_layout(queries)
 

@@ -212,31 +212,44 @@ def test_triton_on_the_cpu_is_refused_with_the_way_out() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("op", OPS)
 def test_triton_replays_from_a_cuda_graph(op: Op) -> None:
-    arguments = tuple(t.detach().cuda() for t in inputs(2, 5, 48, 13, 17, torch.bfloat16))
-    expected = op(*arguments, "triton")
+    arguments = tuple(t.detach().cuda().requires_grad_() for t in inputs(2, 5, 48, 13, 17, torch.bfloat16))
+    gradient = torch.ones_like(op(*arguments, "triton"))
+
+    def run() -> list[Tensor]:
+        out = op(*arguments, "triton")
+        grads = torch.autograd.grad(out, arguments, gradient, allow_unused=True)
+        return [out.detach(), *(grad for grad in grads if grad is not None)]
+
+    expected = run()  # and tunes
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = op(*arguments, "triton")
+        found = run()
     graph.replay()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision", "expected"),
+    ("shape", "dtypes", "precision", "expected"),
     [
-        (torch.bfloat16, "highest", "triton"),
-        (torch.float32, "high", "triton"),
-        (torch.float32, "highest", "tiled"),
-        (torch.float64, "high", "tiled"),
+        ((3, 192), (torch.float32, torch.bfloat16), "highest", "triton"),
+        ((3, 192), (torch.float32, torch.float32), "high", "triton"),
+        ((3, 192), (torch.float32, torch.float32), "highest", "tiled"),
+        ((3, 192), (torch.float64, torch.bfloat16), "high", "tiled"),
+        ((3, 192), (torch.float32, torch.float64), "high", "tiled"),
+        ((3, 257), (torch.float32, torch.bfloat16), "high", "tiled"),
     ],
 )
-def test_the_best_backend_on_cuda_keeps_the_precision_asked_for(
-    dtype: torch.dtype, precision: str, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_the_best_backend_on_cuda_is_triton_where_it_fits_and_keeps_the_precision_asked_for(
+    shape: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    precision: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        operand = torch.empty(1, dtype=dtype, device="cuda")
-    modules = {"eager": "eager", "tiled": "tiled", "triton": "triton"}
-    assert kernels._choose(modules, None, operand) == expected
-    assert kernels._choose(modules, None, operand.new_empty(1, device="cpu")) == "tiled"
+        tensors = [torch.empty(1, c, 2, 2, dtype=t, device="cuda") for c, t in zip(shape, dtypes, strict=True)]
+    modules = kernels._PIXEL
+    assert kernels._choose(modules, None, *tensors) is modules[expected]
+    assert kernels._choose(modules, None, *(t.new_empty(t.shape, device="cpu") for t in tensors)) is modules["tiled"]

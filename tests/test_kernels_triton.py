@@ -30,7 +30,8 @@ def test_every_kernel_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize(("arch", "dtype"), [(86, "bf16"), (90, "bf16"), (90, "fp32")])
 def test_no_configuration_spills_or_misses_the_tensor_cores(arch: int, dtype: str, tmp_path: Path) -> None:
-    finished = run("bench/kernel_report.py", "--arch", str(arch), "--dtype", dtype, "--out", str(tmp_path))
+    options = ("--arch", str(arch), "--dtype", dtype, "--shapes", "paper", "--out", str(tmp_path))
+    finished = run("bench/kernel_report.py", *options)
     assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
     rows = json.loads((tmp_path / "kernel_report.json").read_text())["rows"]
     expected = {"HGMMA"} if arch == 90 else {"HMMA"}
@@ -53,4 +54,6 @@ def test_autotuning_chooses_among_the_reported_configurations(
     ):
         kernel.nargs = {}
         for precision in ("half", "tf32"):
-            assert kernel.prune_configs({"PRECISION": precision, "DK": 64}) == table[precision, family]
+            for chunks, width in ((1, 192), (3, 192), (4, 256)):
+                found = kernel.prune_configs({"PRECISION": precision, "DK": 64, "CHUNKS": chunks})
+                assert found == table[precision, family, width]

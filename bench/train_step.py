@@ -40,7 +40,7 @@ from timing import (
     print_table,
     write_json,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,6 +102,7 @@ class Step:
         self.device, self.size = data.images.device, tuple(data.images.shape[2:])
         options = Model(backbone=backbone)  # type: ignore[arg-type]
         self.network = network.Network(build_backbone(options), CLASSES, options).to(self.device).train()
+        keep_alive(self.network)
         layout = torch.channels_last if ways.channels_last else torch.contiguous_format
         self.network.to(memory_format=layout)  # type: ignore[call-overload]
         self.layout = layout
@@ -178,6 +179,13 @@ class Step:
         with torch.cuda.graph(graph):
             self._step()
         return graph.replay
+
+
+def keep_alive(net: network.Network) -> None:
+    """Convolutions that keep the variance, so that random weights do not fade into zeros on their way through."""
+    for module in net.backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
 
 
 def looped_pair(images: Tensor, superpixels: Tensor, hidden: list[list[int]]) -> Pair:
@@ -291,7 +299,7 @@ def check(data: Data, backbone: str) -> dict[str, float]:
     errors = [float((a - b).square().mean().sqrt() / a.square().mean().sqrt()) for a, b in zip(*results, strict=True)]
     found = dict(zip(("loss", "gradient of fc8", "gradient of f9"), errors, strict=True))
     assert found["loss"] < 1e-4, found
-    assert max(errors) < 2e-2, found
+    assert all(error < 2e-2 for error in errors), found  # fails for NaN too
     return found
 
 

@@ -266,7 +266,8 @@ def generated(batch: int, side: int, device: torch.device) -> Data:
     """Smooth images, superpixels that are the cells of random points, and VOC's number of classes."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(batch, 3, side // 16, side // 16, generator=generator)
-    images = F.interpolate(coarse, (side, side), mode="bicubic") + torch.randn(batch, 3, side, side) / 10
+    noise = torch.randn(batch, 3, side, side, generator=generator)
+    images = F.interpolate(coarse, (side, side), mode="bicubic") + noise / 10
     grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2).float()
     centres = side * torch.rand(batch, SUPERPIXELS, 2, generator=generator)
     superpixels = torch.stack([torch.cdist(grid, own).argmin(1) for own in centres]).view(batch, side, side)

@@ -32,7 +32,8 @@ class Narrow(Backbone):
         low = self.low(self.stem(images))
         middle = self.middle(low)
         # Features after a ReLU point the same way everywhere; affinities are to tell what differs within an image.
-        return Features(F.instance_norm(low), F.instance_norm(middle), self.last(middle))
+        low, inner = (F.group_norm(x, x.shape[1]) for x in (low, middle))
+        return Features(low, inner, self.last(middle))
 
 
 class Residual(nn.Module):

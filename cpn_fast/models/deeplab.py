@@ -17,8 +17,8 @@ class DeepLab(Headed):
     """A backbone and the released trainer's head: 3x3 with dilation 12, 1x1, and the classifier.
 
     ``classes`` counts the foreground. All convolutions train, those included that a CAM's backbone keeps frozen; batch
-    normalisation runs on stored statistics in the backbone, on the batch's in the head, and its factors stay as they
-    are, in both.
+    normalisation runs on stored statistics in the backbone, on the batch's in the head (under torchrun on those of a
+    process's share, and the first process's are stored), and its factors stay as they are, in both.
     """
 
     def __init__(self, backbone: Backbone, classes: int, options: Model, *, bn_momentum: float) -> None:

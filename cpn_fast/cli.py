@@ -92,6 +92,21 @@ def evaluate(
 
 
 @app.command()
+def information(
+    config: ConfigFile,
+    checkpoint: Annotated[Path, typer.Option(help="Trained weights: .safetensors, .pt or .pth.", show_default=False)],
+    list_file: ListFile = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Count the seeds that the sum of a complementary pair's CAMs adds over the plain CAM, by size of patch."""
+    from cpn_fast import information
+    from cpn_fast.config import load
+
+    picture = information.run(load(config, overrides), checkpoint, list_file)
+    print(f"Curves are in {picture}, figures in the .json beside it")
+
+
+@app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="JPEG or PNG files.", show_default=False)],
     model: Annotated[Path, typer.Option(help="A run's folder, or its weights.", show_default=False)],

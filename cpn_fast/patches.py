@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpn_fast.config import Patches
+from cpn_fast.config import Patches, Rgb
 
 
 class Pair(NamedTuple):
@@ -61,6 +61,11 @@ def complementary_pair(
     covered, shown = (mask.view(-1, 1, *images.shape[2:]) for mask in (covered, ~covered & inside))
     colour = images.new_zeros(()) if fill is None else fill.to(images).view(3, 1, 1)
     return Pair(images.where(~covered, colour), images.where(~shown, colour), share)
+
+
+def normalised_fill(config: Patches, mean: Rgb, std: Rgb) -> Tensor | None:
+    """``patches.fill`` as ``complementary_pair`` takes it, for images normalised as (x - mean) / std."""
+    return None if config.fill is None else (torch.tensor(config.fill) - torch.tensor(mean)) / torch.tensor(std)
 
 
 def _grid(

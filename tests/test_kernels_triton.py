@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -54,6 +55,11 @@ def test_autotuning_chooses_among_the_reported_configurations(
     ):
         kernel.nargs = {}
         for precision in ("half", "tf32"):
-            for chunks, width in ((1, 192), (3, 192), (4, 256)):
-                found = kernel.prune_configs({"PRECISION": precision, "DK": 64, "CHUNKS": chunks})
-                assert found == table[precision, family, width]
+            for chunks, columns in itertools.product((1, 3, 4), (16, 32, 64, 128)):
+                found = kernel.prune_configs({"PRECISION": precision, "DK": 64, "CHUNKS": chunks, "CB": columns})
+                fitting = [
+                    (width, most, configs)
+                    for (*kind, width, most), configs in table.items()
+                    if kind == [precision, family] and width >= 64 * chunks and most >= columns
+                ]
+                assert found == min(fitting, key=lambda row: row[:2])[2]

@@ -12,7 +12,7 @@ from cpn_fast.config import Config
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
 from cpn_fast.methods.method import Losses, Views
 from cpn_fast.models.network import Cams, build_network
-from cpn_fast.patches import complementary_pair
+from cpn_fast.patches import complementary_pair, normalised_fill
 from cpn_fast.pipelines.training import Batch
 
 
@@ -25,8 +25,7 @@ class Cpn:
         self.options = config.loss
         self.map: Literal["superpixels"] | None = "superpixels" if config.patches.kind == "superpixel" else None
         self.patch_limit = config.superpixels.count
-        mean, std = torch.tensor(self.network.mean), torch.tensor(self.network.std)
-        self.fill = None if config.patches.fill is None else (torch.tensor(config.patches.fill) - mean) / std
+        self.fill = normalised_fill(config.patches, self.network.mean, self.network.std)
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
         pair = complementary_pair(

@@ -176,11 +176,17 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 def reproduce(
     name: Annotated[str, typer.Argument(help="table1, table2, table3, table4, table5, fig6 or fig7.")],
     config: Annotated[Path, typer.Option(help="CPN's config, of which the runs are variants.", show_default=False)],
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Only print a command for each run, to spread over a cluster.")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Train whatever a table or figure of the paper needs and is not there yet, and print it beside the paper's."""
     from cpn_fast import reproduce
 
+    if commands:
+        print("\n".join(reproduce.commands(name, config, overrides)))
+        return
     print(f"Curves are in {reproduce.run(name, config, overrides)}, figures in the .json beside it")
 
 

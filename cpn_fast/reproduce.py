@@ -7,6 +7,7 @@ config, shared between tables, and continued or left alone when they are there.
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,6 +48,9 @@ RUNS: dict[str, tuple[str, ...]] = {
 """Name -> overrides of the config, which is CPN's own run."""
 
 Measure = Literal["seeds", "background", "foreground", "pseudo-masks", "segmenter", "segmenter and CRF", "seconds"]
+
+CHAIN: tuple[Measure, ...] = ("pseudo-masks", "segmenter", "segmenter and CRF")
+"""What takes all stages of ``cpn-fast run``, whose results these are."""
 
 
 class Row(NamedTuple):
@@ -123,11 +127,7 @@ class Result(NamedTuple):
 
 def run(name: str, path: Path, overrides: list[str]) -> Path:
     """Do or finish what a table needs, print it, and write NAME.json and NAME.png; returns the picture's path."""
-    if name not in TABLES:
-        raise UserError(f"reproduce {name}: no such table; there are {', '.join(TABLES)}")
-    base = load(path, overrides)
-    if base.method != "cpn":
-        raise UserError(f"{path}: method is {base.method}; reproduce starts from CPN's config")
+    base = _base(name, path, overrides)
     rows = TABLES[name]
     results = [_result(row, base, path, overrides) for row in rows]
     folder = base.out / f"{base.name}-reproduce"
@@ -140,6 +140,31 @@ def run(name: str, path: Path, overrides: list[str]) -> Path:
     return folder / f"{name}.png"
 
 
+def commands(name: str, path: Path, overrides: list[str]) -> list[str]:
+    """A shell command for each run that a table needs, finished ones too: they may run anywhere, in any order.
+
+    Where all of them have ended, ``run`` has only seeds to make and to score.
+    """
+    base = _base(name, path, overrides)
+    chains = {row.run for row in TABLES[name] if row.measure in CHAIN}
+    lines: dict[str, None] = {}
+    for key in dict.fromkeys(row.run for row in TABLES[name] if row.measure != "seconds"):
+        config = run_config(key, base, path, overrides)
+        own = [] if config is base else [*RUNS[key], f"name={config.name}"]
+        options = [word for override in [*overrides, *own] for word in ("--set", override)]
+        lines[shlex.join(["cpn-fast", "run" if key in chains else "train", str(path), *options])] = None
+    return list(lines)
+
+
+def _base(name: str, path: Path, overrides: list[str]) -> Config:
+    if name not in TABLES:
+        raise UserError(f"reproduce {name}: no such table; there are {', '.join(TABLES)}")
+    base = load(path, overrides)
+    if base.method != "cpn":
+        raise UserError(f"{path}: method is {base.method}; reproduce starts from CPN's config")
+    return base
+
+
 def run_config(key: str, base: Config, path: Path, overrides: list[str]) -> Config:
     """The config of one of ``RUNS``, called ``BASE-KEY``; the base itself where that changes nothing."""
     variant = load(path, [*overrides, *RUNS[key]])
@@ -150,7 +175,7 @@ def _result(row: Row, base: Config, path: Path, overrides: list[str]) -> Result:
     config = run_config(row.run, base, path, overrides)
     if row.measure == "seconds":
         return Result(seconds_of_patches(config))
-    if row.measure in ("pseudo-masks", "segmenter", "segmenter and CRF"):
+    if row.measure in CHAIN:
         value = {found.name: found.miou for found in chain.run(config)}.get(row.measure)
         return Result(None if value is None else 100 * value)
     weights = train.run(config)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
 from cpn_fast import config, reproduce, train
+from cpn_fast.cli import main
 from cpn_fast.errors import UserError
 from cpn_fast.reproduce import RUNS, TABLES
 
@@ -66,3 +68,30 @@ def test_what_cannot_be_reproduced_is_said(name, method, message, tiny_config) -
     )
     with pytest.raises(UserError, match=message):
         reproduce.run(name, tiny_config(**changes), [])
+
+
+def test_the_runs_of_a_table_can_be_made_elsewhere(tiny_config, tmp_path, monkeypatch, capsys) -> None:
+    path = tiny_config(train={"steps": 1}, cam={"scales": [1.0]})
+    rows = [row for row in TABLES["table1"] if row.run in ("cam", "cpn") and row.scale is None]
+    monkeypatch.setitem(TABLES, "table1", tuple(rows))
+    lines = reproduce.commands("table1", path, ["train.seed=3"])
+    assert lines == [
+        f"cpn-fast train {path} --set train.seed=3 --set method=cam --set model.pcm=false --set model.prcm=false "
+        "--set cam.map=raw --set name=tiny-cam",
+        f"cpn-fast train {path} --set train.seed=3",
+    ]
+    for line in lines:
+        monkeypatch.setattr("sys.argv", shlex.split(line))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code in (0, None)
+    monkeypatch.setattr(train, "TrainingPipeline", None)  # nothing is left to train
+    assert reproduce.run("table1", path, ["train.seed=3"]).exists()
+
+
+def test_the_whole_chain_is_one_command() -> None:
+    from test_config import CONFIGS
+
+    voc = next(path for path in CONFIGS if path.stem == "voc")
+    assert reproduce.commands("table5", voc, []) == [f"cpn-fast run {voc}"]
+    assert len(reproduce.commands("fig7", voc, [])) == 7  # CPN's own and six grids

@@ -83,7 +83,7 @@ class Result:
     verdict: str
 
 
-BLOCKS = ((64, 3, 32), (64, 4, 128), (64, 4, 16), (64, 3, 128), (64, 1, 128), (16, 1, 16))
+BLOCKS = ((64, 3, 32), (64, 4, 128), (64, 4, 16), (64, 3, 128), (64, 3, 64), (64, 1, 128), (16, 1, 16))
 """Channels in one product, how many products, and columns of classes; the paper's first."""
 REGION_BLOCKS = (32, 64, 16)
 """Classes; the paper's first."""
@@ -99,10 +99,10 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
         pixel: dict[str, Any] = {"DK": dk, "CHUNKS": chunks, "CB": cb, **product}
         prepare = {"DP": channels, "CB": cb, "DK": dk, "BP": 32}
         yield Case("pixel prepare" + size, pixel_triton._prepare_kernel, prepare, plain)
-        for config in fitting_configs(pixel_triton.FORWARD, numbers, gpu, channels):
+        for config in fitting_configs(pixel_triton.FORWARD, numbers, gpu, channels, cb):
             constants = {**pixel, "NORMALISE": True, "stride_op": 1}
             yield Case("pixel forward" + size, pixel_triton._forward_kernel, constants, config, True)
-        for config in fitting_configs(pixel_triton.BACKWARD, numbers, gpu, channels):
+        for config in fitting_configs(pixel_triton.BACKWARD, numbers, gpu, channels, cb):
             constants = {**pixel, "CP": min(pixel_triton.CP, cb), "stride_ed": 1}
             yield Case("pixel backward" + size, pixel_triton._backward_kernel, constants, config, True)
         constants = {"CB": cb, "BP": 32}
@@ -113,6 +113,7 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
     yield Case("region join", region_triton._join_kernel, join, regional)
     yield Case("region correlate", region_triton._correlate_kernel, {"SB": 64, "BP": 1024}, regional)
     for cb in REGION_BLOCKS if shapes == "all" else REGION_BLOCKS[:1]:
+        regional = triton.Config({}, **region_triton.options(cb))
         region: dict[str, Any] = {"CB": cb, "BP": region_triton.BP, **product}
         pool, correlate = {**region, "BD": region_triton.BD}, {**region, "BE": region_triton.BD}
         yield Case(f"region pool CB={cb}", region_triton._pool_kernel, pool, regional, True)

@@ -5,7 +5,8 @@ full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits:
 float64, an embedding has more than 256 channels, or products are float32 while
 ``torch.get_float32_matmul_precision()`` forbids TF32; else tiled, but for the region ops, of which eager is as fast.
 All are differentiable once in every CAM, embedding, feature, key and query, work under autocast and
-``torch.compile(fullgraph=True)``, and raise ValueError or TypeError for arguments that do not fit.
+``torch.compile(fullgraph=True)``, and raise ValueError or TypeError for shapes, dtypes and devices that do not fit.
+Values are not looked at, which would wait for the device: labels other than 0 and 1 give no defined result.
 
 Products run in the dtype of the embedding, features or queries (autocast's dtype under autocast; tiled: always float32
 or float64), sums, norms and softmaxes in float32. Held in tests for random maps of 99 pixels, 5 classes and 24
@@ -93,6 +94,8 @@ def region_correlation(
     expected = (*cam.shape[:2], queries.shape[1])
     if keys.shape != expected:
         raise ValueError(f"keys: expected (N, C, E) = {expected} from cam and queries, found {tuple(keys.shape)}")
+    _check_floating("keys", keys)
+    _check_device("keys", keys, "cam", cam)
     keys, queries = _autocast(keys), _autocast(queries)
     module = _choose(_REGION, backend, cam, keys, queries)
     with eager.full_precision(cam):
@@ -133,11 +136,18 @@ def complementary_losses(
     """
     if cam.ndim != 5 or cam.shape[0] != 3 or cam.shape[2] < 2 or 0 in cam.shape:
         raise ValueError(f"cam: expected (3, N, 1 + C, h, w), none of them 0, found {tuple(cam.shape)}")
-    if refined is not None and refined.shape != cam.shape:
-        raise ValueError(f"refined: expected the shape of cam, {tuple(cam.shape)}, found {tuple(refined.shape)}")
+    _check_floating("cam", cam)
+    if refined is not None:
+        if refined.shape != cam.shape:
+            raise ValueError(f"refined: expected the shape of cam, {tuple(cam.shape)}, found {tuple(refined.shape)}")
+        _check_floating("refined", refined)
+        _check_device("refined", refined, "cam", cam)
     if visible.shape != cam.shape[1:2]:
         raise ValueError(f"visible: expected {tuple(cam.shape[1:2])}, found {tuple(visible.shape)}")
-    _check_labels(labels, cam.shape[1], cam.shape[2] - 1)
+    _check_floating("visible", visible)
+    _check_device("visible", visible, "cam", cam)
+    _check_labels(labels, "cam", cam)
+    _check_size(size)
     _check_share("hard_share", hard_share)
     for name, value, known in (
         ("normalise", normalise, ("max", "min-max")),
@@ -170,7 +180,9 @@ def background_suppression(
     """
     if refined.ndim != 4 or refined.shape[1] < 2 or 0 in refined.shape:
         raise ValueError(f"refined: expected (N, 1 + C, h, w), none of them 0, found {tuple(refined.shape)}")
-    _check_labels(labels, refined.shape[0], refined.shape[1] - 1)
+    _check_floating("refined", refined)
+    _check_labels(labels, "refined", refined)
+    _check_size(size)
     _check_share("share", share)
     module = _choose(_LOSSES, backend, refined)
     wide = eager.statistics_dtype(refined)
@@ -183,6 +195,10 @@ def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
 
     Upsampling is linear and separable, so the mean is a weighted one of the small map and no large map is formed.
     """
+    if cam.ndim != 4 or 0 in cam.shape:
+        raise ValueError(f"cam: expected (N, C, h, w), none of them 0, found {tuple(cam.shape)}")
+    _check_floating("cam", cam)
+    _check_size(size)
     wide = eager.statistics_dtype(cam)
     with eager.full_precision(cam):
         height, width = (
@@ -222,19 +238,35 @@ def _check_maps(name: str, first: Tensor, other_name: str, other: Tensor) -> Non
     for label, tensor in ((name, first), (other_name, other)):
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{label}: expected four dimensions, none of them 0, found {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{label}: expected a floating dtype, found {tensor.dtype}")
+        _check_floating(label, tensor)
     if first.shape[0] != other.shape[0] or first.shape[2:] != other.shape[2:]:
         raise ValueError(
             f"{other_name}: expected N, H and W of {name} {tuple(first.shape)}, found {tuple(other.shape)}"
         )
-    if first.device != other.device:
-        raise ValueError(f"{other_name}: expected on {first.device} like {name}, found on {other.device}")
+    _check_device(other_name, other, name, first)
 
 
-def _check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    if labels.shape != (batch, classes):
-        raise ValueError(f"labels: expected (N, C) = {(batch, classes)}, found {tuple(labels.shape)}")
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, found {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected on {other.device} like {other_name}, found on {tensor.device}")
+
+
+def _check_labels(labels: Tensor, maps_name: str, maps: Tensor) -> None:
+    """``maps`` (..., N, 1 + C, h, w). Values are not looked at: that would wait for the device."""
+    *_, batch, channels, _, _ = maps.shape
+    if labels.shape != (batch, channels - 1):
+        raise ValueError(f"labels: expected (N, C) = {(batch, channels - 1)}, found {tuple(labels.shape)}")
+    _check_device("labels", labels, maps_name, maps)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: expected (H, W), 1 or more each, found {tuple(size)}")
 
 
 def _check_share(name: str, share: float) -> None:

@@ -1,4 +1,4 @@
-"""Pixel correlation on any device in blocks that fit a cache: no (P, P) matrix is ever held.
+"""Pixel correlation on any device in blocks: a (P, P) matrix is never held, but for P up to 1,024 off the CPU.
 
 With A = relu(g^T g), s = column sums of A + eps and O the output, a column's gradient is
 dA[i, j] = (cam[:, i] - O[:, j]) . dO[:, j] / s[j] where A[i, j] > 0; A is symmetric, so a block serves its mirror
@@ -15,7 +15,7 @@ from torch import Tensor
 from cpn_fast.kernels import eager
 
 _ROWS, _COLUMNS = 256, 512  # a float32 block is half of a 1 MiB cache
-_ACCELERATOR_SIDE = 4096  # elsewhere few large products beat many small ones
+_ACCELERATOR_SIDE = 1024  # elsewhere few large products beat many small ones; 4 MiB in float32
 
 
 def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:

@@ -44,27 +44,30 @@ def _configs(*rows: tuple[int, int, bool, int, int]) -> list[triton.Config]:
     ]
 
 
-FORWARD = {
-    ("half", "ampere", 192): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (128, 64, True, 8, 2)),
-    ("half", "ampere", 256): _configs((64, 64, False, 4, 3), (64, 64, True, 4, 2), (64, 32, False, 4, 3)),
-    ("half", "hopper", 192): _configs(
+FORWARD: launch.Table = {
+    ("half", "ampere", 192, 128): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (128, 64, True, 8, 2)),
+    ("half", "ampere", 256, 128): _configs((64, 64, False, 4, 3), (64, 64, True, 4, 2), (64, 32, False, 4, 3)),
+    ("half", "hopper", 192, 64): _configs(
         (128, 64, True, 8, 2), (128, 64, True, 8, 3), (128, 128, True, 8, 2), (64, 64, True, 4, 2)
     ),
-    ("half", "hopper", 256): _configs((128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2)),
-    ("tf32", "ampere", 192): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3), (128, 64, False, 8, 3)),
-    ("tf32", "ampere", 256): _configs((64, 64, False, 4, 2), (64, 32, False, 4, 3), (64, 32, False, 4, 2)),
-    ("tf32", "hopper", 192): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (64, 32, False, 4, 3)),
-    ("tf32", "hopper", 256): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3)),
+    ("half", "hopper", 192, 128): _configs((128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2)),
+    ("half", "hopper", 256, 128): _configs((128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2)),
+    ("tf32", "ampere", 192, 64): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3), (128, 64, False, 8, 3)),
+    ("tf32", "ampere", 192, 128): _configs((64, 32, False, 4, 3), (64, 64, False, 4, 2), (128, 64, False, 8, 2)),
+    ("tf32", "ampere", 256, 128): _configs((64, 64, False, 4, 2), (64, 32, False, 4, 2)),
+    ("tf32", "hopper", 192, 128): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3)),
+    ("tf32", "hopper", 256, 128): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3)),
 }
-BACKWARD = {
-    ("half", "ampere", 192): _configs((64, 32, False, 4, 2), (32, 64, True, 4, 2), (32, 64, False, 4, 2)),
-    ("half", "ampere", 256): _configs((32, 64, False, 4, 2), (32, 32, False, 4, 2)),
-    ("half", "hopper", 192): _configs((128, 64, False, 8, 3), (64, 64, True, 8, 2), (64, 64, False, 8, 2)),
-    ("half", "hopper", 256): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
-    ("tf32", "ampere", 192): _configs((64, 32, False, 8, 2), (32, 64, False, 4, 2), (32, 32, False, 4, 2)),
-    ("tf32", "ampere", 256): _configs((32, 32, False, 4, 2), (32, 32, False, 8, 2), (32, 64, False, 8, 2)),
-    ("tf32", "hopper", 192): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
-    ("tf32", "hopper", 256): _configs((64, 32, False, 8, 2), (64, 32, False, 8, 3), (64, 64, False, 8, 2)),
+BACKWARD: launch.Table = {
+    ("half", "ampere", 192, 32): _configs((64, 32, False, 4, 2), (32, 64, True, 4, 2), (32, 64, False, 4, 2)),
+    ("half", "ampere", 192, 128): _configs((32, 64, True, 4, 2), (32, 32, False, 4, 2)),
+    ("half", "ampere", 256, 128): _configs((32, 64, False, 4, 2), (32, 32, False, 4, 2)),
+    ("half", "hopper", 192, 128): _configs((128, 32, False, 8, 3), (64, 64, True, 8, 2), (64, 64, False, 8, 3)),
+    ("half", "hopper", 256, 128): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
+    ("tf32", "ampere", 192, 128): _configs((64, 32, False, 8, 2), (32, 64, False, 4, 2), (32, 32, False, 4, 2)),
+    ("tf32", "ampere", 256, 128): _configs((32, 32, False, 8, 2), (32, 64, False, 8, 2)),
+    ("tf32", "hopper", 192, 128): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
+    ("tf32", "hopper", 256, 128): _configs((64, 32, False, 8, 2), (64, 32, False, 8, 3)),
 }
 
 

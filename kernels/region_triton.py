@@ -273,6 +273,11 @@ def _class_block(classes: int) -> int:
     return min(64, next_power(classes))
 
 
+def options(classes: int) -> dict[str, int]:
+    """How the kernels with a product are launched: other blocks of classes than the paper's spill with two stages."""
+    return OPTIONS if _class_block(classes) == 32 else OPTIONS | {"num_stages": 1}
+
+
 @torch.library.custom_op("cpn_fast::region_pooling_triton", mutates_args=())
 def _pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (batch, classes, pixels), depth = cam.shape, features.shape[1]
@@ -286,7 +291,7 @@ def _pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _pool_kernel[(splits, triton.cdiv(depth, BD), batch * triton.cdiv(classes, block))](
             partial, highs, sums, cam, features, *cam.stride(), *features.stride(),
             pixels, per_split, classes, depth, splits,
-            CB=block, BD=BD, BP=BP, PRECISION=precision(features.dtype), **OPTIONS,
+            CB=block, BD=BD, BP=BP, PRECISION=precision(features.dtype), **options(classes),
         )  # fmt: skip
         _join_kernel[(classes, batch, triton.cdiv(depth, JOINED))](
             pooled, high, total, partial, highs, sums, classes, depth, splits, DB=JOINED, SB=SPLITS, **OPTIONS,
@@ -306,7 +311,7 @@ def _pool_backward(
         _pool_backward_kernel[(triton.cdiv(pixels, BP), batch)](
             d_cam, d_features, grad, along, cam, features, high, total,
             *cam.stride(), *features.stride(), *d_features.stride(), pixels, classes, depth,
-            CB=_class_block(classes), BD=BD, BP=BP, PRECISION=precision(features.dtype), **OPTIONS,
+            CB=_class_block(classes), BD=BD, BP=BP, PRECISION=precision(features.dtype), **options(classes),
         )  # fmt: skip
     return d_cam, d_features
 
@@ -321,7 +326,7 @@ def _correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tupl
     with on_device(cam):
         _logits_kernel[(blocks, batch)](
             logits, highs, sums, keys.contiguous(), queries, *queries.stride(), pixels, classes, depth, scale, blocks,
-            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=precision(queries.dtype), **OPTIONS,
+            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=precision(queries.dtype), **options(classes),
         )  # fmt: skip
         _correlate_kernel[(triton.cdiv(pixels, 1024), classes, batch)](
             out, logits, highs, sums, high, total, cam, *cam.stride(), pixels, classes, blocks,
@@ -350,7 +355,7 @@ def _correlate_backward(
         _correlate_backward_kernel[(triton.cdiv(pixels, BP), batch)](
             d_cam, d_logits, d_queries, grad, along, cam, logits, high, total, keys.contiguous(),
             *grad.stride(), *cam.stride(), *d_queries.stride(), pixels, classes, depth, scale,
-            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=precision(queries.dtype), **OPTIONS,
+            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=precision(queries.dtype), **options(classes),
         )  # fmt: skip
     torch.mul(torch.bmm(d_logits, queries.mT), scale / pixels, out=d_keys)
     return d_cam, d_keys, d_queries

@@ -208,10 +208,39 @@ def test_registered_operators_pass_opcheck() -> None:
         ({"labels": torch.zeros(1, 3)}, "labels: expected"),
         ({"hard_share": 0.0}, "hard_share: expected a share"),
         ({"normalise": "minmax"}, "normalise: expected one of max, min-max"),
+        ({"size": (0, 8)}, r"size: expected \(H, W\)"),
+        ({"cam": torch.zeros(3, 1, 3, 4, 4, dtype=torch.int64)}, "cam: expected a floating dtype"),
+        ({"refined": torch.zeros(3, 1, 3, 4, 4, dtype=torch.int64)}, "refined: expected a floating dtype"),
+        ({"visible": torch.zeros(1, dtype=torch.bool)}, "visible: expected a floating dtype"),
+        ({"labels": torch.zeros(1, 2, device="meta")}, "labels: expected on cpu like cam, found on meta"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
     cam = torch.zeros(3, 1, 3, 4, 4)
-    arguments = {"cam": cam, "refined": cam, "visible": torch.zeros(1), "labels": torch.zeros(1, 2)} | change
-    with pytest.raises(ValueError, match=message):
-        kernels.complementary_losses(**arguments, size=(8, 8))
+    arguments = {"cam": cam, "refined": cam, "visible": torch.zeros(1), "labels": torch.zeros(1, 2), "size": (8, 8)}
+    with pytest.raises((ValueError, TypeError), match=message):
+        kernels.complementary_losses(**(arguments | change))
+
+
+def test_pooled_logits_take_maps_alone() -> None:
+    with pytest.raises(ValueError, match=r"cam: expected \(N, C, h, w\)"):
+        kernels.pooled_logits(torch.zeros(2, 3, 4), size=(8, 8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_replays_from_a_cuda_graph() -> None:
+    cam, refined, visible, labels = (tensor.detach().float().cuda() for tensor in maps([4, 1], 5, 7, 6))
+    leaves = (cam.requires_grad_(), refined.requires_grad_())
+
+    def run() -> list[Tensor]:
+        losses = kernels.complementary_losses(*leaves, visible, labels, size=(25, 23), backend="triton")
+        suppressed = kernels.background_suppression(refined[0], labels, size=(25, 23), backend="triton")
+        total = torch.stack([*losses, suppressed])
+        return [total.detach(), *torch.autograd.grad(total.sum(), leaves)]
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -170,6 +170,27 @@ def reproduce(
 
 
 @app.command()
+def import_coco(
+    instances: Annotated[
+        Path, typer.Argument(metavar="JSON", help="Such as instances_train2014.json.", show_default=False)
+    ],
+    images: Annotated[Path, typer.Argument(help="The folder of its images; it is linked to.", show_default=False)],
+    destination: Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)],
+) -> None:
+    """Make tags, masks and a list of COCO's instances JSON, or of another data set's in that form."""
+    from cpn_fast import coco
+
+    made = coco.run(instances, images, destination)
+    print(f"{made.images} images of {len(made.classes)} classes are listed in {destination / made.list}")
+    if made.empty:
+        print(f"Left off are {made.empty} in which no object is annotated")
+    if made.classes == coco.coco_classes():
+        _next(f"cpn-fast doctor configs/coco.yaml --set data.root={destination}")
+    else:
+        print(f"A config for them has, beside its section train:\n\n{coco.config_lines(made, destination)}")
+
+
+@app.command()
 def convert(source: Path, destination: Path) -> None:
     """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth."""
     from cpn_fast.weights import convert

@@ -50,7 +50,7 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Values of a mask PNG, uint8 (H, W): palette indices, 8-bit gray levels, or RGB in VOC's very colours.
+    """Values of a mask PNG, uint8 (H, W): palette indices, gray levels of 8 or 16 bits, or RGB in VOC's very colours.
 
     Raises UserError for anything from which class values cannot be told exactly.
     """
@@ -61,6 +61,8 @@ def read_mask(path: Path) -> np.ndarray:
             # Pillow stretches 2- and 4-bit gray levels to 0..255, which would turn class 1 into 85 or 17.
             if picture.mode == "P" or (picture.mode == "L" and picture.tile[0].args == "L"):
                 return np.array(picture)
+            if picture.tile and picture.tile[0].args == "I;16B":
+                return _from_16_bits(path, np.array(picture))
             if picture.mode == "RGB":
                 return _from_colours(path, np.array(picture))
             found = picture.mode
@@ -155,6 +157,15 @@ def write_gallery(path: Path, samples: Sequence[Sample], runs: Mapping[str, Path
         rows.append(GalleryRow(sample.id, _present(*masks.values()), pictures))
     with replacing(path) as file:
         Image.fromarray(gallery(rows, classes)).save(file, format="PNG")
+
+
+def _from_16_bits(path: Path, values: np.ndarray) -> np.ndarray:
+    if values.max(initial=0) > IGNORE:
+        raise UserError(
+            f"{path}: a 16-bit mask with the value {values.max()}, expected 0 to 254 for classes and {IGNORE} for "
+            "pixels of none: give the classes values in the order of the config's classes, from 1"
+        )
+    return values.astype(np.uint8)
 
 
 def _from_colours(path: Path, picture: np.ndarray) -> np.ndarray:

@@ -182,9 +182,9 @@ def test_gallery_fits_pictures_of_any_shape_into_its_cells() -> None:
         GalleryRow("", [], {"other": photo(1, 1)}),
     ]
     sheet = gallery(rows, ["cat"], cell=(60, 40))
-    assert sheet.shape == (LINE + 3 * (LINE + 40 + GAP), GAP + 3 * (60 + GAP), 3)
+    assert sheet.shape == (LINE + 3 * (LINE + GAP) + 12 + 40 + 40, GAP + 3 * (60 + GAP), 3)
     assert sheet.dtype == np.uint8
-    first = sheet[2 * LINE : 2 * LINE + 40]
+    first = sheet[2 * LINE : 2 * LINE + 12]
     assert (first[:, GAP : GAP + 60] < 255).any()
     assert (first[:, GAP + 2 * (60 + GAP) :] == 255).all()  # a cell that the row lacks
 

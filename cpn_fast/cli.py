@@ -191,11 +191,22 @@ def import_coco(
 
 
 @app.command()
-def convert(source: Path, destination: Path) -> None:
-    """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth."""
-    from cpn_fast.weights import convert
+def convert(
+    source: Annotated[Path, typer.Argument(help="Weights, or a run's folder for .pt2.", show_default=False)],
+    destination: Annotated[Path, typer.Argument(help="A file that is not there yet.", show_default=False)],
+) -> None:
+    """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth, or a run to a program of plain torch."""
+    if destination.suffix != ".pt2":
+        from cpn_fast.weights import convert
 
-    print(convert(source, destination))
+        print(convert(source, destination))
+        return
+    from cpn_fast import predict
+
+    model = predict.load(source, "cpu")
+    model.export(destination)
+    print(f"{destination}: probabilities, cams = torch.export.load({str(destination)!r}).module()(images, tags)")
+    print(f"images: RGB from 0 to 255, float32 (N, 3, H, W); tags: 0 or 1, float32 (N, {len(model.classes)})")
 
 
 @app.command()

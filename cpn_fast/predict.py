@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ import torch
 import yaml
 from PIL import Image
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cpn_fast.cam import load_network, summed_cams
 from cpn_fast.config import Config, parse
@@ -98,6 +100,31 @@ class Model:
             scores = dict(zip(self.classes, probabilities.tolist(), strict=True))
             yield paths[batch.indices[0]], Prediction(scores, seed, seed.mask(self.config.cam.mask_threshold))
 
+    def export(self, path: Path | str) -> None:
+        """Write the network as a program of ``torch.export`` (.pt2), which plain torch loads and runs without cpn_fast.
+
+        Called with images, float32 RGB (N, 3, H, W) from 0 to 255, and tags, float32 (N, classes) of 0 and 1, it gives
+        the probability of each class, (N, classes), and the map ``cam.map`` of the tagged ones, at least 0, (N,
+        classes, H, W). N, H and W are free, H and W from 17 on. It is one scale without a flip, in float32; PCM is the
+        plain formula, which holds the affinities of all pairs of cells. Raises UserError if the file cannot be written.
+        """
+        path = Path(path)
+        if path.exists():
+            raise UserError(f"{path}: exists already; remove it or choose another name")
+        network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        graph = _Graph(network, self.config.cam.map).to(self.device).eval()
+        side = network.backbone.fit(97)
+        images, tags = torch.zeros(2, 3, side, side), torch.ones(2, len(self.classes))
+        free = torch.export.Dim.AUTO
+        with torch.no_grad():
+            program = torch.export.export(
+                graph,
+                (images.to(self.device), tags.to(self.device)),
+                dynamic_shapes=({0: free, 2: free, 3: free}, {0: free}),
+            )
+        with replacing(path) as file:
+            torch.export.save(program, file)
+
     def _probabilities(self, scales: Sequence[Tensor]) -> Tensor:
         """float32 (classes,) on the CPU, of the image at the scale nearest to its own size."""
         factors = self.config.cam.scales
@@ -111,6 +138,27 @@ class Model:
         if unknown:
             raise UserError(f"tags that are no class: {', '.join(unknown)}. Classes are: {', '.join(self.classes)}")
         return torch.tensor([name in tags for name in self.classes])
+
+
+class _Graph(nn.Module):
+    """What ``Model.export`` writes."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Network, map: Literal["refined", "raw"]) -> None:
+        super().__init__()
+        self.network, self.map = network, map
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(network, name)).view(3, 1, 1))
+
+    def forward(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+        size = images.shape[2], images.shape[3]
+        cams = self.network((images - self.mean) / self.std, tags)
+        probabilities = pooled_logits(cams.raw[:, 1:], size=size).sigmoid()
+        maps = cams.refined if self.map == "refined" else F.relu(cams.raw)
+        maps = maps[:, 1:] * tags[:, :, None, None]
+        return probabilities, F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
 
 def load(path: Path | str, device: str | torch.device | None = None) -> Model:

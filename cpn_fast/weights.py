@@ -123,7 +123,8 @@ def convert(source: Path, destination: Path) -> Conversion:
     Raises UserError for an unreadable source, and for a destination that exists or has another suffix.
     """
     if destination.suffix not in (".safetensors", ".pth"):
-        raise UserError(f"{destination}: can write .safetensors and .pth, not {destination.suffix or 'no suffix'!r}")
+        found = destination.suffix or "no suffix"
+        raise UserError(f"{destination}: can write .safetensors, .pth and, of a run, .pt2, not {found!r}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; remove it or choose another name")
     if not destination.parent.is_dir():

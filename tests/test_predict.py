@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import cpn_fast
@@ -78,6 +82,38 @@ def test_the_command_writes_overlay_mask_and_json(small_run: Path, samples, tmp_
         assert summary["classes"]["bird"]["mask_value"] == 5
         assert summary["classes"]["bird"]["area"] == pytest.approx((mask == 5).mean(), abs=1e-4)
         assert Image.open(tmp_path / "out" / f"{sample.id}_overlay.png").mode == "RGB"
+
+
+def test_a_run_becomes_a_program_that_plain_torch_runs_at_any_size(small_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    result = CliRunner().invoke(app, ["convert", str(small_run), str(path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    model = cpn_fast.load(small_run, device="cpu")
+    inputs = []
+    for shape in ((1, 3, 64, 96), (3, 3, 75, 51)):
+        images, tags = torch.rand(shape) * 255, (torch.rand(shape[0], 5) < 0.5).float()
+        inputs.append((images, tags))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    elsewhere = f"""
+import sys, torch
+program = torch.export.load({str(path)!r}).module()
+torch.save([program(*each) for each in torch.load({str(tmp_path / "inputs.pt")!r})], {str(tmp_path / "outputs.pt")!r})
+assert "cpn_fast" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", elsewhere], check=True, cwd=tmp_path)
+    network = model.network
+    for (images, tags), (probabilities, maps) in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
+        with torch.no_grad():
+            cams = network(
+                (images - torch.tensor(network.mean).view(3, 1, 1)) / torch.tensor(network.std).view(3, 1, 1)
+            )
+        large = [
+            F.interpolate(c, images.shape[2:], mode="bilinear", align_corners=True) for c in (cams.raw, cams.refined)
+        ]
+        torch.testing.assert_close(probabilities, large[0][:, 1:].mean((2, 3)).sigmoid())
+        torch.testing.assert_close(maps, large[1][:, 1:] * tags[:, :, None, None], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"exists already"):
+        model.export(path)
 
 
 def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None:

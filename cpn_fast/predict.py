@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.kernels import pooled_logits
+from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.network import Network
 from cpn_fast.pipelines.inference import scaled_images
@@ -136,7 +138,10 @@ class Model:
     def _indicator(self, tags: Sequence[str]) -> Tensor:
         unknown = sorted(set(tags) - set(self.classes))
         if unknown:
-            raise UserError(f"tags that are no class: {', '.join(unknown)}. Classes are: {', '.join(self.classes)}")
+            near = (difflib.get_close_matches(name, self.classes, n=1) for name in unknown)
+            hint = "".join(f"; did you mean {found[0]}?" for found in near if found)
+            named = f"tags that are no class: {', '.join(unknown)}{hint or '.'}"
+            raise UserError(f"{named} Classes are: {', '.join(self.classes)}")
         return torch.tensor([name in tags for name in self.classes])
 
 
@@ -170,7 +175,9 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     path = Path(path)
     weights = path / "model.safetensors" if path.is_dir() else path
     if not weights.is_file():
-        raise UserError(f"{weights}: no such file of weights; `cpn-fast train` writes a run's model.safetensors")
+        there = ", ".join(str(file.parent) for file in sorted(path.glob("*/model.safetensors")))
+        hint = f"trained runs there: {there}" if there else "`cpn-fast train` writes a run's model.safetensors"
+        raise UserError(f"{weights}: no such file of weights; {hint}")
     found = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
     source = next((file for file in found if file.is_file()), None)
     if source is None:
@@ -185,8 +192,17 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     return Model(config, network.to(memory_format=torch.channels_last), place)  # type: ignore[call-overload]
 
 
-def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> None:
-    """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``."""
+def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> tuple[int, int]:
+    """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``.
+
+    A folder stands for the JPEG and PNG files in it. Returns the number of images, and of those in which no class was
+    found.
+    """
+    blank = 0
+    images = [file for path in images for file in (_images_in(path) if path.is_dir() else [path])]
+    missing = [str(image) for image in images if not image.is_file()]
+    if missing:
+        raise UserError(f"no such file: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
     stems = [image.stem for image in images]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
@@ -199,6 +215,15 @@ def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | No
         with replacing(out / f"{image.stem}.json") as file:
             summary = {"image": str(image), **_summary(trained, prediction)}
             file.write(json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+        blank += not len(prediction.seed.classes)
+    return len(images), blank
+
+
+def _images_in(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.iterdir() if file.suffix in IMAGE_SUFFIXES)
+    if not found:
+        raise UserError(f"{folder}: no JPEG or PNG files in that folder")
+    return found
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
@@ -212,5 +237,6 @@ def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
             }
             for index in prediction.seed.classes.tolist()
         },
+        "probabilities": {name: round(value, 4) for name, value in prediction.probabilities.items()},
         "background_score": model.config.cam.mask_threshold,
     }

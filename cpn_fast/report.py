@@ -39,7 +39,8 @@ def run(folder: Path) -> Path:
     Raises UserError if the folder holds no run, or if files that it refers to are gone.
     """
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run, as in runs/voc")
+        there = ", ".join(str(file.parent) for file in sorted(folder.glob("*/config.yaml"))) or "as in runs/voc"
+        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {there}")
     config = load(folder / "config.yaml")
     environment = folder / "environment.json"
     model = load_model(folder) if (folder / "model.safetensors").is_file() else None

@@ -154,7 +154,11 @@ def _read(path: Path) -> _Content:
     if path.suffix not in readers:
         raise UserError(f"{path}: expected a weight file that ends in {', '.join(readers)}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        there = ", ".join(sorted(str(file) for file in path.parent.glob("*") if file.suffix in readers))
+        raise UserError(
+            f"{path}: no such file of weights. There are: {there or 'none in that folder'}. `cpn-fast train` writes "
+            "model.safetensors; README says where pretrained weights come from"
+        )
     try:
         content = readers[path.suffix](path)
     except OSError as error:

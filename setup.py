@@ -45,6 +45,7 @@ setup(
         "pydensecrf2>=1.1",
     ],
     extras_require={
+        "coco": ["pycocotools>=2.0.8"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3",
@@ -52,6 +53,7 @@ setup(
             "ruff>=0.6",
             "mypy>=1.11",
             "scikit-image>=0.22",
+            "pycocotools>=2.0.8",
             "types-PyYAML",
         ],
     },

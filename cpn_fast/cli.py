@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +46,7 @@ def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
     cache.build(samples, workers=settings.train.data_threads)
     print(f"Superpixels of {len(samples)} images are in {cache.folder}")
-    _next(f"cpn-fast train {config}")
+    _next("train", config, overrides=overrides)
 
 
 @app.command()
@@ -54,13 +57,15 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     weights = train.run(load(config, overrides))
     print(f"Weights are in {weights}, curves in {weights.parent / 'metrics.jsonl'} (and for TensorBoard)")
-    _next(f"cpn-fast cam {config} --checkpoint {weights}")
+    _next("cam", config, "--checkpoint", weights, overrides=overrides)
 
 
 @app.command()
 def cam(
     config: ConfigFile,
-    checkpoint: Annotated[Path, typer.Option(help="Trained weights: .safetensors, .pt or .pth.", show_default=False)],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights instead of the run's own: a file or another run's folder.")
+    ] = None,
     list_file: ListFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -68,9 +73,16 @@ def cam(
     from cpn_fast import cam
     from cpn_fast.config import load
 
-    folder = cam.run(load(config, overrides), checkpoint, list_file)
+    settings = load(config, overrides)
+    weights = checkpoint or settings.run
+    if weights.is_dir() or checkpoint is None:
+        weights /= "model.safetensors"
+    if checkpoint is None and not weights.is_file():
+        raise UserError(f"{weights}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
+    folder = cam.run(settings, weights, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
-    _next(f"cpn-fast evaluate {config} --cams {folder / 'seeds'}" + (f" --list {list_file}" if list_file else ""))
+    listed = ("--list", list_file) if list_file else ()
+    _next("evaluate", config, "--cams", folder / "seeds", *listed, overrides=overrides)
 
 
 @app.command()
@@ -88,7 +100,9 @@ def evaluate(
     from cpn_fast import evaluate
     from cpn_fast.config import load
 
-    evaluate.run(load(config, overrides), cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
+    settings = load(config, overrides)
+    evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
+    _next("report", settings.run)
 
 
 @app.command()
@@ -108,7 +122,10 @@ def information(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="JPEG or PNG files.", show_default=False)],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="JPEG or PNG files, or folders of them.", show_default=False),
+    ],
     model: Annotated[Path, typer.Option(help="A run's folder, or its weights.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for masks, overlays and JSON.")] = Path("predictions"),
     tags: Annotated[
@@ -118,9 +135,11 @@ def predict(
     """Segment images with a trained model: overlay, palette mask and JSON of classes for each."""
     from cpn_fast import predict
 
-    names = None if tags is None else [name.strip() for name in tags.split(";") if name.strip()]
-    predict.run(model, images, out, names)
-    print(f"Masks, overlays and JSON of {len(images)} images are in {out}")
+    names = None if tags is None else [name.strip() for name in re.split("[;,]", tags) if name.strip()]
+    count, blank = predict.run(model, images, out, names)
+    print(f"Overlays, masks and JSON of {count} images are in {out}")
+    if blank:
+        print(f"In {blank} no class has a probability of {predict.PRESENT} (see the JSON); --tags names what is there")
 
 
 @app.command()
@@ -132,7 +151,7 @@ def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     settings = load(config, overrides)
     masks = refine.run(settings)
     print(f"Pseudo-masks are in {masks}")
-    _next(f"cpn-fast evaluate {config} --masks {masks} --list {settings.data.train_list}")
+    _next("evaluate", config, "--masks", masks, "--list", settings.data.train_list, overrides=overrides)
 
 
 @app.command()
@@ -160,7 +179,8 @@ def segment(
     print(f"Weights are in {weights}, masks in {best}")
     if submission:
         print(f"{segment.write_submission(best, submission)} masks are packed in {submission}")
-    _next(f"cpn-fast evaluate {config} --masks {best} --list {list_file or settings.segment.eval_list}")
+    listed = list_file or settings.segment.eval_list
+    _next("evaluate", config, "--masks", best, "--list", listed, overrides=overrides)
 
 
 @app.command()
@@ -169,12 +189,14 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     from cpn_fast import run
     from cpn_fast.config import load
 
-    run.run(load(config, overrides))
+    settings = load(config, overrides)
+    run.run(settings)
+    _next("report", settings.run)
 
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="table1, table2, table3, table4, table5, fig6 or fig7.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="table1, table2, table3, table4, table5, fig6 or fig7.")],
     config: Annotated[Path, typer.Option(help="CPN's config, of which the runs are variants.", show_default=False)],
     commands: Annotated[
         bool, typer.Option("--commands", help="Only print a command for each run, to spread over a cluster.")
@@ -191,17 +213,51 @@ def reproduce(
 
 
 @app.command()
-def convert(source: Path, destination: Path) -> None:
-    """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth."""
-    from cpn_fast.weights import convert
+def import_coco(
+    instances: Annotated[
+        Path, typer.Argument(metavar="JSON", help="Such as instances_train2014.json.", show_default=False)
+    ],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder of its images; it is linked to.")],
+    destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="The data set's folder.")],
+) -> None:
+    """Make tags, masks and a list of COCO's instances JSON, or of another data set's in that form."""
+    from cpn_fast import coco
 
-    print(convert(source, destination))
+    made = coco.run(instances, images, destination)
+    print(f"{made.images} images of {len(made.classes)} classes are listed in {destination / made.list}")
+    if made.empty:
+        print(f"Left off are {made.empty} in which no object is annotated")
+    if made.classes == coco.coco_classes():
+        _next("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
+    else:
+        print(f"A config for them has, beside its section train:\n\n{coco.config_lines(made, destination)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Weights, or a run's folder for .pt2.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DESTINATION", help="A new file: .safetensors or .pth, or .pt2.")
+    ],
+) -> None:
+    """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth, or a run to a program of plain torch."""
+    if destination.suffix != ".pt2":
+        from cpn_fast.weights import convert
+
+        print(convert(source, destination))
+        return
+    from cpn_fast import predict
+
+    model = predict.load(source, "cpu")
+    model.export(destination)
+    print(f"{destination}: probabilities, cams = torch.export.load({str(destination)!r}).module()(images, tags)")
+    print(f"images: RGB from 0 to 255, float32 (N, 3, H, W); tags: 0 or 1, float32 (N, {len(model.classes)})")
 
 
 @app.command()
 def export(
-    seeds: Annotated[Path, typer.Argument(help="A folder of seeds (.npz).")],
-    destination: Path,
+    seeds: Annotated[Path, typer.Argument(metavar="SEEDS", help="A folder of seeds (.npz).")],
+    destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="A folder for the .npy files.")],
     form: Annotated[str, typer.Option(help="cpn, seam or irn: the released code that is to read them.")],
 ) -> None:
     """Write seeds in the form that released code reads."""
@@ -215,13 +271,13 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
     """Write a run's report: one HTML page with curves, scores and pictures."""
     from cpn_fast import report
 
-    print(f"The report is {report.run(run)}")
+    print(f"The report is {report.run(run)}: open it in a browser")
 
 
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Checks its data, weights and disk too.")
+        Path | None, typer.Argument(metavar="CONFIG", help="Checks its data, weights and disk too.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -231,6 +287,10 @@ def doctor(
 
     if not doctor.run(None if config is None else load(config, overrides)):
         raise typer.Exit(1)
+    if config is None:
+        _next("demo")
+    else:
+        _next("train", config, overrides=overrides)
 
 
 @app.command()
@@ -241,10 +301,13 @@ def demo(
     from cpn_fast import demo
 
     demo.run(out)
+    _next("report", out / "demo")
 
 
-def _next(command: str) -> None:
-    print(f"Next: {command}")
+def _next(*words: object, overrides: Sequence[str] = ()) -> None:
+    """Say which command comes next, as a shell takes it."""
+    settings = (part for override in overrides for part in ("--set", override))
+    print(f"Next: {shlex.join(['cpn-fast', *map(str, words), *settings])}")
 
 
 def main() -> None:

@@ -437,9 +437,13 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml"))
-        raise UserError(f"{path}: no such config. There are: {', '.join(near) or 'none in that folder'}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        there = [str(file) for folder in (path.parent, path, Path("configs")) for file in sorted(folder.glob("*.yaml"))]
+        stems = {Path(name).stem: name for name in reversed(there)}
+        near = difflib.get_close_matches(path.stem, stems, n=1)
+        hint = f"Did you mean {stems[near[0]]}? " if near else ""
+        listed = ", ".join(dict.fromkeys(there)) or "none in that folder"
+        raise UserError(f"{path}: no such config. {hint}There are: {listed}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):

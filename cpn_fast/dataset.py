@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import os
@@ -53,12 +54,15 @@ def load_samples(
     Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing or empty labels.
     """
     if not data.root.is_dir():
-        raise DatasetError(f"data.root: {data.root} is not a folder; expected the one that holds {data.images}")
+        raise DatasetError(
+            f"data.root: {data.root} is not a folder{_from_here(data.root)}; expected the one that holds "
+            f"{data.images}. Unpack the data set there, or say where it is with --set data.root=FOLDER"
+        )
     path = data.root / list_path
     names_in = functools.cache(_names_in)  # listing a folder once is quicker than looking for every file in it
     problems: dict[str, list[str]] = defaultdict(list)
     samples: dict[str, Sample] = {}
-    for number, line in _lines(path):
+    for number, line in _lines(path, data.root):
         entry = _parse(line, data)
         if entry is None:
             problems["lines that are neither an id nor paths inside data.root"].append(f"line {number} {line!r}")
@@ -119,12 +123,19 @@ def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verifi
 # Lists
 
 
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
+def _from_here(path: Path) -> str:
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
+def _lines(path: Path, root: Path) -> Iterable[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        there = sorted(file.name for file in path.parent.glob("*.txt"))
-        raise DatasetError(f"{path}: no such list. Lists in {path.parent}: {', '.join(there) or 'none'}") from None
+        found = {file for folder in (path.parent, root / "ImageSets/Segmentation") for file in folder.glob("*.txt")}
+        there = sorted(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in found)
+        near = difflib.get_close_matches(path.stem, [Path(name).stem for name in there], n=1)
+        hint = "".join(f"Did you mean {name}? " for name in there if [Path(name).stem] == near)
+        raise DatasetError(f"{path}: no such list. {hint}Lists in {root}: {', '.join(there) or 'none'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: not readable as a list of images: {error}") from None
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]

@@ -33,7 +33,8 @@ def run(out: Path) -> None:
         started = time.perf_counter()
         config = _config(name, out, f"model.weights={start}")
         weights = train.run(config)
-        config = _config(name, out, f"name={name}_{map}", f"cam.map={map}")
+        if map != config.cam.map:  # beside the run, whose own seeds have its config's map
+            config = _config(name, out, f"name={name}_{map}", f"cam.map={map}")
         scores = []
         threshold = None
         for list_name in ("train", "val"):

@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+import cpn_fast
 from cpn_fast.config import Config
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
@@ -72,7 +73,7 @@ def examine(check: Callable[[], Finding]) -> Finding:
 
 
 def python() -> Finding:
-    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    found = f"{platform.python_version()}, cpn-fast {cpn_fast.__version__} on {platform.system()} {platform.machine()}"
     if sys.version_info < (3, 10) or platform.system() != "Linux":
         return Finding("broken", found, "cpn-fast needs Python 3.10 or newer on Linux, as DALI does")
     return Finding("ok", found)

@@ -350,6 +350,9 @@ def run(
         raise UserError("--threshold-from goes with --cams: masks have no threshold")
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; `cpn-fast cam` prints where it writes seeds and masks")
+    inner = source / ("seeds" if cams else "masks")
+    if inner.is_dir():
+        raise UserError(f"{source}: holds what the stage made, not only {inner.name}; did you mean {inner}?")
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
     workers = os.cpu_count() or 1

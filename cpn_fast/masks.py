@@ -50,7 +50,7 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Values of a mask PNG, uint8 (H, W): palette indices, 8-bit gray levels, or RGB in VOC's very colours.
+    """Values of a mask PNG, uint8 (H, W): palette indices, gray levels of 8 or 16 bits, or RGB in VOC's very colours.
 
     Raises UserError for anything from which class values cannot be told exactly.
     """
@@ -61,6 +61,8 @@ def read_mask(path: Path) -> np.ndarray:
             # Pillow stretches 2- and 4-bit gray levels to 0..255, which would turn class 1 into 85 or 17.
             if picture.mode == "P" or (picture.mode == "L" and picture.tile[0].args == "L"):
                 return np.array(picture)
+            if picture.tile and picture.tile[0].args == "I;16B":
+                return _from_16_bits(path, np.array(picture))
             if picture.mode == "RGB":
                 return _from_colours(path, np.array(picture))
             found = picture.mode
@@ -125,10 +127,12 @@ def gallery(rows: Sequence[GalleryRow], classes: Sequence[str], *, cell: tuple[i
         ImageDraw.Draw(heading).text((left + cell[0] / 2, LINE / 2), name, fill="black", font=FONT, anchor="mm")
     strips = [np.array(heading)]
     for row in rows:
-        strip = np.full((cell[1] + GAP, width, 3), 255, np.uint8)
+        fitted = [_fitted(picture, cell) for picture in row.pictures.values()]
+        height = max(height for _, height in fitted)
+        strip = np.full((height + GAP, width, 3), 255, np.uint8)
         for left, name in zip(lefts, columns, strict=True):
             if name in row.pictures:
-                _paste(strip[: cell[1], left : left + cell[0]], row.pictures[name])
+                _paste(strip[:height, left : left + cell[0]], row.pictures[name])
         strips += [_caption(row.title, row.values, classes, width), strip]
     return np.concatenate(strips)
 
@@ -157,6 +161,15 @@ def write_gallery(path: Path, samples: Sequence[Sample], runs: Mapping[str, Path
         Image.fromarray(gallery(rows, classes)).save(file, format="PNG")
 
 
+def _from_16_bits(path: Path, values: np.ndarray) -> np.ndarray:
+    if values.max(initial=0) > IGNORE:
+        raise UserError(
+            f"{path}: a 16-bit mask with the value {values.max()}, expected 0 to 254 for classes and {IGNORE} for "
+            "pixels of none: give the classes values in the order of the config's classes, from 1"
+        )
+    return values.astype(np.uint8)
+
+
 def _from_colours(path: Path, picture: np.ndarray) -> np.ndarray:
     codes = picture.astype(np.int64) @ (65536, 256, 1)
     known = PALETTE.astype(np.int64) @ (65536, 256, 1)
@@ -177,12 +190,17 @@ def _tint(gray: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.rint(0.45 * (80 + gray * (175 / 255)) + 0.55 * PALETTE[mask]).astype(np.uint8)
 
 
+def _fitted(picture: np.ndarray, cell: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a picture that fills a cell one way."""
+    scale = min(cell[0] / picture.shape[1], cell[1] / picture.shape[0])
+    return max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
+
+
 def _paste(place: np.ndarray, picture: np.ndarray) -> None:
     """Fit a picture into the middle of a place, in place."""
-    scale = min(place.shape[1] / picture.shape[1], place.shape[0] / picture.shape[0])
-    width, height = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
+    width, height = _fitted(picture, (place.shape[1], place.shape[0]))
     left, top = (place.shape[1] - width) // 2, (place.shape[0] - height) // 2
-    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    smooth = cv2.INTER_AREA if width < picture.shape[1] else cv2.INTER_LINEAR
     place[top : top + height, left : left + width] = cv2.resize(picture, (width, height), interpolation=smooth)
 
 

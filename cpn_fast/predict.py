@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,8 @@ import torch
 import yaml
 from PIL import Image
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cpn_fast.cam import load_network, summed_cams
 from cpn_fast.config import Config, parse
@@ -21,6 +24,7 @@ from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.kernels import pooled_logits
+from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.network import Network
 from cpn_fast.pipelines.inference import scaled_images
@@ -98,6 +102,31 @@ class Model:
             scores = dict(zip(self.classes, probabilities.tolist(), strict=True))
             yield paths[batch.indices[0]], Prediction(scores, seed, seed.mask(self.config.cam.mask_threshold))
 
+    def export(self, path: Path | str) -> None:
+        """Write the network as a program of ``torch.export`` (.pt2), which plain torch loads and runs without cpn_fast.
+
+        Called with images, float32 RGB (N, 3, H, W) from 0 to 255, and tags, float32 (N, classes) of 0 and 1, it gives
+        the probability of each class, (N, classes), and the map ``cam.map`` of the tagged ones, at least 0, (N,
+        classes, H, W). N, H and W are free, H and W from 17 on. It is one scale without a flip, in float32; PCM is the
+        plain formula, which holds the affinities of all pairs of cells. Raises UserError if the file cannot be written.
+        """
+        path = Path(path)
+        if path.exists():
+            raise UserError(f"{path}: exists already; remove it or choose another name")
+        network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        graph = _Graph(network, self.config.cam.map).to(self.device).eval()
+        side = network.backbone.fit(97)
+        images, tags = torch.zeros(2, 3, side, side), torch.ones(2, len(self.classes))
+        free = torch.export.Dim.AUTO
+        with torch.no_grad():
+            program = torch.export.export(
+                graph,
+                (images.to(self.device), tags.to(self.device)),
+                dynamic_shapes=({0: free, 2: free, 3: free}, {0: free}),
+            )
+        with replacing(path) as file:
+            torch.export.save(program, file)
+
     def _probabilities(self, scales: Sequence[Tensor]) -> Tensor:
         """float32 (classes,) on the CPU, of the image at the scale nearest to its own size."""
         factors = self.config.cam.scales
@@ -109,8 +138,32 @@ class Model:
     def _indicator(self, tags: Sequence[str]) -> Tensor:
         unknown = sorted(set(tags) - set(self.classes))
         if unknown:
-            raise UserError(f"tags that are no class: {', '.join(unknown)}. Classes are: {', '.join(self.classes)}")
+            near = (difflib.get_close_matches(name, self.classes, n=1) for name in unknown)
+            hint = "".join(f"; did you mean {found[0]}?" for found in near if found)
+            named = f"tags that are no class: {', '.join(unknown)}{hint or '.'}"
+            raise UserError(f"{named} Classes are: {', '.join(self.classes)}")
         return torch.tensor([name in tags for name in self.classes])
+
+
+class _Graph(nn.Module):
+    """What ``Model.export`` writes."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Network, map: Literal["refined", "raw"]) -> None:
+        super().__init__()
+        self.network, self.map = network, map
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(network, name)).view(3, 1, 1))
+
+    def forward(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+        size = images.shape[2], images.shape[3]
+        cams = self.network((images - self.mean) / self.std, tags)
+        probabilities = pooled_logits(cams.raw[:, 1:], size=size).sigmoid()
+        maps = cams.refined if self.map == "refined" else F.relu(cams.raw)
+        maps = maps[:, 1:] * tags[:, :, None, None]
+        return probabilities, F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
 
 def load(path: Path | str, device: str | torch.device | None = None) -> Model:
@@ -122,7 +175,9 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     path = Path(path)
     weights = path / "model.safetensors" if path.is_dir() else path
     if not weights.is_file():
-        raise UserError(f"{weights}: no such file of weights; `cpn-fast train` writes a run's model.safetensors")
+        there = ", ".join(str(file.parent) for file in sorted(path.glob("*/model.safetensors")))
+        hint = f"trained runs there: {there}" if there else "`cpn-fast train` writes a run's model.safetensors"
+        raise UserError(f"{weights}: no such file of weights; {hint}")
     found = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
     source = next((file for file in found if file.is_file()), None)
     if source is None:
@@ -137,8 +192,17 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     return Model(config, network.to(memory_format=torch.channels_last), place)  # type: ignore[call-overload]
 
 
-def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> None:
-    """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``."""
+def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> tuple[int, int]:
+    """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``.
+
+    A folder stands for the JPEG and PNG files in it. Returns the number of images, and of those in which no class was
+    found.
+    """
+    blank = 0
+    images = [file for path in images for file in (_images_in(path) if path.is_dir() else [path])]
+    missing = [str(image) for image in images if not image.is_file()]
+    if missing:
+        raise UserError(f"no such file: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
     stems = [image.stem for image in images]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
@@ -151,6 +215,15 @@ def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | No
         with replacing(out / f"{image.stem}.json") as file:
             summary = {"image": str(image), **_summary(trained, prediction)}
             file.write(json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+        blank += not len(prediction.seed.classes)
+    return len(images), blank
+
+
+def _images_in(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.iterdir() if file.suffix in IMAGE_SUFFIXES)
+    if not found:
+        raise UserError(f"{folder}: no JPEG or PNG files in that folder")
+    return found
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
@@ -164,5 +237,6 @@ def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
             }
             for index in prediction.seed.classes.tolist()
         },
+        "probabilities": {name: round(value, 4) for name, value in prediction.probabilities.items()},
         "background_score": model.config.cam.mask_threshold,
     }

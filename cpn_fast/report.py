@@ -39,9 +39,10 @@ def run(folder: Path) -> Path:
     Raises UserError if the folder holds no run, or if files that it refers to are gone.
     """
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run, as in runs/voc")
+        there = ", ".join(str(file.parent) for file in sorted(folder.glob("*/config.yaml"))) or "as in runs/voc"
+        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {there}")
     config = load(folder / "config.yaml")
-    environment = json.loads((folder / "environment.json").read_text())
+    environment = folder / "environment.json"
     model = load_model(folder) if (folder / "model.safetensors").is_file() else None
     found = sorted(folder.glob("evaluation/*/*/evaluation.json"))
     evaluations = [_evaluation(path, config, model) for path in found]
@@ -54,8 +55,10 @@ def run(folder: Path) -> Path:
         subtitle=f"{config.method} with {config.model.backbone} on {images} images of {len(config.classes)} classes",
         folder=folder,
         evaluations=evaluations,
-        training=_training(folder / "metrics.jsonl"),
-        environment=environment,
+        trainings=[
+            _training(path, folder) for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/*/metrics.jsonl")))
+        ],
+        environment=json.loads(environment.read_text()) if environment.is_file() else {},
         config=(folder / "config.yaml").read_text(),
     )
     path = folder / "report.html"
@@ -67,49 +70,63 @@ def run(folder: Path) -> Path:
 # Training
 
 
-def _training(path: Path) -> dict[str, Any] | None:
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def _training(path: Path, folder: Path) -> dict[str, Any]:
+    """Figures and curves of the run, or of one of its parts' (AffinityNet's, the segmenter's)."""
+    title = "Training" if path.parent == folder else f"Training of {path.parent.relative_to(folder)}"
+    texts = path.read_text().splitlines() if path.is_file() else []
+    lines = [json.loads(text) for text in texts if text.endswith("}")]  # a killed run's last line may not be whole
     if not lines:
-        return None
-    rates = [line["images_per_second"] for line in lines]
-    last = lines[-1]
+        return {"title": title}
+    options = load(path.with_name("config.yaml")).train
+    last, rates = lines[-1], [line["images_per_second"] for line in lines]
+    steps = np.diff([0, *(line["step"] for line in lines)])
+    seconds = float((steps * options.batch * options.accumulate / np.array(rates)).sum())
     figures = {
         "steps": f"{last['step']:,}",
         "epochs": f"{last['epoch']:.1f}",
         "images a second (median of the lines)": f"{statistics.median(rates):.1f}",
-        "waiting for data": f"{statistics.mean(line['waiting'] for line in lines):.1%} of the time",
+        "time in steps": f"{seconds / 60:,.1f} minutes",
+        "waiting for data": f"{statistics.mean(line['waiting'] for line in lines):.1%} of it",
         "loss at the end": f"{last['loss']:.4f}",
     }
     maps = [line["mAP"] for line in lines if "mAP" in line]
     if maps:
         figures["classification mAP of the last epoch"] = f"{maps[-1]:.1%}"
-    return {"figures": figures.items(), "plot": _embedded(_curves(lines))}
+    skipped = sum(line.get("skipped", 0) for line in lines)
+    if skipped:
+        figures["steps skipped, their gradients not being finite"] = f"{skipped:,}"
+    return {"title": title, "figures": figures.items(), "plots": _curves(lines)}
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> Figure:
-    """One panel a quantity: the total loss with its parts, classification mAP, learning rate, speed."""
-    known = ("step", "epoch", "lr", "images_per_second", "waiting", "mAP")
-    losses = [key for key in lines[0] if key not in known]
-    panels = [
-        ("loss", losses),
-        ("classification mAP", ["mAP"]),
-        ("learning rate", ["lr"]),
-        ("images/s", ["images_per_second"]),
-    ]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A plot for each quantity: the total loss with its parts, classification mAP, learning rate, speed."""
+    known = ("step", "epoch", "lr", "images_per_second", "waiting", "gradient_norm", "skipped", "mAP")
+    panels = {
+        "loss": [key for key in lines[0] if key not in known],
+        "classification mAP": ["mAP"],
+        "learning rate": ["lr"],
+        "gradient norm": ["gradient_norm"],
+        "images/s": ["images_per_second"],
+    }
+    plots = []
+    for title, keys in panels.items():
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.add_subplot()
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
                 marker = "o" if len(points) < 3 else None
                 axes.plot(*zip(*points, strict=True), label=key, lw=2 if key == "loss" else 1.2, marker=marker)
+        if not axes.lines:
+            continue
         if len(keys) > 1:
-            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
             axes.set_yscale("log")
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure
+        plots.append({"alt": f"{title} over the steps", "data": _embedded(figure)})
+    return plots
 
 
 # Evaluations
@@ -203,7 +220,8 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
                 for i in indices
             ]
             picture = gallery(rows, config.classes)
-            galleries.append({"title": title, "data": _data(_jpeg(picture), "jpeg")})
+            words = {"columns": ", ".join(rows[0].pictures), "rows": ", ".join(row.title for row in rows)}
+            galleries.append({"title": title, **words, "data": _data(_jpeg(picture), "jpeg")})
     return galleries
 
 

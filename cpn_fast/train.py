@@ -333,7 +333,7 @@ def _open_run(config: Config, device: torch.device) -> None:
     """Make the run's folder; refuse that of another config."""
     resolved = configs.dump(config)
     path = config.run / "config.yaml"
-    if path.exists():
+    if path.exists() and (config.run / "metrics.jsonl").exists():  # else nothing was trained, as with missing weights
         old = configs.dump(configs.load(path))  # keys that are newer than the run have their defaults
         differing = _differences(yaml.safe_load(old), yaml.safe_load(resolved))
         if differing:

@@ -123,7 +123,8 @@ def convert(source: Path, destination: Path) -> Conversion:
     Raises UserError for an unreadable source, and for a destination that exists or has another suffix.
     """
     if destination.suffix not in (".safetensors", ".pth"):
-        raise UserError(f"{destination}: can write .safetensors and .pth, not {destination.suffix or 'no suffix'!r}")
+        found = destination.suffix or "no suffix"
+        raise UserError(f"{destination}: can write .safetensors, .pth and, of a run, .pt2, not {found!r}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; remove it or choose another name")
     if not destination.parent.is_dir():
@@ -153,7 +154,11 @@ def _read(path: Path) -> _Content:
     if path.suffix not in readers:
         raise UserError(f"{path}: expected a weight file that ends in {', '.join(readers)}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        there = ", ".join(sorted(str(file) for file in path.parent.glob("*") if file.suffix in readers))
+        raise UserError(
+            f"{path}: no such file of weights. There are: {there or 'none in that folder'}. `cpn-fast train` writes "
+            "model.safetensors; README says where pretrained weights come from"
+        )
     try:
         content = readers[path.suffix](path)
     except OSError as error:

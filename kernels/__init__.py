@@ -4,6 +4,7 @@ Every operation takes ``backend``: ``"eager"`` (the plain formula), ``"tiled"`` 
 full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits: Triton on CUDA, unless a tensor is
 float64, an embedding has more than 256 channels, or products are float32 while
 ``torch.get_float32_matmul_precision()`` forbids TF32; else tiled, but for the region ops, of which eager is as fast.
+``torch.export`` gets eager, so that the program needs nothing of this package.
 All are differentiable once in every CAM, embedding, feature, key and query, work under autocast and
 ``torch.compile(fullgraph=True)``, and raise ValueError or TypeError for shapes, dtypes and devices that do not fit.
 Values are not looked at, which would wait for the device: labels other than 0 and 1 give no defined result.
@@ -210,6 +211,8 @@ def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
 
 def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> Any:
     """The module of a backend; for None, by what the tensors allow, the last of which is the products' operand."""
+    if backend is None and torch.compiler.is_exporting():
+        backend = "eager"
     if backend is None:
         fits = tensors[-1].is_cuda and "triton" in modules and modules["triton"].obstacle(*tensors) is None
         if modules is not _LOSSES and tensors[-1].dtype == torch.float32:

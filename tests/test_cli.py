@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from cpn_fast.cli import app
 
 
 def cpn_fast(*arguments: object, code: int = 0) -> str:
@@ -22,12 +27,21 @@ def test_from_images_and_tags_to_a_score(tiny_config) -> None:
     path = tiny_config(cam={"map": "refined"})
     runs = path.parent / "runs"
     assert "cpn-fast train" in cpn_fast("superpixels", path)
-    assert "cpn-fast cam" in cpn_fast("train", path)
+    missing = cpn_fast("cam", path, code=1)
+    assert "model.safetensors: no such file; `cpn-fast train" in missing
+    cpn_fast("train", path, "--set", "model.weights=nowhere.pth", code=1)  # keeps no other config from the folder
+    override = ("--set", "train.data_threads=2")
+    said = cpn_fast("train", path, *override)
     weights = runs / "tiny" / "model.safetensors"
+    assert f"Next: cpn-fast cam {path} --checkpoint {weights} --set train.data_threads=2" in said
     val = Path("ImageSets/Segmentation/val.txt")
-    cpn_fast("cam", path, "--checkpoint", weights)
+    cpn_fast("cam", path)
     cpn_fast("cam", path, "--checkpoint", runs / "tiny/checkpoints/step-00000006.pt", "--list", val)
-    assert "oracle" in cpn_fast("evaluate", path, "--cams", runs / "tiny/cams/train/seeds").lower()
+    assert "did you mean" in cpn_fast("evaluate", path, "--cams", runs / "tiny/cams/train", code=1)
+    said = cpn_fast("evaluate", path, "--cams", runs / "tiny/cams/train/seeds")
+    assert "oracle" in said
+    assert f"Next: cpn-fast report {runs / 'tiny'}" in said
+    assert str(runs / "tiny") in cpn_fast("report", runs, code=1)
     held_out = next((runs / "tiny").rglob("evaluation.json"))
     curve = json.loads(held_out.read_text())
     assert curve
@@ -45,6 +59,10 @@ def test_from_images_and_tags_to_a_score(tiny_config) -> None:
     ("arguments", "message"),
     [
         (["train", "nowhere.yaml"], "no such config"),
+        (["trian", "CONFIG"], "'train'"),
+        (["train", "CONFIG", "--ste", "x=1"], "--set"),
+        (["reproduce", "table9", "--config", "CONFIG"], "table5"),
+        (["export", "nowhere", "there", "--form", "cpm"], "cpn"),
         (["train", "CONFIG", "--set", "train.ephocs=3"], "did you mean epochs?"),
         (["train", "CONFIG", "--set", "data.root=nowhere"], "nowhere"),
         (["cam", "CONFIG", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
@@ -56,12 +74,34 @@ def test_from_images_and_tags_to_a_score(tiny_config) -> None:
 )
 def test_what_a_user_can_mend_is_said_without_a_traceback(arguments, message, tiny_config) -> None:
     path = tiny_config()
-    output = cpn_fast(*[path if argument == "CONFIG" else argument for argument in arguments], code=1)
+    code = 2 if message in ("'train'", "--set") else 1  # the command line itself is wrong
+    output = cpn_fast(*[path if argument == "CONFIG" else argument for argument in arguments], code=code)
     assert message in output
     assert "Traceback" not in output
 
 
-def test_help_lists_the_stages() -> None:
-    output = cpn_fast("--help")
-    for command in ("superpixels", "train", "cam", "evaluate", "convert", "export", "demo"):
-        assert command in output
+COMMANDS = [command.callback.__name__.replace("_", "-") for command in app.registered_commands if command.callback]
+
+
+def test_help_says_what_every_command_and_each_of_its_arguments_is() -> None:
+    runner = CliRunner()
+    overview = runner.invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    for name in COMMANDS:
+        assert name in overview
+        page = runner.invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+        for line in page.splitlines():
+            described = re.fullmatch(r"│ [* ]+ (\S+) +<[^>]+> +(?:\[required\])?(.*)│", line)
+            if described:
+                assert described[2].strip(), line
+
+
+def test_shells_complete_commands_and_options() -> None:
+    def complete(words: str) -> list[str]:
+        place = {"_CPN_FAST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        # A shell asks the installed script, whose name tells typer which variable to read.
+        script = Path(sys.executable).with_name("cpn-fast")
+        done = subprocess.run([script], env={**os.environ, **place}, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert complete("cpn-fast ev") == ["evaluate"]
+    assert complete("cpn-fast cam x.yaml --ch") == ["--checkpoint"]

@@ -92,8 +92,13 @@ def test_windows_line_ends_and_byte_order_mark_are_read(tmp_path: Path) -> None:
 
 def test_a_missing_config_names_its_neighbours(write) -> None:
     path = write(MINIMAL)
-    with pytest.raises(UserError, match=r"x\.yaml"):
-        config.load(path.with_name("y.yaml"))
+    with pytest.raises(UserError, match=r"There are: .*x\.yaml"):
+        config.load(path.with_name("something.yaml"))
+    for near in (path.with_name("xx.yaml"), path.with_suffix("")):
+        with pytest.raises(UserError, match=r"no such config. Did you mean .*x\.yaml\?"):
+            config.load(near)
+    with pytest.raises(UserError, match=r"no such config. There are: .*x\.yaml"):
+        config.load(path.parent)
 
 
 def test_every_key_is_documented() -> None:

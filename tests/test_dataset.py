@@ -134,6 +134,10 @@ def test_a_missing_list_names_those_that_are_there(data):
     (data.root / "other.txt").touch()
     with pytest.raises(DatasetError, match=r"train_aug.txt: no such list. Lists in .*: list.txt, other.txt"):
         load_samples(data, CLASSES, Path("train_aug.txt"), labels=False, masks=False)
+    (data.root / "ImageSets/Segmentation").mkdir(parents=True)
+    (data.root / "ImageSets/Segmentation/val.txt").touch()
+    with pytest.raises(DatasetError, match=r"no such list. Did you mean ImageSets/Segmentation/val\.txt\?"):
+        load_samples(data, CLASSES, Path("val"), labels=False, masks=False)
 
 
 def test_a_missing_root_and_an_unreadable_or_empty_list_are_refused(data, tmp_path):

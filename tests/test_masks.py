@@ -84,12 +84,20 @@ def png(bits: int, colour_type: int, rows: list[bytes], width: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("bits", "row"), [(1, b"\x50"), (2, b"\x1b"), (4, b"\x01\x23"), (16, b"\0\1\0\2\0\3\0\4")])
+@pytest.mark.parametrize(("bits", "row"), [(1, b"\x50"), (2, b"\x1b"), (4, b"\x01\x23")])
 def test_gray_levels_of_other_depths_are_refused_because_they_would_be_stretched(
     tmp_path: Path, bits: int, row: bytes
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(bits, 0, [row, row], 4))
     with pytest.raises(UserError, match=r"a\.png: .*8-bit grayscale"):
+        read_mask(tmp_path / "a.png")
+
+
+def test_16_bits_are_read_exactly_or_refused(tmp_path: Path) -> None:
+    Image.fromarray(EVERY_VALUE.astype(np.uint16)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), EVERY_VALUE)
+    Image.fromarray(EVERY_VALUE.astype(np.uint16) + 1).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a 16-bit mask with the value 256, expected 0 to 254 for classes and 255"):
         read_mask(tmp_path / "a.png")
 
 
@@ -174,9 +182,9 @@ def test_gallery_fits_pictures_of_any_shape_into_its_cells() -> None:
         GalleryRow("", [], {"other": photo(1, 1)}),
     ]
     sheet = gallery(rows, ["cat"], cell=(60, 40))
-    assert sheet.shape == (LINE + 3 * (LINE + 40 + GAP), GAP + 3 * (60 + GAP), 3)
+    assert sheet.shape == (LINE + 3 * (LINE + GAP) + 12 + 40 + 40, GAP + 3 * (60 + GAP), 3)
     assert sheet.dtype == np.uint8
-    first = sheet[2 * LINE : 2 * LINE + 40]
+    first = sheet[2 * LINE : 2 * LINE + 12]
     assert (first[:, GAP : GAP + 60] < 255).any()
     assert (first[:, GAP + 2 * (60 + GAP) :] == 255).all()  # a cell that the row lacks
 

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import cpn_fast
-from cpn_fast import config
+from cpn_fast import config, predict
 from cpn_fast.cli import app
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
@@ -80,9 +84,76 @@ def test_the_command_writes_overlay_mask_and_json(small_run: Path, samples, tmp_
         assert Image.open(tmp_path / "out" / f"{sample.id}_overlay.png").mode == "RGB"
 
 
+def test_photos_of_any_kind_and_folders_of_them_are_segmented(small_run: Path, samples, tmp_path: Path) -> None:
+    photos, out = tmp_path / "my photos", tmp_path / "out"
+    photos.mkdir()
+    photo = Image.open(samples[0].image)
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    photo.crop((0, 0, 90, 60)).save(photos / "turned.JPG", exif=turn)
+    for mode, name in (("L", "gray.jpg"), ("CMYK", "cmyk.jpeg"), ("P", "palette.png"), ("RGBA", "alpha.png")):
+        photo.convert(mode).save(photos / name)
+    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(photos / "16 bits.png")
+    photo.resize((3, 2)).save(photos / "tiny.png")
+    (photos / "notes.txt").touch()
+    arguments = ["predict", str(photos), "--model", str(small_run), "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--tags", "fish"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "JSON of 7 images" in result.output
+    shapes = {path.name.removesuffix("_mask.png"): read_mask(path).shape for path in out.glob("*_mask.png")}
+    full = photo.size[::-1]
+    assert shapes == {"turned": (90, 60), "tiny": (2, 3)} | dict.fromkeys(
+        ("gray", "cmyk", "palette", "alpha", "16 bits"), full
+    )
+    blank = CliRunner().invoke(app, [*arguments, "--tags", ";"], catch_exceptions=False)
+    assert "In 7 no class has a probability of 0.5" in blank.output
+    assert list(json.loads((out / "gray.json").read_text())["probabilities"]) == list(cpn_fast.load(small_run).classes)
+
+
+def test_a_run_becomes_a_program_that_plain_torch_runs_at_any_size(small_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    result = CliRunner().invoke(app, ["convert", str(small_run), str(path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    model = cpn_fast.load(small_run, device="cpu")
+    inputs = []
+    for shape in ((1, 3, 64, 96), (3, 3, 75, 51)):
+        images, tags = torch.rand(shape) * 255, (torch.rand(shape[0], 5) < 0.5).float()
+        inputs.append((images, tags))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    elsewhere = f"""
+import sys, torch
+program = torch.export.load({str(path)!r}).module()
+torch.save([program(*each) for each in torch.load({str(tmp_path / "inputs.pt")!r})], {str(tmp_path / "outputs.pt")!r})
+assert "cpn_fast" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", elsewhere], check=True, cwd=tmp_path)
+    network = model.network
+    for (images, tags), (probabilities, maps) in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
+        with torch.no_grad():
+            cams = network(
+                (images - torch.tensor(network.mean).view(3, 1, 1)) / torch.tensor(network.std).view(3, 1, 1)
+            )
+        large = [
+            F.interpolate(c, images.shape[2:], mode="bilinear", align_corners=True) for c in (cams.raw, cams.refined)
+        ]
+        torch.testing.assert_close(probabilities, large[0][:, 1:].mean((2, 3)).sigmoid())
+        torch.testing.assert_close(maps, large[1][:, 1:] * tags[:, :, None, None], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"exists already"):
+        model.export(path)
+
+
 def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file of weights"):
+    with pytest.raises(UserError, match=r"no such file of weights; `cpn-fast train` writes"):
         cpn_fast.load(tmp_path)
+    with pytest.raises(UserError, match=r"no such file of weights; trained runs there: .*small"):
+        cpn_fast.load(small_run.parent)
+    with pytest.raises(UserError, match=r"tags that are no class: brid; did you mean bird\?"):
+        cpn_fast.load(small_run).predict(samples[0].image, ["brid"])
+    with pytest.raises(UserError, match=r"no such file: .*nowhere\.jpg"):
+        predict.run(small_run, [tmp_path / "nowhere.jpg"], tmp_path, None)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"none: no JPEG or PNG files in that folder"):
+        predict.run(small_run, [tmp_path / "none"], tmp_path, None)
     shutil.copy(small_run / "model.safetensors", tmp_path)
     with pytest.raises(UserError, match=r"no config\.yaml beside it"):
         cpn_fast.load(tmp_path)

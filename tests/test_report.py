@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,43 @@ def test_the_page_stands_alone_and_says_what_was_measured(run: Path) -> None:
     for words in ("Best images", "cpn with narrow on 12 images of 5 classes", "waiting for data", "backbone: narrow"):
         assert words in html
     shown = pictures(html)
-    assert len(shown) == 5  # training, threshold curve, classes, confusion, and the best of 4 images
+    assert len(shown) == 4 + 4  # curves, and threshold curve, classes, confusion, the best of 4 images
     columns = 5  # image, ground truth, plain CAM, refined CAM, mask
     assert shown[-1].width == 8 + columns * 248
     for anchor in re.findall(r'href="#([^"]+)"', html):
         assert f'id="{anchor}"' in html
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+HEADLESS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--enable-logging=stderr"),
+    *("--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+LOOK = """<script>
+const images = [...document.images];
+document.body.dataset.images = images.length;
+document.body.dataset.broken = images.filter(image => !image.complete || !image.naturalWidth || !image.alt).length;
+document.body.dataset.beyond = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+document.body.dataset.asked = performance.getEntriesByType("resource").map(entry => entry.name);
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM or "snap" in str(Path(CHROMIUM).resolve()), reason="needs Chromium, not in a sandbox")
+@pytest.mark.parametrize("width", [420, 1300])
+def test_a_browser_shows_the_whole_page_and_asks_for_nothing(run: Path, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(report.run(run).read_text().replace("</body>", f"{LOOK}</body>"))
+    options = [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [CHROMIUM, *HEADLESS, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert 'data-images="8" data-broken="0" data-beyond="0" data-asked=""' in done.stdout, (
+        done.stdout[-300:] + done.stderr
+    )
+    for heading in ("Scores", "Training", "cams-val-seeds on val", "Best images", "Configuration"):
+        assert re.search(rf"<h[23][^>]*>{heading}</h[23]>", done.stdout)
+    assert "CONSOLE" not in done.stderr
 
 
 def test_masks_and_several_lists_have_their_sections_and_names_are_escaped(run: Path, small_voc: Path) -> None:
@@ -58,7 +91,7 @@ def test_masks_and_several_lists_have_their_sections_and_names_are_escaped(run: 
     html = report.run(run).read_text()
     assert "masks &amp; more" in html
     assert "masks & more" not in html
-    assert len(pictures(html)) == 5 + 3
+    assert len(pictures(html)) == 8 + 3
 
 
 def test_a_run_without_scores_or_weights_has_a_page_that_says_so(run: Path) -> None:
@@ -68,6 +101,19 @@ def test_a_run_without_scores_or_weights_has_a_page_that_says_so(run: Path) -> N
     html = report.run(run).read_text()
     assert "Nothing has been scored yet" in html
     assert "No line of metrics.jsonl" in html
+
+
+def test_parts_that_were_trained_have_their_curves_and_half_a_line_is_no_obstacle(run: Path) -> None:
+    part = run / "segment/deeplab"
+    part.mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.yaml"):
+        shutil.copy(run / name, part)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ep')
+    (run / "environment.json").unlink()
+    html = report.run(run).read_text()
+    assert "Training of segment/deeplab" in html
+    assert len(pictures(html)) == 8 + 4
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

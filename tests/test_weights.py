@@ -437,7 +437,7 @@ def test_convert_overwrites_nothing_and_needs_a_known_suffix(tmp_path: Path) -> 
     with pytest.raises(UserError, match="exists already"):
         convert(source, source)
     assert source.read_bytes() == before
-    with pytest.raises(UserError, match=r"can write \.safetensors and \.pth, not '\.params'"):
+    with pytest.raises(UserError, match=r"can write \.safetensors, \.pth and, of a run, \.pt2, not '\.params'"):
         convert(source, tmp_path / "x.params")
     for folder in (tmp_path / "nowhere", source):
         with pytest.raises(UserError, match="there is no folder"):

@@ -28,6 +28,9 @@ class Narrow(Backbone):
         self.last = Residual(64, 96, dilation=2)
         self.train()
 
+    def fit(self, size: int) -> int:
+        return max(size, 16)  # of a single cell there are no statistics
+
     def forward(self, images: Tensor) -> Features:
         low = self.low(self.stem(images))
         middle = self.middle(low)

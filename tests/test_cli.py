@@ -63,5 +63,5 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(arguments, message, ti
 
 def test_help_lists_the_stages() -> None:
     output = cpn_fast("--help")
-    for command in ("superpixels", "train", "cam", "evaluate", "convert", "export", "demo"):
+    for command in ("superpixels", "shards", "train", "cam", "evaluate", "convert", "export", "demo"):
         assert command in output

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -150,10 +152,51 @@ def test_a_batch_must_be_shared_equally(tiny_config, monkeypatch) -> None:
         train.run(config.load(tiny_config(train=TRAINING)))
 
 
-def test_torchrun_trains_and_the_first_process_speaks(tiny_config) -> None:
-    path = tiny_config(train={"steps": 2})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, "-m", "cpn_fast", "train", str(path)], capture_output=True, text=True, timeout=300)
+def test_processes_that_start_again_and_do_not_meet_are_told_why(monkeypatch) -> None:
+    def refused(*_, **__):
+        raise RuntimeError("Connection refused")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refused)
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"})
+    with pytest.raises(RuntimeError, match="Connection refused"):
+        ranks.join.__wrapped__()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    with pytest.raises(UserError, match=r"Connection refused.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        ranks.join.__wrapped__()
+
+
+LOSING = """
+import os, signal
+from cpn_fast import cli, train
+
+class Losing(train.GradientGuard):
+    def see(self, done, *others):
+        if done == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().see(done, *others)
+
+train.GradientGuard = Losing
+cli.main()
+"""
+
+
+def test_torchrun_starts_again_after_a_lost_worker(tiny_config, tmp_path) -> None:
+    """The second of two processes is killed in the third step; the run ends as if it had not been."""
+    expected = weights_after(tiny_config(name="one", train=TRAINING))
+    path = tiny_config(name="many", train=TRAINING)
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "--max-restarts=1", str(script), "train", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Weights are in") == 1
-    assert (config.load(path).run / "model.safetensors").exists()
+    assert "exitcode: -9" in done.stderr
+    assert done.stdout.count("Weights are in") == 1  # the first process alone speaks
+    run = config.load(path).run
+    assert_close(load_file(run / "model.safetensors"), expected)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

@@ -94,11 +94,19 @@ def load_network(config: Config, weights: Path) -> Network:
 def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: Cam) -> list[Tensor]:
     """Sum over scales and flips of the CAMs of present classes, at the original size.
 
-    labels (B, classes) bool, on the CPU so that nothing here waits for the GPU; returns float32 (present classes, H, W)
-    an image. A forward pass holds the images and their mirror images, or one after the other where both would exceed
-    ``options.pixels``.
+    labels (B, classes) bool, on the CPU; returns float32 (present classes, H, W) an image. A forward pass holds the
+    images and their mirror images, or one after the other where both would exceed ``options.pixels``.
+
+    Nothing here waits for the GPU, which is given the next pass while it computes one. So launching costs no time that
+    a CUDA graph could save (docs/scaling.md).
     """
     sums: list[Tensor] = []
+    device = batch.scales[0].device
+    chosen = [label.nonzero().flatten().tolist() for label in labels]
+    labels = labels.float()
+    if device.type == "cuda":
+        labels = labels.pin_memory()  # a copy from other memory would wait
+    labels = labels.to(device, non_blocking=True)
     for images in batch.scales:
         passes = [images]
         if options.flip:
@@ -108,7 +116,7 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
         maps = torch.cat([_foreground(network, views, labels, options.map) for views in passes])
         if options.flip:
             maps = maps[: len(images)] + maps[len(images) :].flip(3)
-        present = [own[label.nonzero().squeeze(1).to(own.device)] for own, label in zip(maps, labels, strict=True)]
+        present = [torch.stack([own[k] for k in ks]) if ks else own[:0] for own, ks in zip(maps, chosen, strict=True)]
         # Twice, as released: the network's output size first, then the image's.
         full = [_resize(_resize(own, images.shape[2:], corners=True), batch.size, corners=False) for own in present]
         sums = [a.add_(b) for a, b in zip(sums, full, strict=True)] if sums else full
@@ -117,7 +125,7 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
 
 def _foreground(network: Network, views: Tensor, labels: Tensor, map: str) -> Tensor:
     """float32 (V, classes, h, w) of views (V, 3, H, W), in which the labelled images may come more than once."""
-    labels = labels.repeat(len(views) // len(labels), 1).to(views)
+    labels = labels.repeat(len(views) // len(labels), 1)
     cams = network(views.contiguous(memory_format=torch.channels_last), labels)
     return (cams.refined if map == "refined" else F.relu(cams.raw))[:, 1:].float()
 

@@ -50,6 +50,28 @@ def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
 
 
 @app.command()
+def shards(
+    config: ConfigFile,
+    destination: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Pack the training list (images, tags, superpixels) into WebDataset shards, which train reads with data.shards."""
+    from cpn_fast.config import load
+    from cpn_fast.dataset import load_samples
+    from cpn_fast.pipelines.shards import pack
+    from cpn_fast.pipelines.superpixels import SuperpixelCache
+
+    settings = load(config, overrides)
+    train = settings.train
+    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
+    cached = settings.superpixels.mode == "cached"
+    cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels) if cached else None
+    made = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
+    print(f"{len(samples)} samples are in {destination}, {made} shards were made")
+    _next(f"cpn-fast train {config} --set data.shards={destination.absolute()}")
+
+
+@app.command()
 def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Train, or continue a run that was interrupted."""
     from cpn_fast import train

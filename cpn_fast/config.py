@@ -48,6 +48,9 @@ class Data(Section):
     """Images that ``cam`` makes seeds for and ``evaluate`` scores; ``--list`` names another one."""
     labels: Path = Path("Annotations")
     """Image-level labels: a folder of VOC XML files, psa's ``cls_labels.npy``, or CSV/JSON of id -> class names."""
+    shards: Path | None = None
+    """Folder that ``cpn-fast shards`` packed the training list into: ``train`` reads images, tags and superpixels there
+    and no other file of the data set. Null reads loose files."""
 
 
 class Superpixels(Section):

@@ -46,7 +46,7 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
     picture = Image.fromarray(mask)
     picture.putpalette(PALETTE.tobytes())
     with replacing(path) as file:
-        picture.save(file, format="PNG", optimize=True)
+        picture.save(file, format="PNG")
 
 
 def read_mask(path: Path) -> np.ndarray:

@@ -91,8 +91,17 @@ def join() -> Rank:
     if world > 1:
         from torch import distributed
 
-        distributed.init_process_group("nccl" if rank.device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        _on_cpu()
+        try:
+            distributed.init_process_group("nccl" if rank.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            _on_cpu()
+        except RuntimeError as error:
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                raise
+            # torch 2.13's torchrun keeps its store over a restart, with the addresses of processes that are gone.
+            raise UserError(
+                f"the processes that torchrun started again did not meet ({error}): start torchrun with "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/scaling.md, A lost worker)"
+            ) from None
         atexit.register(distributed.destroy_process_group)
     return rank
 

@@ -83,6 +83,7 @@ def affinity_config(config: Config) -> Config:
     changes = {
         "name": "affinity",
         "out": config.run / "refine",
+        "data": config.data.model_copy(update={"shards": None}),
         "augment": config.affinity.augment,
         "train": config.affinity.train,
         "model": config.model.model_copy(update={"stride": 8}),

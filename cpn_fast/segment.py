@@ -70,6 +70,7 @@ def deeplab_config(config: Config) -> Config:
     changes = {
         "name": "deeplab",
         "out": config.run / "segment",
+        "data": config.data.model_copy(update={"shards": None}),
         "augment": config.segment.augment,
         "train": config.segment.train,
     }

@@ -33,6 +33,7 @@ from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS
+from cpn_fast.pipelines.shards import open_shards
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.ranks import Rank
@@ -67,9 +68,14 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     if state is not None and final.exists():
         return final
 
-    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
+    shards = None
+    if config.data.shards is not None:
+        shards = open_shards(config.data.root / config.data.shards, config.classes)
+        samples = shards.samples
+    else:
+        samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
     verified = config.run / "verified.json"
-    if rank.first:
+    if rank.first and shards is None:
         check_files(samples, workers=train.data_threads, classes=len(config.classes), verified=verified)
     torch.manual_seed(train.seed)
     method = build(config)
@@ -93,6 +99,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         map_path = method.map
     elif config.superpixels.mode == "online":
         map_path, online = None, config.superpixels
+    elif shards is not None:
+        map_path, shards = None, shards.with_superpixels(config.superpixel_cache, config.superpixels)
     else:
         cache = SuperpixelCache(config.superpixel_cache, config.superpixels)
         cache.build(samples, workers=train.data_threads)
@@ -119,6 +127,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         threads=train.data_threads,
         map_path=map_path,
         online=online,
+        shards=shards,
         rank=rank.number,
         world=rank.world,
         start_step=start * train.accumulate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from cpn_fast.errors import UserError
-from cpn_fast.pipelines.superpixels import DECODE_ERRORS, read_image
+from cpn_fast.pipelines.superpixels import DECODE_ERRORS, upright
 
 
 class Encoded(NamedTuple):
@@ -26,20 +26,20 @@ class Encoded(NamedTuple):
     width: int
 
 
-def read_encoded(path: Path) -> Encoded:
-    """Read an image for ``decode``.
+def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
+    """Read an image for ``decode``: a file, or ``content`` that ``path`` names in errors.
 
     RGB and gray JPEGs stay as they are: DALI turns them upright and, on the CPU, gives Pillow's pixels. Pillow decodes
     all others (CMYK, PNG), which then travel as raw RGB. Raises UserError for a missing or unreadable file.
     """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if content is None else content
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                return Encoded(np.frombuffer(content, np.uint8), *_upright(image))
+                return Encoded(np.frombuffer(content, np.uint8), *_upright_size(image))
+            pixels = upright(image)
     except DECODE_ERRORS as error:
         raise unreadable(path, error) from None
-    pixels = read_image(path)
     height, width, _ = pixels.shape
     ppm = b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
     return Encoded(np.frombuffer(ppm, np.uint8), height, width)
@@ -49,7 +49,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image turned upright, read from its header. Raises UserError as ``read_encoded`` does."""
     try:
         with Image.open(path) as image:
-            return _upright(image)
+            return _upright_size(image)
     except DECODE_ERRORS as error:
         raise unreadable(path, error) from None
 
@@ -67,18 +67,18 @@ def device_id(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def run(pipeline: Pipeline, device: torch.device, paths: Iterable[Path]) -> list[Tensor]:
+def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, Path | IO[bytes]]]) -> list[Tensor]:
     """The next batch of a pipeline's outputs as tensors, which share DALI's memory and keep it from being used again.
 
-    ``paths`` are looked through when the pipeline fails: UserError names the first damaged file.
+    ``files``, names and what to open, are looked through when the pipeline fails: UserError names a damaged one.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
         outputs = pipeline.run(stream)
     except RuntimeError:
-        for path in paths:
+        for path, file in files:
             try:
-                with Image.open(path) as image:
+                with Image.open(file) as image:
                     image.load()
             except DECODE_ERRORS as error:
                 raise unreadable(path, error) from None
@@ -86,7 +86,7 @@ def run(pipeline: Pipeline, device: torch.device, paths: Iterable[Path]) -> list
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def _upright(image: Image.Image) -> tuple[int, int]:
+def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)

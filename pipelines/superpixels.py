@@ -42,11 +42,16 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return upright(image)
     except DECODE_ERRORS as error:
         raise UserError(
             f"{path}: expected a readable image, found: {error}. Restore it or take it off the list"
         ) from None
+
+
+def upright(image: Image.Image) -> np.ndarray:
+    """Pixels of an opened image as ``read_image`` gives them; raises one of ``DECODE_ERRORS`` if it is damaged."""
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def segment(image: np.ndarray, config: Superpixels) -> np.ndarray:
@@ -86,6 +91,12 @@ class SuperpixelCache:
         self.folder = parent / f"slic-n{config.count}-c{config.compactness:g}-i{config.iterations}-v{FORMAT}"
         self.dtype = np.dtype(np.uint8 if config.count <= 256 else np.uint16)
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What the entries follow from, beside their images."""
+        parameters = {key: getattr(self.config, key) for key in ("count", "compactness", "iterations")}
+        return {"format": FORMAT, "fast_slic": _version(), **parameters}
+
     def path(self, id: str) -> Path:
         """Where the superpixels of an image are. Raises UserError for an id that would leave the folder."""
         if not id or Path(id).name != id:
@@ -123,11 +134,6 @@ class SuperpixelCache:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot write superpixels: {error}. Set superpixels.cache") from None
 
-    @property
-    def _manifest(self) -> dict[str, Any]:
-        parameters = {key: getattr(self.config, key) for key in ("count", "compactness", "iterations")}
-        return {"format": FORMAT, "fast_slic": _version(), **parameters}
-
     def _has_manifest(self) -> bool:
         path = self.folder / "manifest.json"
         try:
@@ -136,9 +142,9 @@ class SuperpixelCache:
             return False
         except (OSError, ValueError) as error:
             found = f"no readable JSON ({error})"
-        if found != self._manifest:
+        if found != self.made_by:
             raise UserError(
-                f"{path}: expected {self._manifest}, found {found}. "
+                f"{path}: expected {self.made_by}, found {found}. "
                 f"Delete {self.folder} to build it anew, or set superpixels.cache to another folder"
             )
         return True
@@ -152,7 +158,7 @@ class SuperpixelCache:
         if any(self.folder.glob("*.png")):
             raise UserError(f"{self.folder}: expected manifest.json beside the PNGs, found none. Delete the folder")
         with replacing(self.folder / "manifest.json") as file:
-            file.write(json.dumps(self._manifest, indent=2).encode())
+            file.write(json.dumps(self.made_by, indent=2).encode())
 
     def _make(self, samples: list[Sample], workers: int) -> int:
         pool = ThreadPoolExecutor(workers)

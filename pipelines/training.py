@@ -8,12 +8,15 @@ The graph only carries it out. So any step can be started at, and a step is the 
 from __future__ import annotations
 
 import functools
+import io
+import itertools
 import math
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +27,12 @@ from cpn_fast.config import Augment, Rgb, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.pipelines.decode import decode, device_id, read_encoded, run
+from cpn_fast.pipelines.shards import Shards
 from cpn_fast.pipelines.superpixels import segment_batch
 
 SHUFFLE, AUGMENT = range(2)  # streams of random numbers
 PREFETCH = 2  # batches
+WINDOW = 4096  # samples of shards that are mixed with each other, and that the processes hold together
 GRAYSCALE, PALETTE = 0, 3  # PNG's colour types
 GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # RGB -> its luma in every channel
 
@@ -67,7 +72,9 @@ class TrainingPipeline:
     clipped once at the end and not rounded; hue turns RGB around the gray axis, which equals the turn in HSV at
     multiples of 120 degrees and differs from it between them; and the mean gray is taken before resizing.
 
-    An epoch is a new order of all samples, cut into steps of ``batch * world`` images; the rest is dropped.
+    An epoch is a new order of all samples, cut into steps of ``batch * world`` images; the rest is dropped. Samples of
+    shards are read in the order of their files: the shards come in random order, and then every WINDOW neighbours are
+    mixed, so that a process reads its part of a window in one go and holds it while it reads the next.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class TrainingPipeline:
         threads: int,
         map_path: Callable[[Sample], Path] | None = None,
         online: Superpixels | None = None,
+        shards: Shards | None = None,
         rank: int = 0,
         world: int = 1,
         start_step: int = 0,
@@ -90,12 +98,15 @@ class TrainingPipeline:
         """``batch`` images per rank and step, normalised as (x - mean) / std with x from 0 to 255.
 
         Maps come from PNGs, gray of 8 or 16 bits or with a palette of 256 (``map_path``), are superpixels of each crop
-        (``online``), or are None. ``threads`` is DALI's. The first batch is that of ``start_step``.
+        (``online``), or are None. ``shards`` hold the files of ``samples``, which are theirs, and their maps if they
+        have ``bits``. ``threads`` is DALI's. The first batch is that of ``start_step``.
 
         Raises UserError if the samples do not fill one step; iterating raises it for a missing, damaged or stale file.
         """
         if map_path is not None and online is not None:
             raise ValueError("map_path and online exclude each other")
+        if map_path is not None and shards is not None:
+            raise ValueError("map_path names loose files and shards hold theirs: they exclude each other")
         labels = [sample.label for sample in samples if sample.label is not None]
         if len(labels) < len(samples):
             raise ValueError(f"{len(samples) - len(labels)} of {len(samples)} samples have no label")
@@ -112,8 +123,14 @@ class TrainingPipeline:
         self._device, self._threads = device, threads
         self._labels = torch.from_numpy(np.stack(labels).astype(np.float32))
         self._mean, self._std = mean, std
+        self._shards = shards
+        self._bits = None if shards is None else shards.bits
         if map_path is not None:
             _, _, _, self._bits = _read_map(map_path(samples[0]))
+        if shards is not None:
+            self._stored = self._stream(shards)
+            self._held: dict[tuple[int, int], tuple[bytes, ...]] = {}
+            self._under_way: deque[tuple[Path, bytes]] = deque(maxlen=2 * batch * (PREFETCH + 2))
         self._pipeline = Pipeline(batch, threads, device_id(device), prefetch_queue_depth=PREFETCH)
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph())
@@ -146,36 +163,70 @@ class TrainingPipeline:
         epoch, step = divmod(step, self.steps_per_epoch)
         first = (step * self._world + self._rank) * self._batch
         positions = range(first, first + self._batch)
-        return epoch, positions, _order(self._seed, epoch, len(self._samples))[positions]
+        shard = None if self._shards is None else self._shards.size
+        return epoch, positions, _order(self._seed, epoch, len(self._samples), shard)[positions]
 
-    def _files(self) -> Iterator[Path]:
-        """Files of the batches that may be under way."""
+    def _files(self) -> Iterator[tuple[Path, Path | IO[bytes]]]:
+        """Names and contents of the batches that may be under way."""
+        if self._shards is not None:
+            for path, content in self._under_way:
+                yield path, io.BytesIO(content)
+            return
         for step in range(self._step, self._step + PREFETCH + 1):
             for index in self._chosen(step)[2]:
-                yield self._samples[index].image
-                if self._map_path is not None:
-                    yield self._map_path(self._samples[index])
+                sample = self._samples[index]
+                for path in [sample.image, *([] if self._map_path is None else [self._map_path(sample)])]:
+                    yield path, path
+
+    def _stream(self, shards: Shards) -> Iterator[tuple[tuple[int, int], tuple[bytes, ...]]]:
+        """((epoch, position), files) of this rank's samples: window after window, each in the order of its files."""
+
+        def planned() -> Iterator[tuple[int, int, int]]:
+            for step in itertools.count(self._start):
+                epoch, positions, indices = self._chosen(step)
+                for position, index in zip(positions, indices.tolist(), strict=True):
+                    yield epoch, position, index
+
+        for _, window in itertools.groupby(planned(), key=lambda place: (place[0], place[1] // WINDOW)):
+            places = sorted(window, key=lambda place: place[2])
+            files = shards.read([index for _, _, index in places])
+            for (epoch, position, _), content in zip(places, files, strict=True):
+                yield (epoch, position), content
+
+    def _contents(self, epoch: int, position: int, index: int) -> list[tuple[Path, bytes | None]]:
+        """Names of a sample's image and map, if it has one; with contents if they come from shards.
+
+        What is taken out of the window held makes room for as much of the next one.
+        """
+        sample = self._samples[index]
+        if self._shards is None:
+            return [(sample.image, None), *([] if self._map_path is None else [(self._map_path(sample), None)])]
+        while (epoch, position) not in self._held or len(self._held) < min(WINDOW, len(self._samples)) // self._world:
+            place, contents = next(self._stored)
+            self._held[place] = contents
+        taken = [(sample.image, content) for content in self._held.pop((epoch, position))]
+        self._under_way.extend(taken)
+        return list(taken)
 
     def _plan(self, iteration: int) -> tuple[list[Any], ...]:
         """What the graph needs for a batch: a list over samples for each of its inputs."""
         epoch, positions, indices = self._chosen(self._start + iteration)
         rows = []
         for position, index in zip(positions, indices, strict=True):
-            sample = self._samples[index]
-            image = read_encoded(sample.image)
+            named, *maps = self._contents(epoch, position, index)
+            image = read_encoded(*named)
             rng = _generator(self._seed, AUGMENT, epoch, position)
             row: list[Any] = [
                 image.data,
                 *_geometry(self._augment, image.height, image.width, rng),
                 *_colour(self._augment, self._mean, self._std, rng),
             ]
-            if self._map_path is not None:
-                path = self._map_path(sample)
-                png, *found = _read_map(path)
+            for path, content in maps:
+                png, *found = _read_map(path, content)
                 expected = [image.height, image.width, self._bits]
                 if found != expected:
                     raise UserError(
-                        f"{path}: the map has height, width and bits {found}, expected {expected} for {sample.image}. "
+                        f"{path}: the map has height, width and bits {found}, expected {expected} for {named[0]}. "
                         "Make it again (superpixels: delete the PNG and start again)"
                     )
                 row.append(png)
@@ -185,7 +236,7 @@ class TrainingPipeline:
     def _graph(self) -> list[Any]:
         """Crops whose colours lack their last step, the matrix (torch multiplies faster); the matrices; the maps."""
         encoded, size, start, end, position, matrix, pivot, constant, *png = fn.external_source(
-            source=self._plan, num_outputs=8 + (self._map_path is not None), batch=True
+            source=self._plan, num_outputs=8 + (self._bits is not None), batch=True
         )
         shown = {"size": size, "roi_start": start, "roi_end": end}
         window = {
@@ -201,7 +252,7 @@ class TrainingPipeline:
         zero = fn.squeeze(fn.coord_transform(average, M=pivot, T=constant), axes=0)
         images = fn.resize(images, interp_type=types.INTERP_CUBIC, **shown)
         outputs = [fn.crop_mirror_normalize(images, mean=zero, **window), matrix]
-        if png:
+        if self._bits is not None:
             dtype = {8: types.UINT8, 16: types.UINT16}[self._bits]
             maps = fn.decoders.image(png[0], device="cpu", output_type=types.ANY_DATA, dtype=dtype)
             if self._device.type == "cuda":
@@ -211,9 +262,17 @@ class TrainingPipeline:
         return outputs
 
 
-@functools.lru_cache(maxsize=2)  # two, as the plan is ahead of the batches at the end of an epoch
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return _generator(seed, SHUFFLE, epoch, 0).permutation(count)
+@functools.lru_cache(maxsize=3)  # at the end of an epoch the plan is ahead of the batches, and its reader of the plan
+def _order(seed: int, epoch: int, count: int, shard: int | None) -> np.ndarray:
+    """Which sample is at each position of an epoch; ``shard`` is how many of them a shard has."""
+    rng = _generator(seed, SHUFFLE, epoch, 0)
+    if shard is None:
+        return rng.permutation(count)
+    firsts = rng.permutation(np.arange(0, count, shard))
+    order = np.concatenate([np.arange(first, min(first + shard, count)) for first in firsts])
+    for first in range(0, count, WINDOW):
+        rng.shuffle(order[first : first + WINDOW])
+    return order
 
 
 def _generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
@@ -274,13 +333,13 @@ def _hue_turn(turn: float) -> np.ndarray:
     return np.array([[a, c, b], [b, a, c], [c, b, a]])
 
 
-def _read_map(path: Path) -> tuple[np.ndarray, int, int, int]:
-    """A gray PNG's bytes, and the height, width and bits a pixel that its header gives.
+def _read_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, int, int, int]:
+    """A gray PNG's bytes, of a file or of ``data``, and the height, width and bits a pixel that its header gives.
 
     A palette PNG becomes a gray one of its indices: the header's type is changed and the palette left out.
     """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
         width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
         if kind == PALETTE and bits == 8:
             data = _without_palette(data)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from cpn_fast import cam, config, train
 from cpn_fast.dataset import load_samples
 from cpn_fast.masks import read_mask
-from cpn_fast.models.network import Cams
+from cpn_fast.models.network import Cams, build_network
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.seeds import read_seed
 
@@ -101,3 +101,32 @@ def test_a_forward_pass_keeps_to_the_pixels() -> None:
     assert (together.widest, apart.widest) == (4 * 64 * 96, 2 * 64 * 96)
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_image_without_tags_has_no_maps() -> None:
+    images = torch.rand(2, 3, 64, 96)
+    labels = torch.tensor([[False, False, False], [False, False, True]])
+    found = summed(ScaledBatch([0, 1], (64, 96), [images]), labels)
+    assert [own.shape for own in found] == [(0, 64, 96), (1, 64, 96)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_nothing_waits_for_the_gpu(tiny_config) -> None:
+    """torch raises where the CPU would wait; the sums are the CPU's, to rounding."""
+    settings = config.load(tiny_config())
+    torch.manual_seed(0)
+    network = build_network(settings).eval()
+    scales = [torch.rand(2, 3, 64, 96), torch.rand(2, 3, 96, 144)]
+    labels = torch.arange(2 * len(settings.classes)).view(2, -1) % 2 == 0
+    with torch.inference_mode():
+        expected = cam.summed_cams(network, ScaledBatch([0, 1], (64, 96), scales), labels, settings.cam)
+        network, scales = network.cuda(), [images.cuda() for images in scales]
+        batch = ScaledBatch([0, 1], (64, 96), scales)
+        cam.summed_cams(network, batch, labels, settings.cam)  # compiles the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = cam.summed_cams(network, batch, labels, settings.cam)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-2, atol=1e-2)

@@ -1,24 +1,31 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from several_processes import run_in_processes
 
-from cpn_fast import cam, checkpoint, config, evaluate, ranks, train
+from cpn_fast import cam, checkpoint, config, crf, evaluate, ranks, refine, segment, train
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask
+from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.ranks import Rank
 from cpn_fast.seeds import Seed, read_seed, write_seed
+from cpn_fast.weights import to_released_keys
 
 
 @given(items=st.lists(st.integers()), world=st.integers(1, 9))
@@ -48,47 +55,78 @@ def test_processes_tell_each_other() -> None:
     assert run_in_processes(3, talk) == [(*expected, True), (*expected, False), (*expected, False)]
 
 
-def stages(path: Path, weights: Path) -> tuple[list[str], list[str]]:
-    """Superpixels, seeds and scores of the training list; returns which images this process made the first two of."""
+STAGES = ("superpixels", "seeds", "CRFs", "labels", "walks", "segmented")
+
+
+def stages(path: Path, weights: Path, deeplab: Path) -> dict[str, list[str]]:
+    """All stages but training, of the training list; returns which images this process made in which."""
     settings = config.load(path)
-    made: tuple[list[str], list[str]] = ([], [])
-    for owner, name, ids in ((SuperpixelCache, "_make_one", made[0]), (cam, "_write", made[1])):
+    made: dict[str, list[str]] = {stage: [] for stage in STAGES}
+
+    def record(stage, owner, name, ids):
         original = getattr(owner, name)
 
-        def recorded(first, sample, *rest, original=original, ids=ids):
-            ids.append(sample.id)
-            original(first, sample, *rest)
+        def recorded(*arguments, **options):
+            made[stage] += ids(*arguments)
+            return original(*arguments, **options)
 
         setattr(owner, name, recorded)  # nothing to undo: the process ends
+
+    record("superpixels", SuperpixelCache, "_make_one", lambda _, sample: [sample.id])
+    record("seeds", cam, "_write", lambda _, sample, *__: [sample.id])
+    record("CRFs", refine, "write_label_maps", lambda samples, *_: [sample.id for sample in samples])
+    record("labels", refine, "write_mask", lambda path, _: [path.stem] if path.parent.name == "labels" else [])
+    record("walks", refine, "_write_mask", lambda path, *_: [path.stem])
+    record("segmented", segment, "_write", lambda _, sample, *__: [sample.id])
+    crf.process_pool = ThreadPoolExecutor  # these processes may not start others
     names = settings.data.train_list
     samples = load_samples(settings.data, settings.classes, names, labels=False, masks=False)
     SuperpixelCache(settings.superpixel_cache, settings.superpixels).build(samples, workers=1)
     seeds = cam.run(settings, weights, names) / "seeds"
+    refine.run(settings)
+    masks = segment.segment(settings, deeplab, names) / "masks"
     evaluate.run(settings, cams=seeds, masks=None, list_path=names, threshold_from=None)
+    evaluate.run(settings, cams=None, masks=masks, list_path=names, threshold_from=None)
     return made
 
 
-def test_two_processes_share_superpixels_seeds_and_scoring(tiny_config, tmp_path) -> None:
+def test_two_processes_share_every_stage(tiny_config, tmp_path) -> None:
+    """No image is made twice, and the files are those of one process: to rounding where AffinityNet is trained."""
     weights = train.run(config.load(tiny_config(train={"steps": 2})))
-    alone, together = (
-        tiny_config(name=name, out=str(tmp_path / name), cam={"batch": 1}) for name in ("alone", "together")
-    )
-    (expected,) = run_in_processes(1, stages, alone, weights)
-    parts = run_in_processes(2, stages, together, weights)
-    for kind in range(2):
-        assert sorted(parts[0][kind] + parts[1][kind]) == sorted(expected[kind])
-        assert min(len(part[kind]) for part in parts) > 0
+    small = {
+        "cam": {"batch": 1},
+        "crf": {"workers": 1},
+        "affinity": {
+            "augment": {"long_side": [64, 96], "crop": 64},
+            "train": {"batch": 2, "steps": 1, "data_threads": 1},
+        },
+        "segment": {"scales": [1.0], "flip": False, "crf": None},
+    }
+    alone, together = (tiny_config(name=name, out=str(tmp_path / name), **small) for name in ("alone", "together"))
+    deeplab = tmp_path / "deeplab.safetensors"
+    save_file(to_released_keys(build_deeplab(config.load(alone)).state_dict()), deeplab)
+    (expected,) = run_in_processes(1, stages, alone, weights, deeplab)
+    parts = run_in_processes(2, stages, together, weights, deeplab)
+    for stage in STAGES:
+        assert sorted(parts[0][stage] + parts[1][stage]) == sorted(expected[stage]), stage
+        assert {*parts[0][stage]}.isdisjoint(parts[1][stage]), stage
+        assert len({*expected[stage]}) == 12, stage
+        assert min(len(part[stage]) for part in parts) > 0, stage
 
     seeds = sorted((tmp_path / "alone").rglob("*.npz"))
-    assert len(seeds) == len(expected[1])
+    assert len(seeds) == 12
     for path in seeds:
         a, b = (read_seed(Path(str(path).replace("alone", name))) for name in ("alone", "together"))
         assert np.array_equal(a.cam, b.cam)
         assert np.array_equal(a.classes, b.classes)
+    for path in (tmp_path / "alone").rglob("*.png"):
+        a, b = (np.asarray(Image.open(str(path).replace("alone", name))) for name in ("alone", "together"))
+        assert (a == b).mean() > (0.99 if "refine/masks" in str(path) else 0.9999), path
     found = []
     for name in ("alone", "together"):
-        (path,) = (tmp_path / name).rglob("evaluation.json")
-        found.append({key: value for key, value in json.loads(path.read_text()).items() if key != "source"})
+        scores = [json.loads(path.read_text()) for path in sorted((tmp_path / name).rglob("evaluation.json"))]
+        assert len(scores) == 2
+        found.append([{key: value for key, value in own.items() if key != "source"} for own in scores])
     assert found[0] == found[1]
 
 
@@ -150,10 +188,51 @@ def test_a_batch_must_be_shared_equally(tiny_config, monkeypatch) -> None:
         train.run(config.load(tiny_config(train=TRAINING)))
 
 
-def test_torchrun_trains_and_the_first_process_speaks(tiny_config) -> None:
-    path = tiny_config(train={"steps": 2})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, "-m", "cpn_fast", "train", str(path)], capture_output=True, text=True, timeout=300)
+def test_processes_that_start_again_and_do_not_meet_are_told_why(monkeypatch) -> None:
+    def refused(*_, **__):
+        raise RuntimeError("Connection refused")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refused)
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"})
+    with pytest.raises(RuntimeError, match="Connection refused"):
+        ranks.join.__wrapped__()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    with pytest.raises(UserError, match=r"Connection refused.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        ranks.join.__wrapped__()
+
+
+LOSING = """
+import os, signal
+from cpn_fast import cli, train
+
+class Losing(train.GradientGuard):
+    def see(self, done, *others):
+        if done == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().see(done, *others)
+
+train.GradientGuard = Losing
+cli.main()
+"""
+
+
+def test_torchrun_starts_again_after_a_lost_worker(tiny_config, tmp_path) -> None:
+    """The second of two processes is killed in the third step; the run ends as if it had not been."""
+    expected = weights_after(tiny_config(name="one", train=TRAINING))
+    path = tiny_config(name="many", train=TRAINING)
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "--max-restarts=1", str(script), "train", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Weights are in") == 1
-    assert (config.load(path).run / "model.safetensors").exists()
+    assert "exitcode: -9" in done.stderr
+    assert done.stdout.count("Weights are in") == 1  # the first process alone speaks
+    run = config.load(path).run
+    assert_close(load_file(run / "model.safetensors"), expected)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

@@ -1,0 +1,225 @@
+"""WebDataset shards: a training list in some large files instead of many small ones, for millions of images.
+
+A folder holds ``shards.json``, ``tags.csv`` (a line for each sample, in their order) and for each shard
+``shard-00000.tar`` with DALI's index of it, ``shard-00000.idx``, as its wds2idx writes it. The members of sample 12 are
+``000000012.jpg``, the image file as it was, and its superpixels, ``000000012.superpixels.png``.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline, fn
+from rich.progress import track
+
+from cpn_fast import ranks
+from cpn_fast.config import Superpixels
+from cpn_fast.dataset import Sample, check_files
+from cpn_fast.errors import UserError
+from cpn_fast.files import replacing
+from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
+from cpn_fast.pipelines.superpixels import SuperpixelCache
+
+FORMAT = 1
+SIZE = 1000  # samples of a shard: about 100 MB of VOC's images
+READ = 32  # samples that DALI's reader gives at a time
+IMAGE = ";".join(dict.fromkeys(suffix[1:].lower() for suffix in IMAGE_SUFFIXES))
+SUPERPIXELS = "superpixels.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """A folder of shards, opened by ``open_shards``."""
+
+    folder: Path
+    samples: list[Sample]
+    """In their order in the shards. ``image`` names the shard and the id, and is no file."""
+    size: int
+    """Samples of every shard but the last."""
+    superpixels: dict[str, Any] | None
+    """What the superpixels follow from; None without any."""
+    bits: int | None = None
+    """Bits a pixel of the superpixels that are read along; None reads none."""
+
+    def with_superpixels(self, parent: Path, config: Superpixels) -> Shards:
+        """Superpixels are read along. Raises UserError if the shards have none, or have others than ``config``'s."""
+        cache = SuperpixelCache(parent, config)
+        if self.superpixels != cache.made_by:
+            raise UserError(
+                f"{self.folder}: expected superpixels of {cache.made_by}, found {self.superpixels}. Pack the shards "
+                "again (cpn-fast shards), or set superpixels as they were"
+            )
+        return dataclasses.replace(self, bits=8 * cache.dtype.itemsize)
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, ...]]:
+        """Image file and, with ``bits``, superpixel PNG of samples in ascending order.
+
+        DALI's reader reads them, one shard after the other, by an index of these samples alone.
+        """
+        with tempfile.TemporaryDirectory() as parts:
+            paths, index_paths = [], []
+            for number, chosen in itertools.groupby(indices, key=lambda index: index // self.size):
+                tar = _shard(self.folder, number)
+                lines = tar.with_suffix(".idx").read_text().splitlines()[1:]
+                paths.append(str(tar))
+                index_paths.append(f"{parts}/{number}.idx")
+                Path(index_paths[-1]).write_text(_index([lines[index % self.size] for index in chosen]))
+            pipeline = Pipeline(READ, 1, None, prefetch_queue_depth=2)
+            with pipeline:
+                members = fn.readers.webdataset(
+                    paths=paths,
+                    index_paths=index_paths,
+                    ext=[IMAGE, *([] if self.bits is None else [SUPERPIXELS])],
+                    missing_component_behavior="error",
+                    dont_use_mmap=True,  # slow on the network's file systems, where many shards are
+                )
+                pipeline.set_outputs(*(members if isinstance(members, list) else [members]))
+            pipeline.build()
+        for first in range(0, len(indices), READ):
+            outputs = pipeline.run()
+            for place in range(min(READ, len(indices) - first)):
+                yield tuple(np.asarray(output.at(place)).tobytes() for output in outputs)
+
+
+def pack(
+    samples: Sequence[Sample],
+    classes: Sequence[str],
+    cache: SuperpixelCache | None,
+    folder: Path,
+    *,
+    seed: int,
+    workers: int,
+    size: int = SIZE,
+) -> int:
+    """Pack samples with labels in random order, and their superpixels if there is a ``cache``.
+
+    Returns how many shards were made. May be interrupted and run again: finished ones are kept. Under torchrun each
+    process packs its share of them. Raises UserError for damaged images, and for a folder with anything else in it.
+    """
+    rank = ranks.join()
+    if cache is not None:
+        cache.build(samples, workers)
+    ordered = [samples[index] for index in np.random.default_rng(seed).permutation(len(samples))]
+    tags = _tags(ordered, classes)
+    made_by = {
+        "format": FORMAT,
+        "samples": len(samples),
+        "size": size,
+        "superpixels": None if cache is None else cache.made_by,
+        "tags_sha256": hashlib.sha256(tags).hexdigest(),
+    }
+    if rank.first:
+        _claim(folder, made_by, tags)
+    rank.wait()
+    numbers = range(-(-len(samples) // size))
+    missing = [number for number in rank.share(numbers) if not _shard(folder, number).with_suffix(".idx").exists()]
+    for number in track(missing, "shards", disable=not missing):
+        first = number * size
+        own = ordered[first : first + size]
+        check_files(own, workers=workers, classes=len(classes))
+        tar = _shard(folder, number)
+        with replacing(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for index, sample in enumerate(own, first):
+                _add(archive, f"{index:09d}{sample.image.suffix.lower()}", sample.image)
+                if cache is not None:
+                    _add(archive, f"{index:09d}.{SUPERPIXELS}", cache.path(sample.id))
+        with replacing(tar.with_suffix(".idx")) as file:  # last: its presence says that the shard is done
+            file.write(_index(_members(tar)).encode())
+    return sum(rank.gather(len(missing)))
+
+
+def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
+    """Shards that ``pack`` made, with their tags. Raises UserError for missing, truncated or foreign ones."""
+    try:
+        made_by = json.loads((folder / "shards.json").read_text())
+        with (folder / "tags.csv").open(encoding="utf-8", newline="") as file:
+            ids = [row[0] for row in csv.reader(file)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: expected the folder that `cpn-fast shards` wrote, found: {error}") from None
+    if made_by.get("format") != FORMAT or made_by["samples"] != len(ids):
+        raise UserError(f"{folder}: expected shards of format {FORMAT} and as many lines of tags.csv as samples")
+    size = made_by["size"]
+    shards = [_shard(folder, number) for number in range(-(-len(ids) // size))]
+    unfinished = [shard.name for shard in shards if not _is_whole(shard)]
+    if unfinished:
+        raise UserError(
+            f"{folder}: {len(unfinished)} shards are missing or of another size than their index says "
+            f"({', '.join(unfinished[:3])}{' ...' * (len(unfinished) > 3)}). Pack or copy them again"
+        )
+    labels = read_labels(folder / "tags.csv", ids, classes)
+    samples = [Sample(id_, shards[index // size] / id_, None, labels[id_]) for index, id_ in enumerate(ids)]
+    return Shards(folder, samples, size, made_by["superpixels"])
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.tar"
+
+
+def _tags(samples: Sequence[Sample], classes: Sequence[str]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for sample in samples:
+        assert sample.label is not None
+        writer.writerow([sample.id, ";".join(classes[k] for k in np.flatnonzero(sample.label).tolist())])
+    return text.getvalue().encode()
+
+
+def _claim(folder: Path, made_by: dict[str, Any], tags: bytes) -> None:
+    manifest = folder / "shards.json"
+    found = json.loads(manifest.read_text()) if manifest.exists() else None
+    if found != made_by and folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: expected an empty folder or unfinished shards of this list and these settings, found something "
+            "else. Name another folder, or empty it"
+        )
+    with replacing(folder / "tags.csv") as file:
+        file.write(tags)
+    with replacing(manifest) as file:
+        file.write(json.dumps(made_by, indent=2).encode())
+
+
+def _add(archive: tarfile.TarFile, name: str, path: Path) -> None:
+    """Without owner, mode and time, so that shards of the same files are the same."""
+    content = path.read_bytes()
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _members(tar: Path) -> list[str]:
+    """A line for each sample of a shard: the ending, offset, size and name of its members."""
+    with tarfile.open(tar, "r:") as archive:
+        groups = itertools.groupby(archive, key=lambda member: member.name.partition(".")[0])
+        return [" ".join(map(_entry, members)) for _, members in groups]
+
+
+def _entry(member: tarfile.TarInfo) -> str:
+    _, _, ending = member.name.partition(".")
+    return f"{ending} {member.offset_data} {member.size} {member.name}"
+
+
+def _index(lines: Sequence[str]) -> str:
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
+
+
+def _is_whole(tar: Path) -> bool:
+    """Whether a shard is as long as its index says, where a truncated copy is not."""
+    try:
+        with tar.with_suffix(".idx").open("rb") as index:
+            index.seek(max(0, index.seek(0, os.SEEK_END) - 1000))
+            _, offset, size, _ = index.read().split()[-4:]  # of the last member
+        return tar.stat().st_size >= int(offset) + int(size)
+    except (OSError, ValueError):
+        return False

@@ -133,7 +133,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         raise UserError(f"{source}: not readable as YAML: {error}") from None
     config = parse(tree, str(source))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = load_network(config, weights).to(place).eval()
+    network = load_network(config, weights).to(place)
     return Model(config, network.to(memory_format=torch.channels_last), place)  # type: ignore[call-overload]
 
 

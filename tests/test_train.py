@@ -17,6 +17,7 @@ from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.cpn import Cpn
+from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.pipelines.training import TrainingPipeline
 
 PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}
@@ -100,7 +101,7 @@ def test_accumulated_batches_equal_one_large_batch(tiny_config) -> None:
     results = []
     for settings in (one, two):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.nn.Dropout2d, "forward", lambda self, x: x)
+            patch.setattr(SharedDropout2d, "forward", lambda self, x: x)
             results.append(load_file(train.run(settings)))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5)

@@ -26,7 +26,7 @@ from cpn_fast.models.network import Network
 from cpn_fast.pipelines.inference import scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.seeds import Seed, unit_scale
-from cpn_fast.train import autocast
+from cpn_fast.step import autocast
 
 PRESENT = 0.5
 """A class counts as present from this probability on, where no tags are given."""

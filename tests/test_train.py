@@ -250,7 +250,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_config) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not checkpoint.existing(settings.run / "checkpoints"):
         time.sleep(0.01)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "step-" in errors

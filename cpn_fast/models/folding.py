@@ -19,7 +19,9 @@ def fold(network: Net) -> Net:
     """
     for module in list(network.modules()):
         for convolution, norm in getattr(module, "folds", ()):
-            fused = fuse_conv_bn_eval(module.get_submodule(convolution), module.get_submodule(norm))
-            module.set_submodule(convolution, fused)
+            before, after = module.get_submodule(convolution), module.get_submodule(norm)
+            assert isinstance(before, nn.Conv2d)
+            assert isinstance(after, nn.BatchNorm2d)
+            module.set_submodule(convolution, fuse_conv_bn_eval(before, after))
             module.set_submodule(norm, nn.Identity())
     return network

@@ -35,8 +35,9 @@ def lines(run):
         {"patches": {"kind": "grid", "grid_sizes": [16, 32]}},
         {"superpixels": {"mode": "online"}},
         {"method": "seam", "model": {"prcm": False}},
+        {**PLAIN, "train": {"precision": "fp16"}},
     ],
-    ids=["cpn", "cam", "grid", "online", "seam"],
+    ids=["cpn", "cam", "grid", "online", "seam", "fp16"],
 )
 def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny_config, monkeypatch) -> None:
     whole = config.load(tiny_config(name="whole", **changes))

@@ -21,11 +21,13 @@ from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import overlay, write_mask
+from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.seeds import Seed, read_seed, unit_scale, write_seed
-from cpn_fast.train import autocast, progress_bar
+from cpn_fast.step import autocast
+from cpn_fast.train import progress_bar
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 
@@ -39,7 +41,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     device = rank.device
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
-    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     folder = config.run / "cams" / list_path.stem
     if rank.first:
@@ -85,10 +87,10 @@ def tags(sample: Sample) -> np.ndarray:
 
 
 def load_network(config: Config, weights: Path) -> Network:
-    """The experiment's network with trained weights: a checkpoint, ``model.safetensors`` or a released ``.pth``."""
+    """The experiment's network for inference, with weights of a checkpoint, a ``.safetensors`` or a released file."""
     network = build_network(config)
     load_into(network, to_network_keys(read_weights(weights)), source=weights)
-    return network
+    return fold(network.eval())
 
 
 def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: Cam) -> list[Tensor]:

@@ -19,11 +19,14 @@ from cpn_fast.files import replacing
 KEPT = 2
 
 
-def write(folder: Path, step: int, *, model: dict[str, Any], optimizer: dict[str, Any], config: str) -> Path:
+def write(
+    folder: Path, step: int, *, model: dict[str, Any], optimizer: dict[str, Any], scaler: dict[str, Any], config: str
+) -> Path:
     """Write ``step-NNNNNN.pt`` through a temporary name and remove all but the newest ``KEPT``."""
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as file:
-        torch.save({"step": step, "model": model, "optimizer": optimizer, "config": config}, file)
+        state = {"step": step, "model": model, "optimizer": optimizer, "scaler": scaler, "config": config}
+        torch.save(state, file)
     for old in existing(folder)[KEPT:]:
         old.unlink()
     return path

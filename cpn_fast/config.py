@@ -26,6 +26,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Images = Count | Literal["auto"]
 Rgb = tuple[float, float, float]
 
 
@@ -194,8 +195,9 @@ class Seam(Section):
 class Train(Section):
     """Optimiser, schedule and loop."""
 
-    batch: Count = 4
-    """Images per forward pass (three views each for CPN)."""
+    batch: Images = 4
+    """Images per forward pass (three views each for CPN). ``auto``: as many as a GPU's memory takes, up to 256 a GPU,
+    tried out when the run starts and kept in its config.yaml. ``lr``, epochs and steps stay as given."""
     accumulate: Count = 1
     """Batches per optimiser step; their gradients are averaged."""
     epochs: Count | None = None
@@ -210,11 +212,20 @@ class Train(Section):
     """Paper 0.9; released 0.0005 (its weight decay landed in the momentum slot)."""
     weight_decay: NotNegative = 5e-4
     """L2 on weights, not on biases."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Autocast of the forward pass; null is bf16 on CUDA, fp32 on CPU."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Autocast of the forward pass; null is bf16 on CUDA, fp32 on CPU. ``fp16`` scales the loss: a step at which it
+    overflows is skipped and the scale halved, which is no fault until the scale is down to 1."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do at a step whose gradient is not finite: ``stop`` the run, or ``skip`` the step (its gradient counts as
     zero). Its images are written to ``nonfinite.json`` in the run's folder."""
+    compile: bool | None = None
+    """torch.compile of the network and the losses: the same results to rounding. Null: on CUDA."""
+    cuda_graph: bool | None = None
+    """The whole step captured in a CUDA graph after the first three: the same results. Null: on CUDA in one process,
+    but for SEAM, whose losses look at how many classes the images have."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of the backbone's blocks and compute the rest again in the backward pass: the same results,
+    for ResNet38d with half of the memory and 19 % more computing (``cpn_fast/models/backbone.py``)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Shuffling, augmentation, hiding, dropout and new layers all follow from it."""
     data_threads: Count = 2
@@ -289,7 +300,7 @@ class AffinityAugment(Augment):
 class AffinityTrain(Train):
     """Keys of ``train``."""
 
-    batch: Count = 8
+    batch: Images = 8
     """Images per forward pass. SEAM and psa 8."""
 
 
@@ -335,7 +346,7 @@ class SegmentAugment(Augment):
 class SegmentTrain(Train):
     """As ``train``, with the released trainer's values."""
 
-    batch: Count = 10
+    batch: Images = 10
     """Released 10, on two GPUs."""
     steps: Count | None = 20_000
     """Released 20,000. To give epochs, set this to null."""

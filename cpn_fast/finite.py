@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,53 +19,42 @@ from cpn_fast.ranks import Rank
 FILE = "nonfinite.json"
 
 
-class _Step(NamedTuple):
-    number: int
-    norm: Tensor
-    indices: list[Tensor]
+def gradient_norm(parameters: Iterable[nn.Parameter], *, zeroes: bool) -> Tensor:
+    """The gradient's L2 norm, a scalar on its device; ``zeroes`` makes a gradient that is not finite zero."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if zeroes:
+        finite = norm.isfinite()
+        for gradient in gradients:
+            gradient.copy_(torch.where(finite, gradient, 0))
+    return norm
 
 
 class GradientGuard:
-    """Looks at every step's gradient on the device; the host hears of it in ``check``, and need not wait before."""
+    """Judges the steps by the norms of their gradients, once these have come to the host."""
 
     def __init__(self, folder: Path, ids: Sequence[str], mode: Literal["stop", "skip"], rank: Rank) -> None:
         self.path, self.ids, self.mode, self.rank = folder / FILE, ids, mode, rank
-        self.unchecked: list[_Step] = []
 
-    def see(self, step: int, parameters: Iterable[nn.Parameter], indices: list[Tensor]) -> Tensor:
-        """Call before the optimiser's step, with the batches' ``indices``; returns the gradient's L2 norm, a scalar.
+    def passes(self, step: int, norm: float, scale: float, indices: list[int]) -> bool:
+        """Whether a step's gradient was finite. Raises UserError in mode ``stop`` if it was not.
 
-        In mode ``skip`` a gradient that is not finite becomes zero.
+        ``scale`` is what a gradient scaler multiplied the loss by, else 1. Above 1 the scaler may be at fault, which
+        halves it at such a step: then nothing is raised nor written down. Gradients are averaged over the processes,
+        so that all find the same steps; all must call this for the same ones.
         """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.mode == "skip":
-            finite = norm.isfinite()
-            for gradient in gradients:
-                gradient.copy_(torch.where(finite, gradient, 0))
-        self.unchecked.append(_Step(step, norm, indices))
-        return torch.where(norm.isfinite(), norm, 0) if self.mode == "skip" else norm
-
-    def check(self) -> int:
-        """How many steps since the last call were not finite. Raises UserError in mode ``stop`` if there is one.
-
-        Gradients are averaged over the processes, so that all find the same steps.
-        """
-        steps, self.unchecked = self.unchecked, []
-        norms = torch.stack([step.norm for step in steps]).tolist() if steps else []
-        bad = [step for step, norm in zip(steps, norms, strict=True) if not abs(norm) < float("inf")]
-        if not bad:
-            return 0
-        own = [[self.ids[i] for indices in step.indices for i in indices.tolist()] for step in bad]
-        everywhere = [list(chain(*parts)) for parts in zip(*self.rank.gather(own), strict=True)]
-        found = [{"step": step.number, "images": images} for step, images in zip(bad, everywhere, strict=True)]
+        if math.isfinite(norm):
+            return True
+        if scale > 1:
+            return False
+        images = list(chain(*self.rank.gather([self.ids[i] for i in indices])))
         if self.rank.first:
             before = json.loads(self.path.read_text()) if self.path.exists() else []
             with replacing(self.path) as file:
-                file.write(json.dumps(before + found, indent=1).encode())
+                file.write(json.dumps([*before, {"step": step, "images": images}], indent=1).encode())
         if self.mode == "stop":
             raise UserError(
-                f"the gradient of step {bad[0].number} is not finite; its images are {', '.join(everywhere[0][:8])} "
+                f"the gradient of step {step} is not finite; its images are {', '.join(images[:8])} "
                 f"({self.path}). Lower train.lr or train.momentum and start anew, or go on with train.nonfinite=skip"
             )
-        return len(bad)
+        return False

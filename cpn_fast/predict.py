@@ -30,7 +30,7 @@ from cpn_fast.models.network import Network
 from cpn_fast.pipelines.inference import scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.seeds import Seed, unit_scale
-from cpn_fast.train import autocast
+from cpn_fast.step import autocast
 
 PRESENT = 0.5
 """A class counts as present from this probability on, where no tags are given."""
@@ -188,7 +188,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         raise UserError(f"{source}: not readable as YAML: {error}") from None
     config = parse(tree, str(source))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = load_network(config, weights).to(place).eval()
+    network = load_network(config, weights).to(place)
     return Model(config, network.to(memory_format=torch.channels_last), place)  # type: ignore[call-overload]
 
 

@@ -36,10 +36,12 @@ from cpn_fast.files import claim
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
+from cpn_fast.models.folding import fold
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.seeds import Seed, read_seed
-from cpn_fast.train import autocast, progress_bar
+from cpn_fast.step import autocast
+from cpn_fast.train import progress_bar
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 
@@ -118,7 +120,7 @@ def walk(
     missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
     if not missing:
         return
-    network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = scaled_images(
         missing,
         scales=(1.0,),
@@ -171,10 +173,10 @@ def walked_scores(network: AffinityNet, batch: ScaledBatch, seeds: Sequence[Seed
 
 
 def load_affinity_net(config: Config, weights: Path) -> AffinityNet:
-    """The experiment's AffinityNet with trained weights, or those of a released file."""
+    """The experiment's AffinityNet for inference, with trained weights or those of a released file."""
     network = build_affinity_net(config.model)
     load_into(network, to_network_keys(read_weights(weights)), source=weights)
-    return network
+    return fold(network.eval())
 
 
 def _filled(scores: Tensor, planes: int) -> Tensor:

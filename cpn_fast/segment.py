@@ -30,9 +30,11 @@ from cpn_fast.files import claim, replacing
 from cpn_fast.masks import write_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
+from cpn_fast.models.folding import fold
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
-from cpn_fast.train import autocast, progress_bar
+from cpn_fast.step import autocast
+from cpn_fast.train import progress_bar
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 POSSIBLE = 0.01
@@ -87,7 +89,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
     network = build_deeplab(config)
     load_into(network, to_network_keys(read_weights(weights)), source=weights)
-    network = network.to(rank.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = fold(network.eval()).to(rank.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     folder = config.run / "segment" / list_path.stem
     made_by = {

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,25 @@ import safetensors.torch
 import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 import cpn_fast
 from cpn_fast import checkpoint, ranks, signals
 from cpn_fast import config as configs
-from cpn_fast.config import Config, Train
+from cpn_fast.batch_size import sized
+from cpn_fast.config import Config
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.finite import GradientGuard
+from cpn_fast.gallery import COUNT, Gallery
+from cpn_fast.meter import Meter
 from cpn_fast.methods import METHODS, Method
-from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
-from cpn_fast.models.network import HEADS
+from cpn_fast.models.network import HEADS, Network
 from cpn_fast.pipelines.shards import open_shards
-from cpn_fast.pipelines.superpixels import SuperpixelCache
+from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
-from cpn_fast.ranks import Rank
+from cpn_fast.step import Step, load_optimizer, make_optimizer, set_rate
 from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
 
 DROPOUT, HIDING = range(2)  # streams of random numbers
@@ -56,8 +51,11 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     Under torchrun the processes share each step's images and average their gradients; the first one writes. Their
     number may change between two starts.
     """
-    train, rank = config.train, ranks.join()
+    rank = ranks.join()
     device = rank.device
+    config = sized(config, build, rank)
+    train = config.train
+    assert train.batch != "auto"
     if train.batch % rank.world:
         raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
     final = config.run / "model.safetensors"
@@ -110,7 +108,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     start = 0
     if state is not None:
         network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         start = state["step"]
     share = train.batch // rank.world
     for module in network.modules():
@@ -136,10 +134,16 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     if steps == 0:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
     generator = torch.Generator(device)
-    meter = Meter(config, rank, start, pipeline.steps_per_epoch // train.accumulate)
+    make_step = Step(method, optimizer, generator, train, rank, device)
+    if state is not None and make_step.scaler.is_enabled():
+        make_step.scaler.load_state_dict(state["scaler"])
     guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
-    batches = timed(pipeline, meter)
-    forward = network if rank.world == 1 else averaging(network)
+    meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate)
+    data = meter.timed(pipeline)
+    gallery = None
+    if rank.first and isinstance(network, Network):
+        shown = [(read_image(sample.image), sample.label) for sample in samples[:COUNT] if sample.label is not None]
+        gallery = Gallery(shown, config, network)
 
     with meter, signals.noted() as stopping, progress_bar() as bar:
         task = bar.add_task("train", total=steps, completed=start, note="")
@@ -147,42 +151,29 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
             generator.manual_seed(keyed_seed(train.seed, step, HIDING))
             factor = (1 - step / steps) ** train.power
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            optimizer.zero_grad(set_to_none=True)
-            seen = []
-            for left in reversed(range(train.accumulate)):
-                batch = next(batches)
-                views = method.views(batch, generator)
-                with exchanging(forward, now=left == 0):
-                    with autocast(train.precision, device):
-                        outputs = [
-                            forward(images.contiguous(memory_format=torch.channels_last), *others)
-                            for images, *others in views.inputs
-                        ]
-                    losses = method.losses(outputs, views)
-                    (losses.total / train.accumulate).backward()
-                meter.add(losses.total.detach(), losses.parts, losses.logits, batch.labels)
-                seen.append(batch.indices)
+            set_rate(optimizer, factor)
+            batches = [next(data) for _ in range(train.accumulate)]
+            figures = make_step(batches)
             done = step + 1
-            meter.norms.append(guard.see(done, network.parameters(), seen))
-            optimizer.step()
             logs = done % train.log_every == 0 or done == steps
             # One process stops after any step; several must stop after the same one, and agree when they log.
             stops = done < steps and (stopping() if rank.world == 1 else logs and any(rank.gather(stopping())))
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
-            if logs or keeps:
-                meter.skipped += guard.check()
-            if logs:
-                bar.update(task, note=meter.write(done, train.lr * factor))
+            meter.add(done, train.lr * factor, figures, batches, ends_line=logs)
+            note = meter.read(done, wait=keeps)
+            if note is not None:
+                bar.update(task, note=note)
             if rank.first and keeps:
                 checkpoint.write(
                     config.run / "checkpoints",
                     done,
                     model=network.state_dict(),
                     optimizer=optimizer.state_dict(),
+                    scaler=make_step.scaler.state_dict(),
                     config=configs.dump(config),
                 )
+            if gallery is not None and keeps:
+                meter.show("cams", gallery.picture(), done)
             bar.update(task, completed=done)
             if stops:
                 raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
@@ -192,42 +183,6 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             file.write(safetensors.torch.save(tensors))
     rank.wait()
     return final
-
-
-def make_optimizer(network: Headed, train: Train, device: torch.device) -> torch.optim.SGD:
-    """SGD in four groups: backbone weights x1, biases x2, head weights x10, biases x20; biases do not decay."""
-    groups: list[dict[str, Any]] = []
-    for is_head, is_bias, times in ((False, False, 1), (False, True, 2), (True, False, 10), (True, True, 20)):
-        parameters = [
-            parameter
-            for name, parameter in network.named_parameters()
-            if parameter.requires_grad and name.startswith("backbone.") != is_head and name.endswith("bias") == is_bias
-        ]
-        decay = 0.0 if is_bias else train.weight_decay
-        groups.append({"params": parameters, "base_lr": train.lr * times, "weight_decay": decay})
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=device.type == "cuda")
-
-
-def autocast(precision: str | None, device: torch.device) -> Any:
-    """The forward pass's autocast: bf16 on CUDA and none on CPU unless ``precision`` says otherwise."""
-    bf16 = precision == "bf16" or (precision is None and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
-def averaging(network: nn.Module) -> DistributedDataParallel:
-    """The network with gradients averaged over the processes. Buffers never change, so none are exchanged."""
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
-    options: dict[str, Any] = {buffers: False}
-    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
-
-
-def exchanging(forward: nn.Module, *, now: bool) -> Any:
-    """A block whose backward pass averages the gradients over the processes, or leaves that to a later one."""
-    if now or not isinstance(forward, DistributedDataParallel):
-        return nullcontext()
-    return forward.no_sync()
 
 
 def keyed_seed(*key: int) -> int:
@@ -248,94 +203,6 @@ def progress_bar() -> Progress:
 
 def superpixel_path(cache: SuperpixelCache) -> Callable[[Sample], Path]:
     return lambda sample: cache.path(sample.id)
-
-
-def timed(batches: Any, meter: Meter) -> Iterator[Any]:
-    """The batches, with the time spent waiting for them told to the meter."""
-    iterator = iter(batches)
-    while True:
-        began = time.perf_counter()
-        batch = next(iterator)
-        meter.waited += time.perf_counter() - began
-        yield batch
-
-
-class Meter:
-    """Running means since the last line, written to metrics.jsonl and TensorBoard.
-
-    Values stay on the device until a line is written, so that the loop does not wait for them. Means are over all
-    processes; the first writes.
-    """
-
-    def __init__(self, config: Config, rank: Rank, start: int, steps_per_epoch: int) -> None:
-        self.path, self.rank = config.run / "metrics.jsonl", rank
-        self.batch, self.classes, self.steps_per_epoch = config.train.batch, config.classes, max(1, steps_per_epoch)
-        self.board = None
-        if rank.first:
-            kept = [line for line in _lines(self.path) if line["step"] <= start]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self.board = SummaryWriter(config.run, purge_step=start + 1)
-        self.last_step = start
-        self.logits: list[Tensor] = []
-        self.labels: list[Tensor] = []
-        self._restart()
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.board is not None:
-            self.board.close()
-
-    def _restart(self) -> None:
-        self.began, self.waited = time.perf_counter(), 0.0
-        self.sums: dict[str, Tensor] = {}
-        self.norms: list[Tensor] = []
-        self.batches = self.skipped = 0
-
-    def add(self, total: Tensor, parts: dict[str, Tensor], logits: Tensor | None, labels: Tensor) -> None:
-        for name, value in {"loss": total, **parts}.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        if logits is not None:
-            self.logits.append(logits)
-            self.labels.append(labels)
-        self.batches += 1
-
-    def write(self, step: int, lr: float) -> str:
-        """Write a line; returns a short note for the progress bar."""
-        own = {name: float(value) / self.batches for name, value in self.sums.items()}
-        everywhere = self.rank.gather(own)
-        means = {name: sum(means[name] for means in everywhere) / len(everywhere) for name in own}
-        seconds = time.perf_counter() - self.began
-        line: dict[str, Any] = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr, **means}
-        line["images_per_second"] = self.batches * self.batch / seconds
-        line["waiting"] = self.waited / seconds
-        line["gradient_norm"] = float(torch.stack(self.norms).mean())
-        if self.skipped:
-            line["skipped"] = self.skipped
-        if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
-            seen = self.rank.gather((torch.cat(self.labels).cpu(), torch.cat(self.logits).float().cpu()))
-            labels, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
-            line["mAP"] = mean_average_precision(labels, logits)
-            self.logits.clear()
-            self.labels.clear()
-        if self.board is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, step)
-        self.last_step = step
-        note = f"loss {means['loss']:.3f}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}"
-        self._restart()
-        return note
-
-
-def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
-    """Mean over the classes that occur, of the average precision of their logits; (N, classes) each."""
-    truth, scores = labels.cpu().numpy() > 0.5, logits.float().cpu().numpy()
-    occurring = truth.any(axis=0)
-    return float(average_precision_score(truth[:, occurring], scores[:, occurring]))
 
 
 def _open_run(config: Config, device: torch.device) -> None:
@@ -364,7 +231,11 @@ def _open_run(config: Config, device: torch.device) -> None:
 
 # What may change between two starts of one run: nothing that the weights of a sound run depend on.
 FREE = {"out", "cam", "evaluate", "crf", "affinity", "walk", "segment", "data.eval_list", "data.masks"} | {
-    f"train.{key}" for key in ("log_every", "checkpoint_every", "data_threads", "nonfinite")
+    f"train.{key}"
+    for key in (
+        *("log_every", "checkpoint_every", "data_threads", "nonfinite"),
+        *("compile", "cuda_graph", "checkpoint_activations"),
+    )
 }
 
 
@@ -376,15 +247,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             continue
         keys += _differences(a, b, key + ".") if isinstance(a, dict) and isinstance(b, dict) else [key]
     return keys
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the last line of a killed run
-    return lines

@@ -148,9 +148,11 @@ class TrainingPipeline:
             labels_of_pixels = self._segment(images, self._online)
         _, _, indices = self._chosen(self._step)
         self._step += 1
-        labels = self._labels[indices]
-        indices_there = torch.from_numpy(indices).to(self._device)
-        return Batch(images, labels_of_pixels, labels.to(self._device), indices_there, (self._rank, self._world))
+        labels, indices_there = (
+            (x.pin_memory() if self._device.type == "cuda" else x).to(self._device, non_blocking=True)
+            for x in (self._labels[indices], torch.from_numpy(indices))
+        )  # a copy of pageable memory would wait for all the work of the GPU
+        return Batch(images, labels_of_pixels, labels, indices_there, (self._rank, self._world))
 
     def _segment(self, images: Tensor, config: Superpixels) -> Tensor:
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self._mean, self._std))

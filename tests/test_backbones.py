@@ -271,3 +271,28 @@ def test_mobilenet_fits_the_nearest_32k_plus_1(size: int) -> None:
 @pytest.mark.parametrize("name", ["resnet38d", "narrow"])
 def test_other_backbones_take_any_size(name: str) -> None:
     assert on_meta(name).fit(375) == 375
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_computed_again_give_the_same_gradients(name: str) -> None:
+    """With ResNet38d's dropout, and less kept for the backward pass."""
+
+    def gradients(recomputes: bool) -> tuple[dict[str, Tensor], int]:
+        torch.manual_seed(0)
+        backbone = with_used_statistics(build_backbone(Model(backbone=name))).train()
+        backbone.recomputes = recomputes
+        images, kept = torch.randn(2, 3, 33, 33), {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = backbone(images)
+        sum(feature.square().mean() for feature in features).backward()
+        return {key: p.grad for key, p in backbone.named_parameters() if p.grad is not None}, sum(kept.values())
+
+    (plain, all_kept), (again, inputs_kept) = gradients(False), gradients(True)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    assert inputs_kept < 0.8 * all_kept

@@ -7,7 +7,7 @@ from cpn_fast.config import Model, parse
 from cpn_fast.kernels import pixel_correlation
 from cpn_fast.models import build_backbone
 from cpn_fast.models.network import Network, build_network, normalised_cam, printed_correlation
-from cpn_fast.train import make_optimizer
+from cpn_fast.step import make_optimizer
 
 
 def network(**options) -> Network:

@@ -16,7 +16,7 @@ from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.training import Batch
-from cpn_fast.train import make_optimizer
+from cpn_fast.step import make_optimizer
 
 VAL = "ImageSets/Segmentation/val.txt"
 SMALL = {

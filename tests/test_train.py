@@ -17,6 +17,7 @@ from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.cpn import Cpn
+from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.pipelines.training import TrainingPipeline
 
 PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}
@@ -34,8 +35,9 @@ def lines(run):
         {"patches": {"kind": "grid", "grid_sizes": [16, 32]}},
         {"superpixels": {"mode": "online"}},
         {"method": "seam", "model": {"prcm": False}},
+        {**PLAIN, "train": {"precision": "fp16"}},
     ],
-    ids=["cpn", "cam", "grid", "online", "seam"],
+    ids=["cpn", "cam", "grid", "online", "seam", "fp16"],
 )
 def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny_config, monkeypatch) -> None:
     whole = config.load(tiny_config(name="whole", **changes))
@@ -100,7 +102,7 @@ def test_accumulated_batches_equal_one_large_batch(tiny_config) -> None:
     results = []
     for settings in (one, two):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.nn.Dropout2d, "forward", lambda self, x: x)
+            patch.setattr(SharedDropout2d, "forward", lambda self, x: x)
             results.append(load_file(train.run(settings)))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5)
@@ -249,7 +251,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_config) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not checkpoint.existing(settings.run / "checkpoints"):
         time.sleep(0.01)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "step-" in errors

@@ -19,6 +19,8 @@ from cpn_fast.pipelines.training import Batch
 class Affinity:
     """Labels are masks with 255 where they are unsure, ``labels/ID.png`` beside the run's folder."""
 
+    capturable = True
+
     def __init__(self, config: Config) -> None:
         self.network = build_affinity_net(config.model)
         self.radius = config.affinity.radius

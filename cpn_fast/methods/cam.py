@@ -16,6 +16,7 @@ from cpn_fast.pipelines.training import Batch
 
 class PlainCam:
     map = None
+    capturable = True
 
     def __init__(self, config: Config) -> None:
         self.network = build_network(config)

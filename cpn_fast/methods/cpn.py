@@ -19,6 +19,8 @@ from cpn_fast.pipelines.training import Batch
 class Cpn:
     """The triplet of image, patches and complement, in one forward pass of 3 B images (exact: BN is frozen)."""
 
+    capturable = True
+
     def __init__(self, config: Config) -> None:
         self.network = build_network(config)
         self.patches = config.patches
@@ -28,6 +30,8 @@ class Cpn:
         self.fill = normalised_fill(config.patches, self.network.mean, self.network.std)
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
+        if self.fill is not None:
+            self.fill = self.fill.to(batch.images.device)  # once: a copy from the host cannot be captured
         pair = complementary_pair(
             batch.images,
             batch.map,

@@ -44,6 +44,11 @@ class Method(Protocol):
         """What a batch's map holds: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or nothing."""
         ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether views and losses run the same kernels whatever a batch of one size holds, as a CUDA graph needs."""
+        ...
+
     def views(self, batch: Batch, generator: torch.Generator) -> Views: ...
 
     def losses(self, outputs: Sequence[Any], views: Views) -> Losses:

@@ -20,6 +20,8 @@ class Seam:
     """Two forward passes in a step: the image, and the image scaled down. SEAM* is SEAM with ``model.prcm``."""
 
     map = None
+    capturable = False
+    """The losses take the maps of present classes, and so wait for how many there are."""
 
     def __init__(self, config: Config) -> None:
         self.network = build_network(config)

@@ -21,6 +21,8 @@ from cpn_fast.pipelines.training import Batch
 class Segmentation:
     """``masks`` holds ``ID.png`` for every training image; IGNORE and padding train nothing."""
 
+    capturable = True
+
     def __init__(self, config: Config, masks: Path) -> None:
         self.network = build_deeplab(config)
         self.masks = masks

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from cpn_fast.config import Model, Rgb
@@ -23,6 +25,9 @@ class Backbone(nn.Module):
 
     Batch normalisation always runs on its stored statistics, and neither it nor the submodules named by ``frozen``
     are trained. A subclass calls ``train()`` once its submodules exist.
+
+    In training nothing is folded: ``torch.compile`` fuses a normalisation with the ReLU behind it, needs no gradient of
+    its factors, and keeps 2 activations of a residual block where autograd keeps 4. For inference there is ``fold``.
     """
 
     channels: tuple[int, int, int]
@@ -34,9 +39,19 @@ class Backbone(nn.Module):
     """Submodules whose weights never train."""
     classifier: tuple[str, ...] = ()
     """Patterns of the classifier keys that pretrained files carry and a CAM has no use for."""
+    recomputes = False
+    """Whether training keeps only the inputs of blocks and computes what is inside them again in the backward pass
+    (``train.checkpoint_activations``). A triplet of 448 px through ResNet38d then keeps 1.2 GB in fp32 instead of 2.4
+    without ``torch.compile``, and costs 7.95 TFLOP instead of 6.67."""
 
     def forward(self, images: Tensor) -> Features:
         raise NotImplementedError
+
+    def through(self, block: nn.Module, *inputs: Tensor) -> Any:
+        """A block's output. Blocks draw no random numbers, so that computing one again gives the same."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def fit(self, size: int) -> int:
         """The input side nearest to ``size`` (pixels) that the backbone is made for."""

@@ -21,6 +21,8 @@ class DeepLab(Headed):
     process's share, and the first process's are stored), and its factors stay as they are, in both.
     """
 
+    folds = (("conv_fov", "bn_fov"), ("conv_fov2", "bn_fov2"))
+
     def __init__(self, backbone: Backbone, classes: int, options: Model, *, bn_momentum: float) -> None:
         super().__init__(backbone, options)
         self.conv_fov = nn.Conv2d(backbone.channels[2], INNER, 3, padding=12, dilation=12, bias=False)

@@ -16,11 +16,17 @@ class SharedDropout2d(nn.Dropout2d):
     images = 1
     """Of this process in a step: an input's rows are as many, or several views of them, view after view."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.world == 1 or not self.training:
-            return super().forward(x)
-        views = len(x) // self.images
+    def mask(self, like: Tensor, channels: int) -> Tensor:
+        """Draw what ``forward`` multiplies by: 0 or 1 / (1 - p), (N, channels, 1, 1) for ``like`` (N, ...)."""
+        views = len(like) // self.images if self.world > 1 else 1
+        rows = len(like) * self.world
         # As torch's own dropout draws it, so that the numbers are the same.
-        mask = torch.empty(views * self.world * self.images, x.shape[1], 1, 1, dtype=x.dtype, device=x.device)
+        mask = torch.empty(rows, channels, 1, 1, dtype=like.dtype, device=like.device)
         mask = mask.bernoulli_(1 - self.p).div_(1 - self.p)
-        return x * mask.unflatten(0, (views, self.world, self.images))[:, self.number].flatten(0, 1)
+        return mask.unflatten(0, (views, self.world, -1))[:, self.number].flatten(0, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``mask`` is one that was drawn before, for a part of the network that is computed twice."""
+        if not self.training:
+            return x
+        return x * (self.mask(x, x.shape[1]) if mask is None else mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,7 +51,7 @@ class MobileNetV2(Backbone):
     def forward(self, images: Tensor) -> Features:
         x, inner = images, []
         for index, layer in enumerate(self.features):
-            x = layer(x)
+            x = self.through(layer, x)
             if index in (_LOW, _MIDDLE):
                 inner.append(x)
         # At output stride 16 the low features are larger than the others.
@@ -85,16 +87,19 @@ class Folded(nn.Sequential):
     The same function and gradients, since the statistics are constants, in 0.75 to 0.9 of the time on a CPU.
     """
 
+    @property
+    def folds(self) -> list[tuple[str, str]]:
+        """Pairs for ``fold``, which does once for inference what ``forward`` does in every step."""
+        names = list(self._modules.items())
+        return [(a, b) for (a, _), (b, norm) in itertools.pairwise(names) if isinstance(norm, nn.BatchNorm2d)]
+
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self)
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
-                mean, variance = following.running_mean, following.running_var
-                assert mean is not None
-                assert variance is not None
-                scale = following.weight * torch.rsqrt(variance + following.eps)
-                weight = layer.weight * scale[:, None, None, None]
-                bias = following.bias - mean * scale
+            if isinstance(layer, nn.Conv2d):
+                weight, bias = layer.weight, layer.bias
+                if isinstance(following, nn.BatchNorm2d):
+                    weight, bias = _folded(layer, following)
                 slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and layer.dilation[0] > 1
                 if slow and layer.groups > 1:
                     x = dilated_depthwise(x, weight, bias, layer.dilation[0])
@@ -105,7 +110,16 @@ class Folded(nn.Sequential):
         return x
 
 
-def dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+def _folded(layer: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the two together."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return layer.weight * scale[:, None, None, None], norm.bias - mean * scale
+
+
+def dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """A depthwise 3x3 convolution, padded to the size of x (N, C, H, W), as plain ones on every d-th row and column.
 
     A CPU's bf16 code for dilated ones takes 2.5 to 5 times as long, forward and backward.

@@ -32,11 +32,13 @@ class Narrow(Backbone):
         return max(size, 16)  # of a single cell there are no statistics
 
     def forward(self, images: Tensor) -> Features:
-        low = self.low(self.stem(images))
-        middle = self.middle(low)
+        low = self.stem(images)
+        for block in self.low:
+            low = self.through(block, low)
+        middle = self.through(self.middle, low)
         # Features after a ReLU point the same way everywhere; affinities are to tell what differs within an image.
         low, inner = (F.group_norm(x, x.shape[1]) for x in (low, middle))
-        return Features(low, inner, self.last(middle))
+        return Features(low, inner, self.through(self.last, middle))
 
 
 class Residual(nn.Module):

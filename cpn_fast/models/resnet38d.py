@@ -19,6 +19,7 @@ class ResNet38d(Backbone):
     mean = (123.675, 116.28, 103.53)
     std = (58.395, 57.12, 57.375)
     frozen = ("conv1a", "b2", "b2_1", "b2_2")
+    folds = (("conv1a", "b2.bn_branch2a"),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,19 +52,21 @@ class ResNet38d(Backbone):
     def forward(self, images: Tensor) -> Features:
         x = self.conv1a(images)
         for block in (self.b2, self.b2_1, self.b2_2, self.b3, self.b3_1, self.b3_2):
-            x, _ = block(x)
+            x, _ = self.through(block, x)
         for block in (self.b4, self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5):
-            x, _ = block(x)
-        x, low = self.b5(x)
-        x, _ = self.b5_1(x)
-        x, _ = self.b5_2(x)
-        x, middle = self.b6(x)
-        x, _ = self.b7(x)
+            x, _ = self.through(block, x)
+        x, low = self.through(self.b5, x)
+        x, _ = self.through(self.b5_1, x)
+        x, _ = self.through(self.b5_2, x)
+        x, middle = self.through(self.b6, x, *self.b6.masks(x))
+        x, _ = self.through(self.b7, x, *self.b7.masks(x))
         return Features(low, middle, _activate(self.bn7, x))
 
 
 class Block(nn.Module):
     """Pre-activated residual block of two 3x3 convolutions; returns its output and its activated input."""
+
+    folds = (("conv_branch2a", "bn_branch2b1"),)
 
     def __init__(
         self, inputs: int, inner: int, outputs: int, *, stride: int = 1, dilations: tuple[int, int] = (1, 1)
@@ -88,6 +91,8 @@ class Block(nn.Module):
 class Bottleneck(nn.Module):
     """Pre-activated 1x1, dilated 3x3, 1x1 with channel dropout; returns its output and its activated input."""
 
+    folds = (("conv_branch2a", "bn_branch2b1"), ("conv_branch2b1", "bn_branch2b2"))
+
     def __init__(self, inputs: int, outputs: int, *, dilation: int, dropout: float) -> None:
         super().__init__()
         self.bn_branch2a = nn.BatchNorm2d(inputs)
@@ -100,11 +105,19 @@ class Bottleneck(nn.Module):
         self.conv_branch2b2 = nn.Conv2d(outputs // 2, outputs, 1, bias=False)
         self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def masks(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the dropouts of ``forward(x)`` multiply by, drawn beforehand; none outside training."""
+        if not self.training:
+            return ()
+        pairs = ((self.dropout_2b1, self.conv_branch2b1), (self.dropout_2b2, self.conv_branch2b2))
+        return tuple(dropout.mask(x, convolution.in_channels) for dropout, convolution in pairs)
+
+    def forward(self, x: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = masks or (None, None)
         activated = _activate(self.bn_branch2a, x)
         branch = self.conv_branch2a(activated)
-        branch = self.conv_branch2b1(self.dropout_2b1(_activate(self.bn_branch2b1, branch)))
-        branch = self.conv_branch2b2(self.dropout_2b2(_activate(self.bn_branch2b2, branch)))
+        branch = self.conv_branch2b1(self.dropout_2b1(_activate(self.bn_branch2b1, branch), first))
+        branch = self.conv_branch2b2(self.dropout_2b2(_activate(self.bn_branch2b2, branch), second))
         return self.conv_branch1(activated) + branch, activated
 
 

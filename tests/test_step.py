@@ -1,0 +1,344 @@
+"""The training step, the figures that come of it, and the largest batch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cpn_fast import batch_size, config, train
+from cpn_fast.batch_size import largest
+from cpn_fast.errors import UserError
+from cpn_fast.finite import GradientGuard
+from cpn_fast.meter import AHEAD, Meter
+from cpn_fast.methods import METHODS
+from cpn_fast.methods.cam import PlainCam
+from cpn_fast.models import network
+from cpn_fast.models.backbone import Backbone, Features
+from cpn_fast.pipelines.training import Batch
+from cpn_fast.ranks import Rank
+from cpn_fast.step import Figures, Step, captures, load_optimizer, make_optimizer, set_rate
+
+PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}
+ALONE, CPU = Rank(0, 1, 0), torch.device("cpu")
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def batches(count: int, images: int = 2) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Batch(
+            torch.randn(images, 3, 32, 32, generator=generator),
+            None,
+            (torch.rand(images, 3, generator=generator) < 0.5).float(),
+            torch.arange(images),
+        )
+        for _ in range(count)
+    ]
+
+
+def weights(settings: config.Config, rates: list[float], *, ours: bool) -> dict[str, Tensor]:
+    """After a step at each rate: of ours, or of the same written out."""
+    torch.manual_seed(0)
+    method = METHODS[settings.method](settings)
+    net = method.network.train()
+    data = iter(batches(len(rates) * settings.train.accumulate))
+    optimizer = make_optimizer(net, settings.train, CPU)
+    step = Step(method, optimizer, torch.Generator(), settings.train, ALONE, CPU)
+    plain = torch.optim.SGD(
+        [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups],
+        momentum=settings.train.momentum,
+        foreach=False,
+    )
+    places = set()
+    for number, rate in enumerate(rates):
+        torch.manual_seed(number)
+        own = [next(data) for _ in range(settings.train.accumulate)]
+        if ours:
+            set_rate(optimizer, rate)
+            step(own)
+            rate_tensors = [group["lr"] for group in optimizer.param_groups]
+            buffers = [tensor for batch in step.inputs for tensor in batch if isinstance(tensor, Tensor)]
+            places.add(tuple(tensor.data_ptr() for tensor in (*rate_tensors, *buffers)))
+        else:
+            for group, ours_ in zip(plain.param_groups, optimizer.param_groups, strict=True):
+                group["lr"] = ours_["base_lr"] * rate
+            plain.zero_grad()
+            for batch in own:
+                views = method.views(batch, torch.Generator())
+                outputs = [net(*inputs) for inputs in views.inputs]
+                (method.losses(outputs, views).total / len(own)).backward()
+            plain.step()
+    assert len(places) <= 1  # a graph reads and writes where it once did
+    return dict(net.state_dict())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_plain_sgd_on_tensors_that_stay_in_place(accumulate: int, tiny_config) -> None:
+    options = {"accumulate": accumulate, "momentum": 0.9, "lr": 0.05}
+    settings = config.load(tiny_config(**PLAIN, train=options, classes=["a", "b", "c"]))
+    rates = [1.0, 0.5, 0.25]
+    expected, found = (weights(settings, rates, ours=ours) for ours in (False, True))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_brings_momentum_and_no_settings(tiny_config) -> None:
+    """Also one of a run whose rates were numbers and whose SGD was not fused."""
+    settings = config.load(tiny_config(**PLAIN))
+    parameters = [parameter for parameter in PlainCam(settings).network.parameters() if parameter.requires_grad]
+    old = torch.optim.SGD([{"params": parameters, "base_lr": 7.0}], lr=7.0, momentum=0.5)
+    sum(parameter.sum() for parameter in parameters).backward()
+    old.step()
+    new = torch.optim.SGD([{"params": parameters, "lr": torch.tensor(1.0), "base_lr": 1.0}], momentum=0.9, fused=True)
+    rate = new.param_groups[0]["lr"]
+    load_optimizer(new, old.state_dict())
+    (group,) = new.param_groups
+    assert group["lr"] is rate
+    assert (group["base_lr"], group["momentum"], group["fused"]) == (1.0, 0.9, True)
+    assert torch.equal(new.state[parameters[0]]["momentum_buffer"], torch.ones_like(parameters[0]))
+
+
+def switched(tiny_config, name: str, **options) -> bytes:
+    return train.run(config.load(tiny_config(name=name, train={"steps": 3, **options}))).read_bytes()
+
+
+def test_recomputed_blocks_train_the_same(tiny_config) -> None:
+    assert switched(tiny_config, "a") == switched(tiny_config, "b", checkpoint_activations=True)
+
+
+class Toy(Backbone):
+    """One block with batch normalisation: torch.compile takes minutes for a whole backbone on a busy CPU."""
+
+    channels = (8, 8, 8)
+    mean = std = (127.5, 127.5, 127.5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=8, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.train()
+
+    def forward(self, images: Tensor) -> Features:
+        x = self.through(self.norm, self.conv(images)).relu()
+        return Features(x, x, x)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_and_plain_training_continue_each_other(tiny_config, monkeypatch) -> None:
+    """To the stated tolerance, with the same dropout."""
+    monkeypatch.setattr(network, "build_backbone", lambda options: Toy())
+    options = {"steps": 3, "checkpoint_every": 2, "log_every": 1}
+    plain = config.load(tiny_config(**PLAIN, name="plain", train=options))
+    expected = load_file(train.run(plain))
+    settings = config.load(tiny_config(**PLAIN, name="compiled", train={**options, "compile": True}))
+    final = train.run(settings)
+    (last,) = (settings.run / "checkpoints").glob("*3.pt")
+    for path in (final, last):
+        path.unlink()
+    found = load_file(train.run(config.load(tiny_config(**PLAIN, name="compiled", train=options))))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    for a, b in zip(lines(plain.run), lines(settings.run), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_where_a_step_cannot_be_captured(tiny_config) -> None:
+    def asked(graph: bool | None, method: str, rank: Rank, device: str) -> bool:
+        options = config.load(tiny_config(train={"cuda_graph": graph})).train
+        return captures(METHODS[method](settings), options, rank, torch.device(device))
+
+    settings = config.load(tiny_config())
+    assert asked(None, "cpn", ALONE, "cuda")
+    assert asked(True, "cpn", ALONE, "cuda")
+    assert not asked(False, "cpn", ALONE, "cuda")
+    for method, rank, device, why in (
+        ("cpn", ALONE, "cpu", "no GPU"),
+        ("cpn", Rank(0, 2, 0), "cuda", "exchange gradients"),
+        ("seam", ALONE, "cuda", "depend on the images"),
+    ):
+        assert not asked(None, method, rank, device)
+        with pytest.raises(UserError, match=rf"train.cuda_graph is true, but .*{why}"):
+            asked(True, method, rank, device)
+
+
+def test_recomputed_blocks_of_several_processes_are_not_compiled(tiny_config) -> None:
+    settings = config.load(tiny_config(train={"compile": True, "checkpoint_activations": True}))
+    method = METHODS["cpn"](settings)
+    optimizer = make_optimizer(method.network, settings.train, CPU)
+    with pytest.raises(UserError, match=r"needs train\.compile=false"):
+        Step(method, optimizer, torch.Generator(), settings.train, Rank(0, 2, 0), CPU)
+
+
+# fp16
+
+
+def with_bad_losses(monkeypatch, first: int, last: int) -> None:
+    real, calls = PlainCam.losses, iter(range(1, 1000))
+
+    def losses(self, outputs, views):
+        found = real(self, outputs, views)
+        return found._replace(total=found.total * (float("nan") if first <= next(calls) <= last else 1))
+
+    monkeypatch.setattr(PlainCam, "losses", losses)
+
+
+def test_fp16_skips_an_overflow_and_halves_the_scale(tiny_config, monkeypatch) -> None:
+    options = {"precision": "fp16", "log_every": 1, "steps": 4}
+    with_bad_losses(monkeypatch, 2, 2)
+    settings = config.load(tiny_config(**PLAIN, train=options))
+    found = load_file(train.run(settings))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    told = lines(settings.run)
+    assert [line.get("skipped") for line in told] == [None, 1, None, None]
+    assert [line["scale"] for line in told] == [65536, 65536, 32768, 32768]
+    assert not (settings.run / "nonfinite.json").exists()
+
+
+def test_fp16_trains_as_fp32_and_a_scale_that_collapses_stops_the_run(tiny_config, monkeypatch) -> None:
+    options = {"steps": 24, "log_every": 1, "checkpoint_every": 100}
+    fp32 = config.load(tiny_config(**PLAIN, name="fp32", train={**options, "steps": 3}))
+    expected = load_file(train.run(fp32))
+    half = load_file(train.run(config.load(tiny_config(**PLAIN, train={**options, "steps": 3, "precision": "fp16"}))))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(half[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+    with_bad_losses(monkeypatch, 3, 1000)
+    settings = config.load(tiny_config(**PLAIN, name="bad", train={**options, "precision": "fp16"}))
+    with pytest.raises(UserError, match="gradient of step 19 is not finite"):  # 65536 is halved at steps 3 to 18
+        train.run(settings)
+    assert [entry["step"] for entry in json.loads((settings.run / "nonfinite.json").read_text())] == [19]
+
+
+# Figures on their way
+
+
+class Event:
+    """Of a GPU that is done when it is waited for."""
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_figures_are_read_late_and_belong_to_their_steps(tiny_config) -> None:
+    settings = config.load(tiny_config(train={"batch": 2}))
+    settings.run.mkdir(parents=True)
+    guard = GradientGuard(settings.run, ["x", "y"], "skip", ALONE)
+    events = []
+    with Meter(settings, 2, guard, 0, 100) as meter:
+        for step in range(1, 8):
+            values = torch.tensor([float(step), float("inf") if step == 4 else 1.0, 1.0])
+            figures = Figures(("loss", "gradient_norm", "scale"), values, None)
+            meter.add(step, 0.1 * step, figures, batches(1), ends_line=step % 3 == 0)
+            events.append(Event())
+            meter.under_way[-1] = meter.under_way[-1]._replace(there=events[-1])
+            note = meter.read(step, wait=False)
+            assert [event.waited for event in events] == [number <= step - AHEAD for number in range(1, step + 1)]
+            assert (note is not None) == (step - AHEAD > 0 and (step - AHEAD) % 3 == 0)
+        (first,) = lines(settings.run)
+        assert (first["step"], first["loss"], first["lr"]) == (3, 2.0, pytest.approx(0.3))
+        meter.read(7, wait=True)
+    _, second = lines(settings.run)
+    assert (second["step"], second["loss"], second["skipped"]) == (6, 5.0, 1)
+    assert second["gradient_norm"] == pytest.approx(2 / 3)
+    assert json.loads((settings.run / "nonfinite.json").read_text()) == [{"step": 4, "images": ["x", "y"]}]
+
+
+def test_pictures_of_cams_come_with_checkpoints(tiny_config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = config.load(tiny_config())
+    train.run(settings)
+    board = EventAccumulator(str(settings.run))
+    board.Reload()
+    pictures = board.Images("cams")
+    assert [picture.step for picture in pictures] == [3, 6]
+    assert (pictures[0].height, pictures[0].width) == (4 * 160, 3 * 160)
+
+
+# The largest batch
+
+
+@given(limit=st.integers(0, 300), most=st.integers(1, 300))
+def test_the_largest_that_fits(limit: int, most: int) -> None:
+    tried: list[int] = []
+
+    def fits(images: int) -> bool:
+        tried.append(images)
+        return images <= limit
+
+    assert largest(fits, most) == min(limit, most)
+    assert len(set(tried)) == len(tried) <= 20
+    assert max(tried) <= most
+
+
+def test_a_run_finds_its_batch_and_keeps_it(tiny_config, monkeypatch) -> None:
+    monkeypatch.setattr(batch_size, "step_fits", lambda config, build, rank, images: images <= 3)
+    settings = config.load(path := tiny_config(train={"batch": "auto", "steps": None, "epochs": 1, "log_every": 1}))
+    expected = load_file(train.run(settings))
+    assert config.load(settings.run / "config.yaml").train.batch == 3
+    assert [line["step"] for line in lines(settings.run)] == [1, 2, 3, 4]  # 12 images
+
+    monkeypatch.undo()  # another machine
+    (settings.run / "model.safetensors").unlink()
+    found = load_file(train.run(config.load(path)))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert config.load(settings.run / "config.yaml").train.batch == 3
+
+
+def test_a_batch_that_does_not_fit_is_said(tiny_config, monkeypatch) -> None:
+    settings = config.load(tiny_config(train={"batch": "auto"}))
+    with pytest.raises(UserError, match="there is no GPU: give a number"):
+        train.run(settings)
+    monkeypatch.setattr(batch_size, "step_fits", lambda config, build, rank, images: False)
+    with pytest.raises(UserError, match=r"one image of 64 px .*train\.checkpoint_activations"):
+        train.run(settings)
+
+
+@pytest.mark.parametrize("method", ["cpn", "seam"])
+def test_what_is_tried_is_a_training_step(method: str, tiny_config, monkeypatch) -> None:
+    settings = config.load(tiny_config(method=method, train={"accumulate": 2}))
+    made = []
+    real = Step._make
+    monkeypatch.setattr(Step, "_make", lambda self: made.append(real(self)))
+    batch_size.try_steps(settings, METHODS[method], CPU, 2)
+    assert [figures.logits.shape for figures in made] == [(4, len(settings.classes))] * 2
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"accumulate": 2}, {"checkpoint_activations": True}])
+def test_a_captured_step_trains_as_an_eager_one(options: dict, tiny_config) -> None:
+    """Dropout and hidden patches too follow from (seed, step); sums of atomics differ in their order."""
+    runs = []
+    for graph in (False, True):
+        free = {"steps": 8, "log_every": 1, "compile": False, "cuda_graph": graph, **options}
+        runs.append(config.load(tiny_config(name=f"graph-{graph}", train=free)))
+    eager, captured = (load_file(train.run(settings)) for settings in runs)
+    for name, tensor in eager.items():
+        assert (captured[name] - tensor).norm() <= 1e-2 * tensor.norm(), name
+    for a, b in zip(*(lines(settings.run) for settings in runs), strict=True):
+        assert b["step"] == a["step"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no memory to fill without a GPU")
+def test_auto_finds_a_batch_on_a_gpu(tiny_config) -> None:
+    settings = config.load(tiny_config())
+    assert batch_size.step_fits(settings, METHODS["cpn"], ALONE, 2)
+    assert not batch_size.step_fits(settings, METHODS["cpn"], ALONE, 10**6)

@@ -238,9 +238,13 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"Error: {error}")
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            reason = "the disk is full; make room and give the same command again"
+        elif error.filename is not None:
+            reason = error.strerror or type(error).__name__
+        else:
             raise
-        sys.exit(f"Error: {error.filename or 'a file'}: the disk is full; make room and give the same command again")
+        sys.exit(f"Error: {error.filename or 'a file'}: {reason}")
     except Stopped as stop:
         print(f"{stop}. The same command goes on from there.", file=sys.stderr)
         sys.exit(EXIT_CODE)

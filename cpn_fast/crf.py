@@ -21,6 +21,7 @@ from rich.progress import track
 from cpn_fast.config import CrfName
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.images import can_be_kept
 from cpn_fast.masks import write_mask
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.seeds import Seed, read_seed
@@ -108,7 +109,7 @@ def write_label_maps(
 
     Raises UserError for a missing or damaged seed or image.
     """
-    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
     if not missing:
         return
     with process_pool(min(workers, len(missing))) as pool:

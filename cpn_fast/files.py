@@ -55,13 +55,17 @@ def claim(folder: Path, made_by: dict[str, Any]) -> str:
 
     ``made_by.json`` in it remembers that. Returns a digest of ``made_by`` for what is made of these files in turn.
     """
-    text = json.dumps(made_by, indent=2, sort_keys=True) + "\n"
+    text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
-    if folder.exists() and not (manifest.exists() and manifest.read_text() == text):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob(".*.tmp"):  # of killed processes
+    try:
+        same = json.loads(manifest.read_bytes()) == json.loads(text)
+    except (OSError, ValueError):  # none, or a damaged one
+        same = False
+    if not same:
+        if folder.exists():
+            shutil.rmtree(folder)
+        with replacing(manifest) as file:
+            file.write(text)
+    for partial in folder.rglob(".*.tmp"):  # of killed processes
         partial.unlink()
-    with replacing(manifest) as file:
-        file.write(text.encode())
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text).hexdigest()

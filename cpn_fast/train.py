@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 import yaml
@@ -64,7 +65,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         _open_run(config, device)
     rank.wait()
     state = checkpoint.newest(config.run / "checkpoints", device)
-    if state is not None and final.exists():
+    if state is not None and _is_complete(final):
         return final
 
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
@@ -264,7 +265,8 @@ class Meter:
         self.board = None
         if rank.first:
             kept = [line for line in _lines(self.path) if line["step"] <= start]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self.board = SummaryWriter(config.run, purge_step=start + 1)
         self.last_step = start
         self.logits: list[Tensor] = []
@@ -341,8 +343,8 @@ def _open_run(config: Config, device: torch.device) -> None:
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
                 "Give this one another name, or delete that folder"
             )
-    config.run.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved)
+    with replacing(path) as file:
+        file.write(resolved.encode())
     environment = {
         "cpn_fast": cpn_fast.__version__,
         "torch": torch.__version__,
@@ -350,7 +352,8 @@ def _open_run(config: Config, device: torch.device) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
     }
-    (config.run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    with replacing(config.run / "environment.json") as file:
+        file.write(json.dumps(environment, indent=2).encode() + b"\n")
 
 
 # What may change between two starts of one run: nothing that the weights of a sound run depend on.
@@ -369,13 +372,24 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return keys
 
 
+def _is_complete(weights: Path) -> bool:
+    """Whether they are there with every byte that their header tells of."""
+    try:
+        with safetensors.safe_open(weights, "pt"):
+            return True
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines up to the first that is torn (a killed run's last one) or damaged."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the last line of a killed run
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, LookupError, TypeError):
+            break
     return lines

@@ -8,6 +8,9 @@ each pixel, a palette PNG.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -90,7 +93,7 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for CRFs; work that has not begun is dropped when the block fails."""
     context = multiprocessing.get_context("forkserver")  # a fork of this process could hang on torch's threads
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context)
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow)
     try:
         yield pool
     except BrokenProcessPool:
@@ -100,6 +103,14 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _follow() -> None:
+    """In each of the processes: leave Ctrl-C to the one that started it, and end when that one is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def write_label_maps(

@@ -41,6 +41,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(*folders: Path) -> None:
+    """Remove what killed processes left half-written."""
+    for folder in folders:
+        for partial in folder.glob(".*.tmp"):
+            partial.unlink(missing_ok=True)
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it followed (writers of libraries raise their own), says that."""
     while error is not None:
@@ -66,6 +73,5 @@ def claim(folder: Path, made_by: dict[str, Any]) -> str:
             shutil.rmtree(folder)
         with replacing(manifest) as file:
             file.write(text)
-    for partial in folder.rglob(".*.tmp"):  # of killed processes
-        partial.unlink()
+    remove_partials(folder, *(place for place in folder.iterdir() if place.is_dir()))
     return hashlib.sha256(text).hexdigest()

@@ -100,8 +100,11 @@ def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path)
         write_mask(folder / name, combined_labels(read_mask(low / name), read_mask(high / name)))
 
     with ThreadPoolExecutor() as pool:
-        for _ in track(pool.map(write, missing), "Affinity labels", total=len(missing), disable=not missing):
-            pass
+        try:
+            for _ in track(pool.map(write, missing), "Affinity labels", total=len(missing), disable=not missing):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def walk(

@@ -28,7 +28,7 @@ from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import remove_partials, replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
@@ -343,6 +343,7 @@ def _open_run(config: Config, device: torch.device) -> None:
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
                 "Give this one another name, or delete that folder"
             )
+    remove_partials(config.run, config.run / "checkpoints")
     with replacing(path) as file:
         file.write(resolved.encode())
     environment = {

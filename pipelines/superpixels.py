@@ -28,7 +28,7 @@ from cpn_fast import ranks
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import remove_partials, replacing
 from cpn_fast.images import is_whole_png, opened
 
 FORMAT = 1
@@ -142,8 +142,7 @@ class SuperpixelCache:
 
     def _claim(self) -> None:
         """Write the manifest of a new folder, and remove what killed builders left unfinished."""
-        for partial in self.folder.glob(".*.tmp"):
-            partial.unlink()
+        remove_partials(self.folder)
         if self._has_manifest():
             return
         if any(self.folder.glob("*.png")):

@@ -14,7 +14,7 @@ import typer
 
 from cpn_fast.errors import UserError
 from cpn_fast.files import is_disk_full
-from cpn_fast.signals import EXIT_CODE, Stopped
+from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
 
 app = typer.Typer(
     help="Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds.",
@@ -340,13 +340,18 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
     try:
-        app()
+        with acted_on():
+            app()
     except UserError as error:
         sys.exit(f"Error: {error}")
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            reason = "the disk is full; make room and give the same command again"
+        elif error.filename is not None:
+            reason = error.strerror or type(error).__name__
+        else:
             raise
-        sys.exit(f"Error: {error.filename or 'a file'}: the disk is full; make room and give the same command again")
-    except Stopped as stop:
-        print(f"{stop}. The same command goes on from there.", file=sys.stderr)
+        sys.exit(f"Error: {error.filename or 'a file'}: {reason}")
+    except Stopped as stopped:
+        print(f"{stopped}. The same command goes on from there.", file=sys.stderr)
         sys.exit(EXIT_CODE)

@@ -7,6 +7,7 @@ ones (``configs/voc.yaml``); ``configs/voc_paper.yaml`` sets the paper's.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -458,7 +459,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         hint = f"Did you mean {stems[near[0]]}? " if near else ""
         listed = ", ".join(dict.fromkeys(there)) or "none in that folder"
         raise UserError(f"{path}: no such config. {hint}There are: {listed}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
@@ -503,7 +504,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
             raise UserError(f"--set {text!r}: {name} is a value, not a section")
     try:
         tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--set {text!r}: the value is not YAML: {error}") from None
 
 
@@ -516,7 +517,7 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("missing", "value_error"):
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {problem['input']!r}"
+    return f"{key}: {message}, found {reprlib.repr(problem['input'])}"  # what aliases repeat may be endless
 
 
 def _known(where: list[str]) -> list[str]:

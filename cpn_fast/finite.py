@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,20 @@ class GradientGuard:
             return False
         images = list(chain(*self.rank.gather([self.ids[i] for i in indices])))
         if self.rank.first:
-            before = json.loads(self.path.read_text()) if self.path.exists() else []
             with replacing(self.path) as file:
-                file.write(json.dumps([*before, {"step": step, "images": images}], indent=1).encode())
+                found = {"step": step, "images": images}
+                file.write(json.dumps([*_earlier(self.path), found], indent=1).encode())
         if self.mode == "stop":
             raise UserError(
                 f"the gradient of step {step} is not finite; its images are {', '.join(images[:8])} "
                 f"({self.path}). Lower train.lr or train.momentum and start anew, or go on with train.nonfinite=skip"
             )
         return False
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """What is written down already; of a damaged file nothing, for the steps to come matter more."""
+    try:
+        return list(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return []

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from cpn_fast.config import Config
+from cpn_fast.files import replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.pipelines.training import Batch
 from cpn_fast.step import Figures
@@ -53,7 +54,8 @@ class Meter:
         self.board = None
         if self.rank.first:
             kept = [line for line in _lines(self.path) if line["step"] <= start]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self.board = SummaryWriter(config.run, purge_step=start + 1)
         self.last_step, self.last_added = start, start
         self.under_way: deque[_Told] = deque()
@@ -173,12 +175,14 @@ def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines up to the first that is torn (a killed run's last one) or damaged."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the last line of a killed run
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, LookupError, TypeError):
+            break
     return lines

@@ -184,7 +184,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")
     try:
         tree = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{source}: not readable as YAML: {error}") from None
     config = parse(tree, str(source))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -33,6 +33,7 @@ from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim
+from cpn_fast.images import can_be_kept
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
@@ -95,15 +96,18 @@ def affinity_config(config: Config) -> Config:
 
 def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path) -> None:
     """Write ``combined_labels`` of two folders of masks, for the samples that have none yet."""
-    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
 
     def write(sample: Sample) -> None:
         name = f"{sample.id}.png"
         write_mask(folder / name, combined_labels(read_mask(low / name), read_mask(high / name)))
 
     with ThreadPoolExecutor() as pool:
-        for _ in track(pool.map(write, missing), "Affinity labels", total=len(missing), disable=not missing):
-            pass
+        try:
+            for _ in track(pool.map(write, missing), "Affinity labels", total=len(missing), disable=not missing):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def walk(
@@ -117,7 +121,7 @@ def walk(
     workers: int,
 ) -> None:
     """Write ``folder/ID.png``, the mask of ``seeds/ID.npz`` after the walk, for the samples that have none yet."""
-    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
     if not missing:
         return
     network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

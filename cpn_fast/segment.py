@@ -27,6 +27,7 @@ from cpn_fast.crf import PARAMETERS, dense_crf, process_pool
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing
+from cpn_fast.images import can_be_kept
 from cpn_fast.masks import write_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
@@ -99,9 +100,9 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     if rank.first:
         claim(folder, made_by)
     rank.wait()
-    last = folder / ("crf" if options.crf else "masks")  # its presence says that an image is done
+    kinds = ("masks", "crf") if options.crf else ("masks",)
     own = rank.share(samples)
-    missing = [sample for sample in own if not (last / f"{sample.id}.png").exists()]
+    missing = [sample for sample in own if not all(can_be_kept(folder / kind / f"{sample.id}.png") for kind in kinds)]
     batches = scaled_images(
         missing,
         scales=options.scales,

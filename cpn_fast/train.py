@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 import yaml
@@ -21,7 +22,7 @@ from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import remove_partials, replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.gallery import COUNT, Gallery
 from cpn_fast.meter import Meter
@@ -63,7 +64,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         _open_run(config, device)
     rank.wait()
     state = checkpoint.newest(config.run / "checkpoints", device)
-    if state is not None and final.exists():
+    if state is not None and _is_complete(final):
         return final
 
     shards = None
@@ -88,8 +89,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             network,
             to_network_keys(read_weights(config.model.weights)),
             source=config.model.weights,
-            allow_missing=[f"{head}.*" for head in HEADS],
-            allow_unexpected=[f"backbone.{pattern}" for pattern in network.backbone.classifier],
+            allow_missing=(heads := [f"{head}.*" for head in HEADS]),
+            allow_unexpected=[*heads, *(f"backbone.{pattern}" for pattern in network.backbone.classifier)],
         )
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     online = None
@@ -141,7 +142,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate)
     data = meter.timed(pipeline)
     gallery = None
-    if rank.first and isinstance(network, Network):
+    if rank.first and shards is None and isinstance(network, Network):
         shown = [(read_image(sample.image), sample.label) for sample in samples[:COUNT] if sample.label is not None]
         gallery = Gallery(shown, config, network)
 
@@ -217,8 +218,9 @@ def _open_run(config: Config, device: torch.device) -> None:
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
                 "Give this one another name, or delete that folder"
             )
-    config.run.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved)
+    remove_partials(config.run, config.run / "checkpoints")
+    with replacing(path) as file:
+        file.write(resolved.encode())
     environment = {
         "cpn_fast": cpn_fast.__version__,
         "torch": torch.__version__,
@@ -226,7 +228,8 @@ def _open_run(config: Config, device: torch.device) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
     }
-    (config.run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    with replacing(config.run / "environment.json") as file:
+        file.write(json.dumps(environment, indent=2).encode() + b"\n")
 
 
 # What may change between two starts of one run: nothing that the weights of a sound run depend on.
@@ -247,3 +250,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             continue
         keys += _differences(a, b, key + ".") if isinstance(a, dict) and isinstance(b, dict) else [key]
     return keys
+
+
+def _is_complete(weights: Path) -> bool:
+    """Whether they are there with every byte that their header tells of."""
+    try:
+        with safetensors.safe_open(weights, "pt"):
+            return True
+    except (OSError, safetensors.SafetensorError):
+        return False

@@ -13,8 +13,8 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from cpn_fast.errors import UserError
-from cpn_fast.pipelines.superpixels import DECODE_ERRORS, upright
+from cpn_fast.images import UnreadableImage, opened
+from cpn_fast.pipelines.superpixels import upright
 
 
 class Encoded(NamedTuple):
@@ -34,12 +34,12 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
     """
     try:
         content = path.read_bytes() if content is None else content
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                return Encoded(np.frombuffer(content, np.uint8), *_upright_size(image))
-            pixels = upright(image)
-    except DECODE_ERRORS as error:
-        raise unreadable(path, error) from None
+    except OSError as error:
+        raise UnreadableImage(path, str(error)) from None
+    with opened(path, io.BytesIO(content)) as image:
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            return Encoded(np.frombuffer(content, np.uint8), *_upright_size(image))
+        pixels = upright(image)
     height, width, _ = pixels.shape
     ppm = b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
     return Encoded(np.frombuffer(ppm, np.uint8), height, width)
@@ -47,11 +47,8 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image turned upright, read from its header. Raises UserError as ``read_encoded`` does."""
-    try:
-        with Image.open(path) as image:
-            return _upright_size(image)
-    except DECODE_ERRORS as error:
-        raise unreadable(path, error) from None
+    with opened(path) as image:
+        return _upright_size(image)
 
 
 def decode(encoded: Any, device: torch.device) -> Any:
@@ -67,21 +64,19 @@ def device_id(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, Path | IO[bytes]]]) -> list[Tensor]:
+def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, IO[bytes] | None]]) -> list[Tensor]:
     """The next batch of a pipeline's outputs as tensors, which share DALI's memory and keep it from being used again.
 
-    ``files``, names and what to open, are looked through when the pipeline fails: UserError names a damaged one.
+    ``files``, names and contents if those are no files, are looked through when the pipeline fails: UserError names a
+    damaged one.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
         outputs = pipeline.run(stream)
     except RuntimeError:
-        for path, file in files:
-            try:
-                with Image.open(file) as image:
-                    image.load()
-            except DECODE_ERRORS as error:
-                raise unreadable(path, error) from None
+        for path, content in files:
+            with opened(path, content) as image:
+                image.load()
         raise
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
 
@@ -90,7 +85,3 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: expected a readable image, found: {error}. Restore the file or take it off the list")

@@ -71,7 +71,7 @@ def scaled_images(
         pipeline.set_outputs(*(_scaled(images, target, mean, std) for target in targets))
     for number, planned in enumerate(batches):
         paths = [samples[index].image for near in batches[number : number + 3] for index in near.indices]
-        yield ScaledBatch(planned.indices, planned.size, run(pipeline, device, zip(paths, paths, strict=True)))
+        yield ScaledBatch(planned.indices, planned.size, run(pipeline, device, ((path, None) for path in paths)))
 
 
 class _Planned(NamedTuple):

@@ -26,6 +26,7 @@ from torch import Tensor
 from cpn_fast.config import Augment, Rgb, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.images import is_whole_png
 from cpn_fast.pipelines.decode import decode, device_id, read_encoded, run
 from cpn_fast.pipelines.shards import Shards
 from cpn_fast.pipelines.superpixels import segment_batch
@@ -168,8 +169,8 @@ class TrainingPipeline:
         shard = None if self._shards is None else self._shards.size
         return epoch, positions, _order(self._seed, epoch, len(self._samples), shard)[positions]
 
-    def _files(self) -> Iterator[tuple[Path, Path | IO[bytes]]]:
-        """Names and contents of the batches that may be under way."""
+    def _files(self) -> Iterator[tuple[Path, IO[bytes] | None]]:
+        """Names of the files of batches that may be under way; with contents if they come from shards."""
         if self._shards is not None:
             for path, content in self._under_way:
                 yield path, io.BytesIO(content)
@@ -178,7 +179,7 @@ class TrainingPipeline:
             for index in self._chosen(step)[2]:
                 sample = self._samples[index]
                 for path in [sample.image, *([] if self._map_path is None else [self._map_path(sample)])]:
-                    yield path, path
+                    yield path, None
 
     def _stream(self, shards: Shards) -> Iterator[tuple[tuple[int, int], tuple[bytes, ...]]]:
         """((epoch, position), files) of this rank's samples: window after window, each in the order of its files."""
@@ -342,10 +343,12 @@ def _read_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, int, i
     """
     try:
         data = path.read_bytes() if data is None else data
+        if not is_whole_png(data):
+            raise ValueError("empty file" if not data else "no PNG, or its checksums do not fit its content")
         width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
         if kind == PALETTE and bits == 8:
             data = _without_palette(data)
-    except (OSError, struct.error) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a map of labels, found: {error}. Make it again") from None
     if (kind, bits) not in ((GRAYSCALE, 8), (GRAYSCALE, 16), (PALETTE, 8)):
         raise UserError(

@@ -32,7 +32,8 @@ from cpn_fast.patches import complementary_pair, normalised_fill
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import segment_batch
 from cpn_fast.seeds import unit_scale
-from cpn_fast.train import autocast, progress_bar
+from cpn_fast.step import autocast
+from cpn_fast.train import progress_bar
 
 SUPERPIXELS = (5, 50, 200, 500, 1000)
 """Superpixels asked for per image."""
@@ -57,7 +58,8 @@ class Counts:
 
     @classmethod
     def none(cls) -> Counts:
-        return cls(*(np.zeros((2, len(THRESHOLDS)), np.int64) for _ in range(3)), np.zeros(2, np.int64))
+        plain, pair, both = np.zeros((3, 2, len(THRESHOLDS)), np.int64)
+        return cls(plain, pair, both, np.zeros(2, np.int64))
 
     def add(self, plain: np.ndarray, pair: np.ndarray, on_object: np.ndarray, counted: np.ndarray) -> None:
         """Count maps (k, H, W); ``on_object`` and ``counted`` are bool of that shape."""

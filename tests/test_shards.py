@@ -162,7 +162,7 @@ def test_damage_is_named(loose, cache, folder, tmp_path) -> None:
     tar.write_bytes(tar.read_bytes()[:-12_000])
     with pytest.raises(UserError, match=r"1 shards are .*shard-00001.tar"):
         open_shards(copy, DEMO_CLASSES)
-    for member, message in ((0, "expected a readable image"), (1, "expected a readable image")):
+    for member, message in ((0, "expected a readable image"), (1, "expected a map of labels")):
         lines = (copy / "shard-00001.idx").read_text().splitlines()
         offset, size = map(int, lines[1].split()[4 * member + 1 : 4 * member + 3])
         content = bytearray((folder / "shard-00001.tar").read_bytes())

@@ -80,7 +80,7 @@ WORDS = {
     "compiled": "+ compiled network and losses",
     "cuda_graph": "+ whole step in a CUDA graph",
 }
-ONLY_ON_GPU = {"compiled": "compiles for many minutes on a CPU", "cuda_graph": "needs a GPU"}
+ONLY_ON_GPU = {"compiled": "compiles for minutes on a CPU and is no faster there", "cuda_graph": "needs a GPU"}
 
 
 @dataclass(frozen=True)

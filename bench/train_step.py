@@ -77,10 +77,10 @@ WORDS = {
     "no_waiting": "+ nothing read back, fused SGD",
     "channels_last": "+ channels last",
     "bf16": "+ bf16 autocast",
-    "compiled": "+ compiled network",
+    "compiled": "+ compiled network and losses",
     "cuda_graph": "+ whole step in a CUDA graph",
 }
-ONLY_ON_GPU = ("compiled", "cuda_graph")
+ONLY_ON_GPU = {"compiled": "compiles for minutes on a CPU and is no faster there", "cuda_graph": "needs a GPU"}
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ class Step:
         self.network.to(memory_format=layout)  # type: ignore[call-overload]
         self.layout = layout
         self.forward: Callable[[Tensor], network.Cams] = self.network
+        self.losses: Callable[..., Tensor] = our_losses if ways.fused_losses else released_losses
         if ways.compiled:
-            self.forward = torch.compile(self.network)
+            self.forward = torch.compile(self.network, dynamic=False, options={"fallback_random": True})
+            self.losses = torch.compile(our_losses, dynamic=False)
         groups: dict[float, list[Tensor]] = {0.001: [], 0.01: []}
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
@@ -144,9 +146,7 @@ class Step:
             else:
                 maps = [self.forward(view.contiguous(memory_format=self.layout)) for view in views]
                 raw, refined = (torch.stack(own) for own in zip(*maps, strict=True))
-        if self.ways.fused_losses:
-            return our_losses(raw, refined, pair.share, self.data.labels, self.size)
-        return released_losses(raw, refined, pair.share, self.data.labels, self.size)
+        return self.losses(raw, refined, pair.share, self.data.labels, self.size)
 
     def _step(self) -> None:
         if self.ways.patches_by_gather:
@@ -176,7 +176,7 @@ class Step:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._step()
         return graph.replay
 
@@ -392,7 +392,7 @@ def main() -> int:
     print_table(title, rows)
     for what, why in failures.items():
         print(f"failed: {what}: {why}")
-    left_out = {} if gpu else {WORDS[name]: "needs a GPU" for name in ONLY_ON_GPU}
+    left_out = {} if gpu else {WORDS[name]: why for name, why in ONLY_ON_GPU.items()}
     for what, why in left_out.items():
         print(f"left out: {what}: {why}")
     out = folder(options.out, device)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from cpn_fast.errors import UserError
@@ -27,8 +27,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Images = Count | Literal["auto"]
 Rgb = tuple[float, float, float]
+
+
+def _number_or_auto(value: Any) -> Any:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError(f"expected a whole number from 1 on, or auto, found {value!r}")
+    return value
+
+
+Images = Annotated[Count | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
 class Section(pydantic.BaseModel):
@@ -220,7 +228,7 @@ class Train(Section):
     """What to do at a step whose gradient is not finite: ``stop`` the run, or ``skip`` the step (its gradient counts as
     zero). Its images are written to ``nonfinite.json`` in the run's folder."""
     compile: bool | None = None
-    """torch.compile of the network and the losses: the same results to rounding. Null: on CUDA."""
+    """torch.compile of the network and the losses (SEAM: the network): the same results to rounding. Null: on CUDA."""
     cuda_graph: bool | None = None
     """The whole step captured in a CUDA graph after the first three: the same results. Null: on CUDA in one process,
     but for SEAM, whose losses look at how many classes the images have."""

@@ -69,7 +69,8 @@ class Step:
                     "network with recomputed blocks where gradients are exchanged"
                 )
             compile_in_place(network)
-            self.losses = torch.compile(method.losses, dynamic=False)
+            if method.capturable:
+                self.losses = torch.compile(method.losses, dynamic=False)
         self.forward: nn.Module = network if rank.world == 1 else averaging(network)
         self.inputs: list[Batch] = []
         self.captures = captures(method, train, rank, device)

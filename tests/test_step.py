@@ -337,6 +337,34 @@ def test_a_captured_step_trains_as_an_eager_one(options: dict, tiny_config) -> N
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is nothing to wait for without a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_nothing_waits_for_the_gpu(precision: str, tiny_config) -> None:
+    options = {"precision": precision, "compile": False, "cuda_graph": False, "nonfinite": "skip"}
+    settings = config.load(tiny_config(patches={"kind": "grid", "grid_sizes": [8, 16]}, train=options))
+    settings.run.mkdir(parents=True)
+    device = torch.device("cuda", 0)
+    method = METHODS["cpn"](settings)
+    method.network.to(device).train()
+    optimizer = make_optimizer(method.network, settings.train, device)
+    step = Step(method, optimizer, torch.Generator(device), settings.train, ALONE, device)
+    labels = torch.ones(2, len(settings.classes), device=device)
+    images, indices = torch.randn(2, 3, 64, 64, device=device), torch.arange(2, device=device)
+    data = [Batch(images, None, labels, indices)]
+    guard = GradientGuard(settings.run, ["x", "y"], "skip", ALONE)
+    with Meter(settings, 2, guard, 0, 100) as meter:
+        step(data)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for number in range(1, 4):
+                set_rate(optimizer, 1 / number)
+                meter.add(number, 0.1, step(data), data, ends_line=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        meter.read(3, wait=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no memory to fill without a GPU")
 def test_auto_finds_a_batch_on_a_gpu(tiny_config) -> None:
     settings = config.load(tiny_config())

@@ -25,6 +25,7 @@ class Cpn:
         self.network = build_network(config)
         self.patches = config.patches
         self.options = config.loss
+        self.weights = {"classification": 1.0, **config.loss.model_dump()}
         self.map: Literal["superpixels"] | None = "superpixels" if config.patches.kind == "superpixel" else None
         self.patch_limit = config.superpixels.count
         self.fill = normalised_fill(config.patches, self.network.mean, self.network.std)
@@ -70,6 +71,5 @@ class Cpn:
         )._asdict()
         if cams.refined is not None and options.background_suppression:
             parts["background_suppression"] = background_suppression(cams.refined, labels, size=size)
-        weights = {"classification": 1.0, **options.model_dump()}
-        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return Losses(total, {name: part.detach() for name, part in parts.items()}, logits.detach().chunk(3)[0])

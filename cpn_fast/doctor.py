@@ -92,7 +92,7 @@ def gpu() -> Finding:
         if driver and torch.version.cuda is not None:
             needed = f"torch was built for CUDA {torch.version.cuda}"
             return Finding("broken", f"driver {driver} does not serve torch: {needed}", "update the NVIDIA driver")
-        return Finding("slow", "none; everything runs on the CPU")
+        return Finding("slow", "none; everything runs on the CPU", "enough for the demo and configs/voc_mini.yaml")
     properties = torch.cuda.get_device_properties(0)
     found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
     if properties.major < 8:
@@ -173,7 +173,13 @@ def data(config: Config) -> Finding:
     if without:
         found += f"; no image shows {', '.join(without)}"
         return Finding("slow", found, "list images of them, or drop the class")
-    return Finding("ok", f"{found}, {sum(sample.mask is not None for sample in samples)} with a mask")
+    found += f", {sum(sample.mask is not None for sample in samples)} with a mask"
+    load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
+    try:
+        load_samples(config.data, config.classes, config.segment.eval_list, labels=False, masks=False)
+    except UserError as error:
+        return Finding("slow", f"{found}; segment.eval_list: {error}", "`segment` and `run` need it: name another list")
+    return Finding("ok", found)
 
 
 def weights(config: Config) -> Finding:

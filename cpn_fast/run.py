@@ -29,6 +29,8 @@ def run(config: Config) -> list[Stage]:
     segmenter on ``segment.eval_list``.
     """
     lists = config.data
+    for list_path, labels in ((lists.train_list, True), (lists.eval_list, True), (config.segment.eval_list, False)):
+        load_samples(lists, config.classes, list_path, labels=labels, masks=False)  # what is missing shows before hours
     weights = train.run(config)
     seeds = cam.run(config, weights) / "seeds"
     stages = [Stage("seeds, oracle threshold", lists.eval_list, score(config, lists.eval_list, cams=seeds))]

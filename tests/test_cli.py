@@ -86,13 +86,16 @@ COMMANDS = [command.callback.__name__.replace("_", "-") for command in app.regis
 def test_help_says_what_every_command_and_each_of_its_arguments_is() -> None:
     runner = CliRunner()
     overview = runner.invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    seen = 0
     for name in COMMANDS:
         assert name in overview
         page = runner.invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
         for line in page.splitlines():
             described = re.fullmatch(r"│ [* ]+ (\S+) +<[^>]+> +(?:\[required\])?(.*)│", line)
             if described:
+                seen += 1
                 assert described[2].strip(), line
+    assert seen > len(COMMANDS)
 
 
 def test_shells_complete_commands_and_options() -> None:

@@ -42,6 +42,17 @@ def test_a_class_that_no_image_shows_is_pointed_out(tiny_config) -> None:
     assert "no image shows unicorn" in finding.found
 
 
+def test_lists_that_later_stages_need_are_looked_for(tiny_config) -> None:
+    settings = config.load(tiny_config(), ["segment.eval_list=ImageSets/Segmentation/vla.txt"])
+    finding = doctor.data(settings)
+    assert finding.state == "slow"
+    assert "Did you mean ImageSets/Segmentation/val.txt?" in finding.found
+    settings = config.load(tiny_config(), ["data.eval_list=ImageSets/Segmentation/vla.txt"])
+    finding = doctor.examine(lambda: doctor.data(settings))
+    assert finding.state == "broken"
+    assert "vla.txt: no such list" in finding.found
+
+
 def test_a_full_disk_is_pointed_out_before_the_run(monkeypatch, tmp_path: Path) -> None:
     usage = doctor.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage._replace(free=2**30))

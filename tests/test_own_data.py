@@ -75,4 +75,6 @@ def test_every_command_of_the_page_works_in_its_order(home: Path, monkeypatch) -
 def test_the_config_of_the_page_is_valid(home: Path) -> None:
     (text,) = blocks("yaml")
     (home / "page.yaml").write_text(text)
-    assert load(home / "page.yaml").classes == ("dog", "cat", "sofa")
+    settings = load(home / "page.yaml")
+    assert settings.classes == ("dog", "cat", "sofa")
+    assert {settings.data.train_list, settings.data.eval_list, settings.segment.eval_list} == {Path("all.txt")}

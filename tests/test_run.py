@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cpn_fast import config, run
+from cpn_fast.errors import UserError
 
 SHORT = {"train": {"batch": 2, "steps": 2, "data_threads": 1}, "augment": {"crop": 64}}
 CHAIN = {
@@ -44,6 +45,13 @@ def test_run_does_every_stage_and_then_nothing_twice(tiny_config, capsys) -> Non
     again = stamps(settings.run)
     changed = {name for name in first if again[name] != first[name]}
     assert changed == {f"segment/val/{kind}/{lost.name}" for kind in ("masks", "crf")}
+
+
+def test_a_list_that_only_the_last_stage_needs_is_missed_before_the_first(tiny_config) -> None:
+    settings = config.load(tiny_config(segment={"eval_list": "later.txt"}))
+    with pytest.raises(UserError, match=r"later\.txt: no such list"):
+        run.run(settings)
+    assert not settings.run.exists()
 
 
 def test_without_ground_truth_nothing_is_scored(tiny_config, small_voc) -> None:

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from cpn_fast.config import Data
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, replacing
 from cpn_fast.images import UnreadableImage, opened
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.masks import IGNORE, read_mask
@@ -230,6 +230,6 @@ def _fingerprint(sample: Sample, classes: int) -> str:
 
 def _read_verified(path: Path | None) -> set[str]:
     try:
-        return set(json.loads(path.read_text())) if path else set()
+        return set(read_json(path)) if path else set()
     except (OSError, ValueError, TypeError):
         return set()  # nothing is lost: everything is checked again

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from cpn_fast import progress
 from cpn_fast.errors import UserError
 from cpn_fast.files import is_disk_full
 from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
 
 app = typer.Typer(
-    help="Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -31,6 +31,19 @@ ListFile = Annotated[
 # Stages are imported in their commands: --help should not wait for torch.
 
 
+@app.callback()
+def options(
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bars: errors, results and where they are.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Standard output for programs: one JSON object a line; the rest to stderr.")
+    ] = False,
+) -> None:
+    """Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds."""
+    if quiet and json:
+        raise UserError("--quiet and --json exclude each other: choose one")
+    progress.use("json" if json else "quiet" if quiet else "text")
+
+
 @app.command()
 def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
     """Fill the superpixel cache for the training list; what is there already is kept."""
@@ -43,7 +56,7 @@ def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
     cache.build(samples, workers=settings.train.data_threads)
     print(f"Superpixels of {len(samples)} images are in {cache.folder}")
-    _next(f"cpn-fast train {config}")
+    _done("superpixels", next=f"cpn-fast train {config}", superpixels=cache.folder)
 
 
 @app.command()
@@ -53,8 +66,9 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     from cpn_fast.config import load
 
     weights = train.run(load(config, overrides))
-    print(f"Weights are in {weights}, curves in {weights.parent / 'metrics.jsonl'} (and for TensorBoard)")
-    _next(f"cpn-fast cam {config} --checkpoint {weights}")
+    metrics = weights.parent / "metrics.jsonl"
+    print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
+    _done("train", next=f"cpn-fast cam {config} --checkpoint {weights}", weights=weights, metrics=metrics)
 
 
 @app.command()
@@ -70,7 +84,11 @@ def cam(
 
     folder = cam.run(load(config, overrides), checkpoint, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
-    _next(f"cpn-fast evaluate {config} --cams {folder / 'seeds'}" + (f" --list {list_file}" if list_file else ""))
+    _done(
+        "cam",
+        next=f"cpn-fast evaluate {config} --cams {folder / 'seeds'}" + (f" --list {list_file}" if list_file else ""),
+        **{name: folder / name for name in ("seeds", "masks", "overlays")},
+    )
 
 
 @app.command()
@@ -88,7 +106,14 @@ def evaluate(
     from cpn_fast import evaluate
     from cpn_fast.config import load
 
-    evaluate.run(load(config, overrides), cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
+    found = evaluate.run(
+        load(config, overrides), cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from
+    )
+    figures = [
+        {"kind": kind, "threshold": threshold, "mean_iou": float(scores.mean_iou)}
+        for kind, threshold, scores in ((result.kind, result.threshold, result.scores) for result in found.results)
+    ]
+    _done("evaluate", evaluation=found.path, results=figures)
 
 
 @app.command()
@@ -106,6 +131,7 @@ def predict(
     names = None if tags is None else [name.strip() for name in tags.split(";") if name.strip()]
     predict.run(model, images, out, names)
     print(f"Masks, overlays and JSON of {len(images)} images are in {out}")
+    _done("predict", folder=out)
 
 
 @app.command()
@@ -117,7 +143,7 @@ def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     settings = load(config, overrides)
     masks = refine.run(settings)
     print(f"Pseudo-masks are in {masks}")
-    _next(f"cpn-fast evaluate {config} --masks {masks} --list {settings.data.train_list}")
+    _done("refine", next=f"cpn-fast evaluate {config} --masks {masks} --list {settings.data.train_list}", masks=masks)
 
 
 @app.command()
@@ -145,7 +171,12 @@ def segment(
     print(f"Weights are in {weights}, masks in {best}")
     if submission:
         print(f"{segment.write_submission(best, submission)} masks are packed in {submission}")
-    _next(f"cpn-fast evaluate {config} --masks {best} --list {list_file or settings.segment.eval_list}")
+    _done(
+        "segment",
+        next=f"cpn-fast evaluate {config} --masks {best} --list {list_file or settings.segment.eval_list}",
+        weights=weights,
+        masks=best,
+    )
 
 
 @app.command()
@@ -154,7 +185,8 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     from cpn_fast import run
     from cpn_fast.config import load
 
-    run.run(load(config, overrides))
+    stages = run.run(load(config, overrides))
+    _done("run", results=[{"name": name, "list": path, "mean_iou": miou} for name, path, miou in stages])
 
 
 @app.command()
@@ -166,7 +198,9 @@ def reproduce(
     """Train whatever a table or figure of the paper needs and is not there yet, and print it beside the paper's."""
     from cpn_fast import reproduce
 
-    print(f"Curves are in {reproduce.run(name, config, overrides)}, figures in the .json beside it")
+    picture = reproduce.run(name, config, overrides)
+    print(f"Curves are in {picture}, figures in the .json beside it")
+    _done("reproduce", picture=picture, figures=picture.with_suffix(".json"))
 
 
 @app.command()
@@ -175,6 +209,7 @@ def convert(source: Path, destination: Path) -> None:
     from cpn_fast.weights import convert
 
     print(convert(source, destination))
+    _done("convert", weights=destination)
 
 
 @app.command()
@@ -187,6 +222,7 @@ def export(
     from cpn_fast.seeds import export_seeds
 
     print(f"{export_seeds(seeds, destination, form)} seeds in {form}'s form are in {destination}")
+    _done("export", seeds=destination)
 
 
 @app.command()
@@ -194,7 +230,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
     """Write a run's report: one HTML page with curves, scores and pictures."""
     from cpn_fast import report
 
-    print(f"The report is {report.run(run)}")
+    page = report.run(run)
+    print(f"The report is {page}")
+    _done("report", page=page)
 
 
 @app.command()
@@ -220,10 +258,14 @@ def demo(
     from cpn_fast import demo
 
     demo.run(out)
+    _done("demo", folder=out)
 
 
-def _next(command: str) -> None:
-    print(f"Next: {command}")
+def _done(command: str, *, next: str | None = None, **made: object) -> None:
+    """The last word of a command: what to run next, and for programs what it made."""
+    if next:
+        print(f"Next: {next}")
+    progress.tell("done", command=command, **made, **({"next": next} if next else {}))
 
 
 def main() -> None:
@@ -237,7 +279,7 @@ def main() -> None:
         with acted_on():
             app()
     except UserError as error:
-        sys.exit(f"Error: {error}")
+        _fail(str(error))
     except OSError as error:
         if is_disk_full(error):
             reason = "the disk is full; make room and give the same command again"
@@ -245,7 +287,16 @@ def main() -> None:
             reason = error.strerror or type(error).__name__
         else:
             raise
-        sys.exit(f"Error: {error.filename or 'a file'}: {reason}")
+        _fail(f"{error.filename or 'a file'}: {reason}")
     except Stopped as stopped:
-        print(f"{stopped}. The same command goes on from there.", file=sys.stderr)
+        message = f"{stopped}. The same command goes on from there."
+        progress.tell("stopped", message=message)
+        print(message, file=sys.stderr)
         sys.exit(EXIT_CODE)
+    finally:
+        progress.use("text")
+
+
+def _fail(message: str) -> NoReturn:
+    progress.tell("error", message=message)
+    sys.exit(f"Error: {message}")

@@ -25,7 +25,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 
 from cpn_fast import ranks
@@ -34,6 +33,7 @@ from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_json, remove_partials, replacing
 from cpn_fast.masks import IGNORE, read_mask
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
 
 Kind = Literal["held-out", "fixed", "oracle", "masks"]
@@ -399,7 +399,7 @@ def _each(
     own = rank.share(samples)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            tried = list(track(pool.map(attempt, own), f"Scoring {folder.name}", total=len(own)))
+            tried = list(track(pool.map(attempt, own), f"scoring {folder.name}", total=len(own)))
         finally:
             pool.shutdown(cancel_futures=True)  # who stops this need not wait for the rest
     problems: dict[str, list[str]] = defaultdict(list)

@@ -16,7 +16,6 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -36,6 +35,7 @@ from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline
+from cpn_fast.progress import Progress
 from cpn_fast.ranks import Rank
 from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
 
@@ -133,8 +133,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     batches = timed(pipeline, meter)
     forward = network if rank.world == 1 else averaging(network)
 
-    with meter, signals.noted() as stopping, progress_bar() as bar:
-        task = bar.add_task("train", total=steps, completed=start, note="")
+    with meter, signals.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):
             torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
             generator.manual_seed(keyed_seed(train.seed, step, HIDING))
@@ -165,8 +164,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
             if logs or keeps:
                 meter.skipped += guard.check()
-            if logs:
-                bar.update(task, note=meter.write(done, train.lr * factor))
+            note = meter.write(done, train.lr * factor) if logs else None
             if rank.first and keeps:
                 checkpoint.write(
                     config.run / "checkpoints",
@@ -175,7 +173,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                     optimizer=optimizer.state_dict(),
                     config=configs.dump(config),
                 )
-            bar.update(task, completed=done)
+            progress.advance(note=note)
             if stops:
                 raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
     if rank.first:
@@ -225,17 +223,6 @@ def exchanging(forward: nn.Module, *, now: bool) -> Any:
 def keyed_seed(*key: int) -> int:
     """A seed for (seed, step, stream): streams of different keys are independent."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
 
 
 def superpixel_path(cache: SuperpixelCache) -> Callable[[Sample], Path]:

@@ -22,7 +22,6 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from rich.progress import track
 
 from cpn_fast import ranks
 from cpn_fast.config import Superpixels
@@ -30,6 +29,7 @@ from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_json, remove_partials, replacing
 from cpn_fast.images import is_whole_png, opened
+from cpn_fast.progress import track
 
 FORMAT = 1
 

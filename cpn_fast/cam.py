@@ -27,9 +27,9 @@ from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import Progress
 from cpn_fast.seeds import Seed, read_seed, unit_scale, write_seed
 from cpn_fast.step import autocast
-from cpn_fast.train import progress_bar
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 
@@ -63,8 +63,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
         fit=network.backbone.fit,
     )
     writers = config.train.data_threads
-    with ThreadPoolExecutor(writers) as pool, progress_bar() as bar:
-        task = bar.add_task("cam", total=len(own), completed=len(own) - len(missing), note="")
+    with ThreadPoolExecutor(writers) as pool, Progress("cam", len(own), len(own) - len(missing)) as progress:
         writing: deque[Future[None]] = deque()
         for batch in batches:
             chosen = [missing[i] for i in batch.indices]
@@ -75,7 +74,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
                 writing.append(pool.submit(_write, folder, sample, cam, config))
             while len(writing) > writers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
-            bar.advance(task, len(chosen))
+            progress.advance(len(chosen))
         for written in writing:
             written.result()
     rank.wait()

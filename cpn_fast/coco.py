@@ -28,13 +28,13 @@ import PIL.Image
 import pydantic
 import yaml
 from pydantic import Field
-from rich.progress import track
 
 from cpn_fast.config import load
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing
 from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import IGNORE, write_mask
+from cpn_fast.progress import track
 
 IMAGES, LISTS, MASKS = Path("JPEGImages"), Path("ImageSets/Segmentation"), Path("SegmentationClass")
 TAGS = Path("tags.json")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from cpn_fast.config import CrfName
 from cpn_fast.dataset import Sample
@@ -27,6 +26,7 @@ from cpn_fast.errors import UserError
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import write_mask
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
 
 
@@ -108,14 +108,14 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _follow() -> None:
     """In each of the processes: leave Ctrl-C to the one that started it, and end when that one is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def end_with(parent: multiprocessing.process.BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    parent.join()
+    os._exit(1)
 
 
 def write_label_maps(

@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import ExifTags
-from rich.progress import track
 
 from cpn_fast.config import Data
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, replacing
 from cpn_fast.images import UnreadableImage, opened
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.masks import IGNORE, read_mask
+from cpn_fast.progress import track
 
 LONGEST = 4096
 """Characters of a line; a path has no more."""
@@ -110,7 +110,7 @@ def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verifi
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda pair: _check(pair[0], classes), todo)
         try:
-            progress = track(results, "Checking images", total=len(todo), disable=not todo)
+            progress = track(results, "checking images", total=len(todo))
             for (_, mark), found in zip(todo, progress, strict=True):
                 if not found:
                     passed.add(mark)
@@ -241,6 +241,6 @@ def _fingerprint(sample: Sample, classes: int) -> str:
 
 def _read_verified(path: Path | None) -> set[str]:
     try:
-        return set(json.loads(path.read_text())) if path else set()
+        return set(read_json(path)) if path else set()
     except (OSError, ValueError, TypeError):
         return set()  # nothing is lost: everything is checked again

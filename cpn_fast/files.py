@@ -41,6 +41,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """Raises OSError or ValueError, and nothing else."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("brackets within brackets without end") from None
+
+
 def remove_partials(*folders: Path) -> None:
     """Remove what killed processes left half-written."""
     for folder in folders:
@@ -65,7 +73,7 @@ def claim(folder: Path, made_by: dict[str, Any]) -> str:
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
     try:
-        same = json.loads(manifest.read_bytes()) == json.loads(text)
+        same = read_json(manifest) == json.loads(text)
     except (OSError, ValueError):  # none, or a damaged one
         same = False
     if not same:

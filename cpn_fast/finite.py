@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, replacing
 from cpn_fast.ranks import Rank
 
 FILE = "nonfinite.json"
@@ -63,6 +63,6 @@ class GradientGuard:
 def _earlier(path: Path) -> list[dict[str, Any]]:
     """What is written down already; of a damaged file nothing, for the steps to come matter more."""
     try:
-        return list(json.loads(path.read_bytes()))
+        return list(read_json(path))
     except (OSError, ValueError, TypeError):
         return []

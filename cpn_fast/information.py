@@ -31,9 +31,9 @@ from cpn_fast.models.network import Network
 from cpn_fast.patches import complementary_pair, normalised_fill
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import segment_batch
+from cpn_fast.progress import Progress
 from cpn_fast.seeds import unit_scale
 from cpn_fast.step import autocast
-from cpn_fast.train import progress_bar
 
 SUPERPIXELS = (5, 50, 200, 500, 1000)
 """Superpixels asked for per image."""
@@ -123,8 +123,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
         threads=config.train.data_threads,
         fit=network.backbone.fit,
     )
-    with progress_bar() as bar:
-        task = bar.add_task("information", total=len(samples), note="")
+    with Progress("information", len(samples)) as progress:
         for batch in batches:
             chosen = [samples[index] for index in batch.indices]
             labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
@@ -134,7 +133,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
                 split = split_batch(network, batch, patches, count, generator, config)
                 for n, pair in enumerate(unit_maps(network, split, labels, config)):
                     counts.add(plain[n], pair, *_truth(labels[n], truths[n], pair.shape))
-            bar.advance(task, len(chosen))
+            progress.advance(len(chosen))
     rows = [Row(patches.kind, _size(patches, count), counts) for patches, count, counts in settings]
     _print(rows, config, list_path)
     return _write(rows, config, list_path)

@@ -78,7 +78,7 @@ def _explain_unknown(name: str, places: list[str], classes: Sequence[str]) -> st
         f"did you mean {near[0]}?" if near else f"classes are {', '.join(classes[:20])}{' ...' * (len(classes) > 20)}"
     )
     again = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    return f"{places[0]}{again}: {name!r} is not a class; {hint}"
+    return f"{places[0]}{again}: {name[:60]!r} is not a class; {hint}"
 
 
 def _raise_problems(path: Path, problems: Iterable[str]) -> None:

@@ -183,6 +183,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             lines.append({**line, "step": int(line["step"])})
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             break
     return lines

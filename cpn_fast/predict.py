@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.network import Network
 from cpn_fast.pipelines.inference import scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, unit_scale
 from cpn_fast.step import autocast
 

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,9 +39,9 @@ from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
 from cpn_fast.models.folding import fold
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import Progress, track
 from cpn_fast.seeds import Seed, read_seed
 from cpn_fast.step import autocast
-from cpn_fast.train import progress_bar
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 
@@ -104,7 +103,7 @@ def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path)
 
     with ThreadPoolExecutor() as pool:
         try:
-            for _ in track(pool.map(write, missing), "Affinity labels", total=len(missing), disable=not missing):
+            for _ in track(pool.map(write, missing), "affinity labels", total=len(missing)):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
@@ -137,8 +136,8 @@ def walk(
         fit=network.backbone.fit,
     )
     pool: Executor
-    with process_pool(workers) if config.walk.crf else ThreadPoolExecutor(workers) as pool, progress_bar() as bar:
-        task = bar.add_task("random walk", total=len(samples), completed=len(samples) - len(missing), note="")
+    progress = Progress("random walk", len(samples), len(samples) - len(missing))
+    with process_pool(workers) if config.walk.crf else ThreadPoolExecutor(workers) as pool, progress:
         writing: deque[Future[None]] = deque()
         for batch in batches:
             chosen = [missing[index] for index in batch.indices]
@@ -150,7 +149,7 @@ def walk(
                 )
             while len(writing) > workers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
-            bar.advance(task, len(chosen))
+            progress.advance(len(chosen))
         for written in writing:
             written.result()
 

@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
-from rich.progress import track
 
 from cpn_fast.config import Config, load
 from cpn_fast.dataset import Sample, load_samples
@@ -27,6 +26,7 @@ from cpn_fast.masks import GalleryRow, cam_overlay, gallery, read_mask, tinted
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import Model
 from cpn_fast.predict import load as load_model
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
 
 SHOWN = 8

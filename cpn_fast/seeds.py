@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import track
 
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
+from cpn_fast.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +120,7 @@ def export_seeds(folder: Path, destination: Path, form: str) -> int:
     paths = sorted(folder.glob("*.npz"))
     if not paths:
         raise UserError(f"{folder}: no CAM seeds (*.npz) there; `cpn-fast cam` writes them")
-    for path in track(paths, description=f"Exporting to {form}"):
+    for path in track(paths, f"exporting to {form}", total=len(paths)):
         seed = read_seed(path)
         with replacing(destination / f"{path.stem}.npy") as file:
             np.save(file, np.array(_FORMS[form](seed)), allow_pickle=True)

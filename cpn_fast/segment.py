@@ -34,8 +34,8 @@ from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import Progress
 from cpn_fast.step import autocast
-from cpn_fast.train import progress_bar
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 POSSIBLE = 0.01
@@ -117,8 +117,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
     with ExitStack() as stack:
         pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))
-        bar = stack.enter_context(progress_bar())
-        task = bar.add_task("segment", total=len(own), completed=len(own) - len(missing), note="")
+        progress = stack.enter_context(Progress("segment", len(own), len(own) - len(missing)))
         writing: deque[Future[None]] = deque()
         for batch in batches:
             with torch.inference_mode(), autocast(config.train.precision, rank.device):
@@ -128,10 +127,10 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
                 writing.append(pool.submit(_write, folder, missing[index], probabilities, options.crf))
                 while len(writing) > 2 * workers:  # bounds what waits in memory
                     writing.popleft().result()
-                    bar.advance(task)
+                    progress.advance()
         for written in writing:
             written.result()
-            bar.advance(task)
+            progress.advance()
     rank.wait()
     return folder
 

@@ -13,7 +13,6 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import cpn_fast
 from cpn_fast import checkpoint, ranks, signals
@@ -32,6 +31,7 @@ from cpn_fast.models.network import HEADS, Network
 from cpn_fast.pipelines.shards import open_shards
 from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
+from cpn_fast.progress import Progress
 from cpn_fast.step import Step, load_optimizer, make_optimizer, set_rate
 from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
 
@@ -146,8 +146,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         shown = [(read_image(sample.image), sample.label) for sample in samples[:COUNT] if sample.label is not None]
         gallery = Gallery(shown, config, network)
 
-    with meter, signals.noted() as stopping, progress_bar() as bar:
-        task = bar.add_task("train", total=steps, completed=start, note="")
+    with meter, signals.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):
             torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
             generator.manual_seed(keyed_seed(train.seed, step, HIDING))
@@ -162,8 +161,6 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
             meter.add(done, train.lr * factor, figures, batches, ends_line=logs)
             note = meter.read(done, wait=keeps)
-            if note is not None:
-                bar.update(task, note=note)
             if rank.first and keeps:
                 checkpoint.write(
                     config.run / "checkpoints",
@@ -175,7 +172,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                 )
             if gallery is not None and keeps:
                 meter.show("cams", gallery.picture(), done)
-            bar.update(task, completed=done)
+            progress.advance(note=note)
             if stops:
                 raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
     if rank.first:
@@ -189,17 +186,6 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
 def keyed_seed(*key: int) -> int:
     """A seed for (seed, step, stream): streams of different keys are independent."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
 
 
 def superpixel_path(cache: SuperpixelCache) -> Callable[[Sample], Path]:

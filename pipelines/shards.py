@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline, fn
-from rich.progress import track
 
 from cpn_fast import ranks
 from cpn_fast.config import Superpixels
@@ -31,6 +30,7 @@ from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.pipelines.superpixels import SuperpixelCache
+from cpn_fast.progress import track
 
 FORMAT = 1
 SIZE = 1000  # samples of a shard: about 100 MB of VOC's images
@@ -125,7 +125,7 @@ def pack(
     rank.wait()
     numbers = range(-(-len(samples) // size))
     missing = [number for number in rank.share(numbers) if not _shard(folder, number).with_suffix(".idx").exists()]
-    for number in track(missing, "shards", disable=not missing):
+    for number in track(missing, "shards", len(missing)):
         first = number * size
         own = ordered[first : first + size]
         check_files(own, workers=workers, classes=len(classes))

@@ -22,14 +22,14 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from rich.progress import track
 
 from cpn_fast import ranks
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import remove_partials, replacing
+from cpn_fast.files import read_json, remove_partials, replacing
 from cpn_fast.images import is_whole_png, opened
+from cpn_fast.progress import track
 
 FORMAT = 1
 
@@ -134,7 +134,7 @@ class SuperpixelCache:
     def _has_manifest(self) -> bool:
         path = self.folder / "manifest.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError) as error:

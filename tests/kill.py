@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
@@ -102,9 +102,10 @@ def kill_when(process: int, ready: Callable[[], bool], pause: float) -> int | No
     return None if code == -signal.SIGKILL else code
 
 
-def entries(folder: Path, pattern: str) -> int:
-    """Files in folders, those included that are being written."""
-    return sum(len(os.listdir(place)) for place in folder.glob(f"runs/{pattern}") if place.is_dir())  # noqa: PTH208
+def names(folder: Path, stages: Iterable[str]) -> set[str]:
+    """Files of stages, those included that are being written: each writing has another name."""
+    places = [place for stage in stages for place in folder.glob(f"runs/{STAGES[stage]}") if place.is_dir()]
+    return {f"{place}/{name}" for place in places for name in os.listdir(place)}  # noqa: PTH208
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -117,11 +118,15 @@ def disturbed(folder: Path, data: Path, dice: random.Random, kills: int) -> dict
     """Run a chain to its end, killing it up to ``kills`` times in each stage; how often each was killed."""
     write_config(folder, data)
     found = dict.fromkeys(STAGES, 0)
-    for stage, pattern in STAGES.items():
+    for number, stage in enumerate(STAGES):
+        later = list(STAGES)[number + 1 :]
         for _ in range(kills):
-            more = entries(folder, pattern) + dice.randint(1, 3)
-            process = start(folder)
-            code = kill_when(process, lambda: entries(folder, pattern) >= more, dice.random() * 0.02)  # noqa: B023
+            own, others, more = names(folder, [stage]), names(folder, later), dice.randint(1, 3)
+
+            def ready(stage=stage, later=later, own=own, others=others, more=more) -> bool:
+                return len(names(folder, [stage]) - own) >= more or bool(names(folder, later) - others)
+
+            code = kill_when(start(folder), ready, dice.random() * 0.02)
             if code is not None:
                 assert code == 0, (folder / "log.txt").read_text()[-3000:]
                 break

@@ -204,7 +204,7 @@ FAULTS: dict[str, Callable[[World], object]] = {
     "an image with a palette": lambda w: w.save(w.picture().convert("P"), "PNG"),
     "a mask cut short": lambda w: cut(w.mask),
     "a mask with values that are no class": lambda w: noise(*w.size, most=254).save(w.mask),
-    "a mask of 16 bits, with values that no class has": lambda w: noise(*w.size, most=65535, dtype=np.uint16).save(w.mask),
+    "a mask of 16 bits with values of no class": lambda w: noise(*w.size, most=65535, dtype=np.uint16).save(w.mask),
     "a mask saved as JPEG": lambda w: Image.open(w.mask).convert("L").save(w.mask, "JPEG"),
     "a mask of another size": lambda w: noise(9, 9, most=3).save(w.mask),
     "a list with Windows line ends and a byte order mark": lambda w: w.list.write_bytes(

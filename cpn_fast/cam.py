@@ -156,9 +156,11 @@ def _finished(folder: Path, sample: Sample) -> bool:
     if not path.exists():
         return False
     try:
-        read_seed(path)
+        seed = read_seed(path)
     except UserError:
         print(f"Warning: {path} is damaged and made again", file=sys.stderr)
+        return False
+    if not np.array_equal(seed.classes, np.flatnonzero(tags(sample))):  # its tags were changed since
         return False
     return can_be_kept(folder / "masks" / f"{sample.id}.png")
 

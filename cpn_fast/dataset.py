@@ -20,7 +20,7 @@ from cpn_fast.config import Data
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_json, replacing
 from cpn_fast.images import UnreadableImage, opened
-from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
+from cpn_fast.labels import IMAGE_SUFFIXES, LabelError, read_labels
 from cpn_fast.masks import IGNORE, read_mask
 from cpn_fast.progress import track
 
@@ -56,6 +56,35 @@ def load_samples(
 
     Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing or empty labels.
     """
+    problems: dict[str, list[str]] = defaultdict(list)
+    samples = _find(data, classes, list_path, labels, masks, problems)
+    _raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
+    return samples
+
+
+def load_checked(
+    data: Data, classes: Sequence[str], list_path: Path, *, workers: int, verified: Path | None = None
+) -> list[Sample]:
+    """As ``load_samples`` with labels and what masks there are, and all files sound as ``check_files`` has it.
+
+    Raises DatasetError with everything that either finds.
+    """
+    problems: dict[str, list[str]] = defaultdict(list)
+    samples = _find(data, classes, list_path, labels=True, masks=None, problems=problems)
+    there = [sample for sample in samples if sample.image.exists()]
+    _decode(there, workers, len(classes), verified, problems)
+    _raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
+    return samples
+
+
+def _find(
+    data: Data,
+    classes: Sequence[str],
+    list_path: Path,
+    labels: bool,
+    masks: bool | None,
+    problems: dict[str, list[str]],
+) -> list[Sample]:
     if not data.root.is_dir():
         raise DatasetError(
             f"data.root: {data.root} is not a folder{_from_here(data.root)}; expected the one that holds "
@@ -63,7 +92,6 @@ def load_samples(
         )
     path = data.root / list_path
     names_in = functools.cache(_names_in)  # listing a folder once is quicker than looking for every file in it
-    problems: dict[str, list[str]] = defaultdict(list)
     samples: dict[str, Sample] = {}
     for number, line in _lines(path, data.root):
         entry = _parse(line, data)
@@ -91,7 +119,6 @@ def load_samples(
         problems["list without any id"].append(str(path))
     if labels:
         samples = _with_labels(samples, data.root / data.labels, classes, problems)
-    _raise_problems(f"{path} lists {len(samples)} images", problems)
     return list(samples.values())
 
 
@@ -103,10 +130,21 @@ def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verifi
 
     Raises DatasetError with everything found.
     """
+    problems: dict[str, list[str]] = defaultdict(list)
+    _decode(samples, workers, classes, verified, problems)
+    _raise_problems(f"{len(samples)} images checked", problems)
+
+
+def _decode(
+    samples: Sequence[Sample],
+    workers: int,
+    classes: int,
+    verified: Path | None,
+    problems: dict[str, list[str]],
+) -> None:
     known = _read_verified(verified)
     todo = [(sample, mark) for sample in samples if (mark := _fingerprint(sample, classes)) not in known]
     passed = set()
-    problems: dict[str, list[str]] = defaultdict(list)
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda pair: _check(pair[0], classes), todo)
         try:
@@ -121,7 +159,6 @@ def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verifi
             if verified and passed:
                 with replacing(verified) as file:
                     file.write(json.dumps(sorted(known | passed), indent=0).encode())
-    _raise_problems(f"{len(samples)} images checked", problems)
 
 
 # Lists
@@ -177,6 +214,9 @@ def _with_labels(
 ) -> dict[str, Sample]:
     try:
         labels = read_labels(path, samples.keys(), classes)
+    except LabelError as error:
+        problems["label source with problems"].append(str(error))
+        labels = error.labels
     except UserError as error:
         problems["label source that is not usable"].append(str(error))
         return samples

@@ -34,28 +34,38 @@ Names = Mapping[str, list[tuple[str, str]]]
 """id -> (class name, where it was read)."""
 
 
+class LabelError(UserError):
+    """All that is wrong with single labels of a source; ``labels`` has what could be read beside it."""
+
+    def __init__(self, path: Path, problems: Sequence[str], labels: dict[str, np.ndarray]) -> None:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        listed = "\n".join(f"  {line}" for line in [*problems[:10], *more])
+        super().__init__(f"{path}: {len(problems)} problem(s) in the labels\n{listed}")
+        self.labels = labels
+
+
 def read_labels(path: Path, ids: Collection[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Read-only bool arrays (K,) of those ``ids`` that ``path`` has; ids that it lacks are left out.
 
-    Raises UserError with every problem found among these ids.
+    Raises LabelError with every problem found among these ids, UserError for a source that cannot be read at all.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected labels: a folder of VOC XML, .npy, .csv or .json")
     try:
         if path.is_dir():
-            return _encode(path, _read_xml_folder(path, ids), classes)
+            return _encode(path, *_read_xml_folder(path, ids), classes)
         if path.suffix == ".npy":
             return _read_npy(path, ids, classes)
         if path.suffix == ".csv":
-            return _encode(path, _read_csv(path, ids, classes), classes)
+            return _encode(path, _read_csv(path, ids, classes), [], classes)
         if path.suffix == ".json":
-            return _encode(path, _read_json(path, ids), classes)
+            return _encode(path, *_read_json(path, ids), classes)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
     raise UserError(f"{path}: expected a folder of VOC XML, .npy, .csv or .json, found {path.suffix or 'no suffix'}")
 
 
-def _encode(path: Path, found: Names, classes: Sequence[str]) -> dict[str, np.ndarray]:
+def _encode(path: Path, found: Names, problems: Sequence[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
     column = {name: k for k, name in enumerate(classes)}
     labels = {}
     unknown: dict[str, list[str]] = defaultdict(list)
@@ -68,7 +78,9 @@ def _encode(path: Path, found: Names, classes: Sequence[str]) -> dict[str, np.nd
                 unknown[name].append(place)
         label.flags.writeable = False
         labels[id_] = label
-    _raise_problems(path, (_explain_unknown(name, places, classes) for name, places in unknown.items()))
+    problems = [*problems, *(_explain_unknown(name, places, classes) for name, places in unknown.items())]
+    if problems:
+        raise LabelError(path, problems, labels)
     return labels
 
 
@@ -81,18 +93,11 @@ def _explain_unknown(name: str, places: list[str], classes: Sequence[str]) -> st
     return f"{places[0]}{again}: {name[:60]!r} is not a class; {hint}"
 
 
-def _raise_problems(path: Path, problems: Iterable[str]) -> None:
-    lines = list(problems)
-    if lines:
-        more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
-        listed = "\n".join(f"  {line}" for line in [*lines[:10], *more])
-        raise UserError(f"{path}: {len(lines)} problem(s) in the labels\n{listed}")
-
-
 # VOC XML
 
 
-def _read_xml_folder(folder: Path, ids: Iterable[str]) -> Names:
+def _read_xml_folder(folder: Path, ids: Iterable[str]) -> tuple[Names, list[str]]:
+    """What was read, and the problems of the rest."""
     found = {}
     problems = []
     for id_ in ids:
@@ -103,8 +108,7 @@ def _read_xml_folder(folder: Path, ids: Iterable[str]) -> Names:
             continue
         except (expat.ExpatError, LookupError, ValueError) as error:
             problems.append(f"{path.name}: not VOC's XML: {error}")
-    _raise_problems(folder, problems)
-    return found
+    return found, problems
 
 
 def _object_names(xml: bytes) -> list[tuple[str, int]]:
@@ -155,7 +159,8 @@ def _read_csv(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names
     return found
 
 
-def _read_json(path: Path, ids: Collection[str]) -> Names:
+def _read_json(path: Path, ids: Collection[str]) -> tuple[Names, list[str]]:
+    """What was read, and the problems of the rest."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_repeated_keys)
     except (ValueError, RecursionError) as error:
@@ -173,8 +178,7 @@ def _read_json(path: Path, ids: Collection[str]) -> Names:
             found[id_] = [(name, key) for name in names]
         else:
             problems.append(f"{key}: expected a list of class names, found {json.dumps(names):.60}")
-    _raise_problems(path, problems)
-    return found
+    return found, problems
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -219,7 +223,8 @@ def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[st
         else:
             labels[id_] = value.astype(bool)
             labels[id_].flags.writeable = False
-    _raise_problems(path, problems)
+    if problems:
+        raise LabelError(path, problems, labels)
     return labels
 
 

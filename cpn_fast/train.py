@@ -13,19 +13,21 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
+from torch import Tensor
 
 import cpn_fast
 from cpn_fast import checkpoint, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
-from cpn_fast.dataset import Sample, check_files, load_samples
+from cpn_fast.dataset import Sample, load_checked, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import remove_partials, replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.gallery import COUNT, Gallery
 from cpn_fast.meter import Meter
 from cpn_fast.methods import METHODS, Method
+from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS, Network
 from cpn_fast.pipelines.shards import open_shards
@@ -71,11 +73,13 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     if config.data.shards is not None:
         shards = open_shards(config.data.root / config.data.shards, config.classes)
         samples = shards.samples
+    elif rank.first:
+        verified = config.run / "verified.json"
+        samples = load_checked(
+            config.data, config.classes, config.data.train_list, workers=train.data_threads, verified=verified
+        )
     else:
         samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
-    verified = config.run / "verified.json"
-    if rank.first and shards is None:
-        check_files(samples, workers=train.data_threads, classes=len(config.classes), verified=verified)
     torch.manual_seed(train.seed)
     method = build(config)
     network = method.network
@@ -85,13 +89,9 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             "they are, which random weights do not survive: name a file of pretrained weights (README, The main job)"
         )
     if state is None and config.model.weights is not None:
-        load_into(
-            network,
-            to_network_keys(read_weights(config.model.weights)),
-            source=config.model.weights,
-            allow_missing=(heads := [f"{head}.*" for head in HEADS]),
-            allow_unexpected=[*heads, *(f"backbone.{pattern}" for pattern in network.backbone.classifier)],
-        )
+        fresh = start_from(network, config.model.weights)
+        if rank.first:
+            print(f"Starting from {config.model.weights}" + (f" with new layers {', '.join(fresh)}" if fresh else ""))
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     online = None
     if method.map != "superpixels":
@@ -181,6 +181,28 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             file.write(safetensors.torch.save(tensors))
     rank.wait()
     return final
+
+
+def start_from(network: Headed, path: Path) -> list[str]:
+    """Load pretrained weights: the backbone's must fit, of heads those are taken that do.
+
+    The file may be of a backbone, of a classifier, or of any of our networks, with other classes too. Returns the heads
+    that stay random. Raises UserError as ``load_into`` does.
+    """
+    own = network.state_dict()
+
+    def fits(key: str, tensor: Tensor) -> bool:
+        return key.split(".")[0] not in HEADS or (key in own and own[key].shape == tensor.shape)
+
+    tensors = {key: tensor for key, tensor in to_network_keys(read_weights(path)).items() if fits(key, tensor)}
+    loaded = load_into(
+        network,
+        tensors,
+        source=path,
+        allow_missing=[f"{head}.*" for head in HEADS],
+        allow_unexpected=[f"backbone.{pattern}" for pattern in network.backbone.classifier],
+    )
+    return list(dict.fromkeys(key.split(".")[0] for key in loaded.missing))
 
 
 def keyed_seed(*key: int) -> int:

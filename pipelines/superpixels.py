@@ -1,8 +1,8 @@
 """SLIC superpixels (fast-slic): of one image, of a batch of crops, and cached on disk for a data set.
 
-A cache folder holds ``manifest.json`` and one grayscale PNG per image, whose text chunk ``source`` is the image
-file's size in bytes. Builders take turns (a lock file); files are complete before they get their names, so readers
-need no lock.
+A cache folder holds ``manifest.json`` and one grayscale PNG per image, whose text chunk ``source`` tells which
+image file it was made of. Builders take turns (a lock file); files are complete before they get their names, so
+readers need no lock.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import os
 import sys
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -31,7 +33,8 @@ from cpn_fast.files import read_json, remove_partials, replacing
 from cpn_fast.images import is_whole_png, opened
 from cpn_fast.progress import track
 
-FORMAT = 1
+FORMAT = 2
+BEGINNING = 4096  # bytes
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -171,7 +174,7 @@ class SuperpixelCache:
             print(f"Warning: {self.path(sample.id)} is damaged or of another image, and made again", file=sys.stderr)
         labels = segment(read_image(sample.image), self.config).astype(self.dtype)
         source = PngInfo()
-        source.add_text("source", str(_size(sample.image)))
+        source.add_text("source", _identity(sample.image))
         with replacing(self.path(sample.id)) as file:
             Image.fromarray(labels).save(file, "PNG", pnginfo=source)
 
@@ -183,11 +186,13 @@ def _is_intact(path: Path, image: Path) -> bool:
     except OSError:
         return False
     with opened(path) as png:
-        return png.info.get("source") == str(_size(image))
+        return png.info.get("source") == _identity(image)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def _identity(path: Path) -> str:
+    """A file's size and a checksum of its beginning, where its EXIF orientation is; copies of a file have the same."""
+    with path.open("rb") as file:
+        return f"{os.fstat(file.fileno()).st_size} {zlib.crc32(file.read(BEGINNING)):08x}"
 
 
 def _version() -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -130,3 +132,23 @@ def test_nothing_waits_for_the_gpu(tiny_config) -> None:
             torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-2, atol=1e-2)
+
+
+def test_seeds_of_images_whose_tags_changed_are_made_again(tiny_config, tmp_path) -> None:
+    tags = tmp_path / "tags.json"
+    settings = config.load(tiny_config(train={"steps": 1}))
+    samples = load_samples(
+        settings.data, settings.classes, settings.data.train_list.with_name("val.txt"), labels=True, masks=False
+    )
+    named = {s.id: [settings.classes[k] for k in np.flatnonzero(s.label)] for s in samples}
+    tags.write_text(json.dumps(named))
+    own = settings.model_copy(update={"data": settings.data.model_copy(update={"labels": tags})})
+    weights, val = train.run(settings), settings.data.train_list.with_name("val.txt")
+    folder = cam.run(own, weights, val)
+    first, *others = (folder / "seeds" / f"{sample.id}.npz" for sample in samples)
+    before = [path.stat().st_mtime_ns for path in others]
+    named[samples[0].id] = [name for name in settings.classes if name not in named[samples[0].id]]
+    tags.write_text(json.dumps(named))
+    cam.run(own, weights, val)
+    assert [settings.classes[k] for k in read_seed(first).classes] == named[samples[0].id]
+    assert [path.stat().st_mtime_ns for path in others] == before

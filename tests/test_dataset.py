@@ -11,7 +11,7 @@ from PIL import Image
 
 from cpn_fast import dataset
 from cpn_fast.config import Data
-from cpn_fast.dataset import DatasetError, Sample, check_files, load_samples
+from cpn_fast.dataset import DatasetError, Sample, check_files, load_checked, load_samples
 from cpn_fast.masks import write_mask
 
 CLASSES = ("cat", "dog")
@@ -316,3 +316,21 @@ def test_an_interrupted_check_keeps_what_passed(data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         check(data, verified=verified, workers=1)
     assert len(json.loads(verified.read_text())) == 2
+
+
+def test_what_the_index_and_what_the_files_have_wrong_is_said_in_one_go(data):
+    (data.root / "labels.csv").write_text("a,dgo\n")  # and b has none
+    (data.root / "JPEGImages/b.jpg").write_bytes(b"no JPEG")
+    (data.root / "list.txt").write_text("a\nb\nb\nmissing\n")
+    with pytest.raises(DatasetError) as error:
+        load_checked(data, ("cat", "dog"), Path("list.txt"), workers=1)
+    for expected in (
+        "1 ids listed more than once: line 3 b",
+        "1 images missing in",
+        "'dgo' is not a class; did you mean dog?",
+        "2 ids without labels in",
+        "1 images that cannot be decoded",
+    ):
+        assert expected in str(error.value)
+    assert "missing.jpg" in str(error.value)
+    assert str(error.value).count("missing.jpg") == 1  # missing, and not undecodable too

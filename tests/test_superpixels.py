@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
@@ -199,7 +199,7 @@ def test_build_stores_each_segmentation(tmp_path):
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
     assert cache.missing(samples) == samples
     assert cache.build(samples, workers=3) == 5
-    assert cache.folder == tmp_path / "cache" / "slic-n30-c10-i10-v1"
+    assert cache.folder == tmp_path / "cache" / "slic-n30-c10-i10-v2"
     for sample in samples:
         assert stored(cache, sample).dtype == np.uint8
         assert np.array_equal(stored(cache, sample), segment(read_image(sample.image), CONFIG))
@@ -262,9 +262,27 @@ def damage_new_image(cache, samples):
     Image.fromarray(picture(33, 44, seed=9)).save(samples[1].image)
 
 
+def damage_turned_in_place(cache, samples):
+    """As image viewers do it: another EXIF orientation, and not a byte more or less."""
+    content = samples[1].image.read_bytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 1
+    upright = io.BytesIO()
+    Image.open(io.BytesIO(content)).save(upright, "PNG", exif=exif)
+    exif[ExifTags.Base.Orientation] = 3
+    turned = io.BytesIO()
+    Image.open(io.BytesIO(content)).save(turned, "PNG", exif=exif)
+    assert len(upright.getvalue()) == len(turned.getvalue())
+    samples[1].image.write_bytes(upright.getvalue())
+    cache.path(samples[1].id).unlink()
+    cache.build(samples, workers=1)
+    samples[1].image.write_bytes(turned.getvalue())
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        damage_turned_in_place,
         damage_truncate,
         damage_flip,
         damage_empty,

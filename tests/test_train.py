@@ -17,6 +17,8 @@ from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.cpn import Cpn
+from cpn_fast.models.affinity_net import build_affinity_net
+from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.pipelines.training import TrainingPipeline
 
@@ -236,6 +238,21 @@ def test_a_mask_that_does_not_fit_is_found_before_training(tiny_config, small_vo
     with pytest.raises(UserError, match=f"1 masks of another size than their image: {mask}"):
         train.run(settings)
     assert not (settings.run / "metrics.jsonl").exists()
+
+
+def test_training_starts_from_any_of_our_networks(tiny_config, capsys) -> None:
+    first = train.run(config.load(tiny_config(train={"steps": 1})))
+    capsys.readouterr()
+    classes = [*config.load(tiny_config()).classes, "unicorn"]
+    start = config.load(tiny_config(name="more", classes=classes, model={"weights": str(first)}, train={"steps": 1}))
+    train.run(start)
+    assert f"Starting from {first} with new layers fc8" in capsys.readouterr().out
+    deeplab = build_deeplab(start)
+    assert train.start_from(deeplab, first) == ["conv_fov", "bn_fov", "conv_fov2", "bn_fov2", "cls_conv"]
+    assert train.start_from(build_affinity_net(start.model), first) == ["f8_5", "f9"]
+    resnet = start.model.model_copy(update={"backbone": "mobilenet_v2"})
+    with pytest.raises(UserError, match="the weights do not fit the model"):
+        train.start_from(build_affinity_net(resnet), first)
 
 
 def test_a_frozen_stem_is_not_left_with_random_weights(tiny_config) -> None:

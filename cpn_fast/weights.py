@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from cpn_fast.config import Model
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
+from cpn_fast.models import build_backbone
 from cpn_fast.models.network import HEADS
 
 _SHOWN = 5
@@ -76,16 +78,28 @@ def load_into(
     mismatch.
     """
     expected = module.state_dict()
+    found = _compared(expected, tensors, source, allow_missing, allow_unexpected)
+    shared = {key: tensor for key, tensor in tensors.items() if key in expected and not _is_counter(key)}
+    module.load_state_dict(shared, strict=False)
+    return found
+
+
+def _compared(
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    source: Path | str,
+    allow_missing: Iterable[str],
+    allow_unexpected: Iterable[str],
+) -> Loaded:
     allow_missing, allow_unexpected = list(allow_missing), list(allow_unexpected)
     absent = [key for key in expected if key not in tensors and not _is_counter(key)]
     surplus = [key for key in tensors if key not in expected and not _is_counter(key)]
     missing = [key for key in absent if not _matches(key, allow_missing)]
     unexpected = [key for key in surplus if not _matches(key, allow_unexpected)]
-    shared = {key: tensor for key, tensor in tensors.items() if key in expected and not _is_counter(key)}
     other_kind = [
         key
-        for key, tensor in shared.items()
-        if tensor.shape != expected[key].shape or tensor.is_floating_point() != expected[key].is_floating_point()
+        for key, tensor in tensors.items()
+        if key in expected and not _is_counter(key) and not _alike(tensor, expected[key])
     ]
     if missing or unexpected or other_kind:
         lines = [f"{source}: the weights do not fit the model"]
@@ -97,7 +111,6 @@ def load_into(
         )
         lines.append("Check model.backbone, classes and the model's other keys against the file's origin.")
         raise UserError("\n".join(lines))
-    module.load_state_dict(shared, strict=False)
     return Loaded(absent, surplus)
 
 
@@ -120,7 +133,8 @@ class Conversion:
 def convert(source: Path, destination: Path) -> Conversion:
     """Rewrite a weight file as .safetensors or .pth (a bare state dict), by released names.
 
-    Raises UserError for an unreadable source, and for a destination that exists or has another suffix.
+    Raises UserError for an unreadable source, for weights that are not all of one of our backbones, with any heads, and
+    for a destination that exists or has another suffix.
     """
     if destination.suffix not in (".safetensors", ".pth"):
         found = destination.suffix or "no suffix"
@@ -130,6 +144,7 @@ def convert(source: Path, destination: Path) -> Conversion:
     if not destination.parent.is_dir():
         raise UserError(f"{destination}: cannot be written: there is no folder {destination.parent}")
     content = _read(source)
+    _check_backbone(source, content.tensors)
     # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
     tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}
     try:
@@ -142,6 +157,17 @@ def convert(source: Path, destination: Path) -> Conversion:
         raise UserError(f"{destination}: cannot be written: {error}") from None
     trained = [tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in _NOT_TRAINED]
     return Conversion(destination, len(tensors), sum(tensor.numel() for tensor in trained), tuple(content.dropped))
+
+
+def _check_backbone(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Compare with the backbone that has most of the names."""
+    with torch.device("meta"):
+        backbones = [
+            build_backbone(Model(backbone=name)) for name in get_args(Model.model_fields["backbone"].annotation)
+        ]
+    nearest = max(backbones, key=lambda backbone: len(backbone.state_dict().keys() & tensors.keys()))
+    heads = [f"{head}.*" for head in HEADS]
+    _compared(nearest.state_dict(), tensors, source, [], [*heads, *nearest.classifier])
 
 
 class _Content(NamedTuple):
@@ -327,6 +353,10 @@ def _is_counter(key: str) -> bool:
 
 def _matches(key: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _alike(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and tensor.is_floating_point() == other.is_floating_point()
 
 
 def _kind(tensor: Tensor) -> str:

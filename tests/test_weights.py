@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cpn_fast import weights
 from cpn_fast.config import Model
 from cpn_fast.errors import UserError
 from cpn_fast.models import build_backbone
@@ -394,26 +395,32 @@ def test_load_into_converts_floating_types() -> None:
 # convert
 
 
+def narrow(prefix: str = "backbone.") -> dict[str, Tensor]:
+    state = build_backbone(Model(backbone="narrow")).state_dict()
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_convert_writes_released_names_and_says_what_it_left_out(tmp_path: Path, suffix: str) -> None:
-    network = {
-        "backbone.b2.bn.running_mean": torch.ones(4),
-        "fc8.weight": torch.ones(4, 2).T,
-        "f9.weight": torch.eye(2),
-    }
+    network = narrow() | {"fc8.weight": torch.ones(4, 2).T, "f9.weight": torch.eye(2)}
     source = pth({"step": 3, "model": network, "optimizer": {}, "config": "name: x"}, tmp_path / "step.pt")
     destination = tmp_path / f"model{suffix}"
     summary = convert(source, destination)
-    assert (summary.tensors, summary.parameters, summary.dropped) == (3, 12, ("step", "optimizer", "config"))
-    assert str(summary) == f"{destination}: 3 tensors, 12 parameters; left out step, optimizer, config"
+    parameters = sum(p.numel() for p in build_backbone(Model(backbone="narrow")).parameters()) + 8 + 4
+    expected = (len(network), parameters, ("step", "optimizer", "config"))
+    assert (summary.tensors, summary.parameters, summary.dropped) == expected
+    said = f"{destination}: {len(network)} tensors, {parameters:,} parameters; left out step, optimizer, config"
+    assert str(summary) == said
     assert_same(read_weights(destination), to_released_keys(network))
     if suffix == ".pth":
-        assert list(torch.load(destination, weights_only=True)) == ["b2.bn.running_mean", "fc8.weight", "f9.weight"]
+        assert list(torch.load(destination, weights_only=True)) == [*narrow(""), "fc8.weight", "f9.weight"]
     assert {path.name for path in tmp_path.iterdir()} == {source.name, destination.name}
 
 
-def test_convert_params_reports_the_dropped_classifier(tmp_path: Path) -> None:
+def test_convert_params_reports_the_dropped_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = Stub()
+    stub.classifier = ()
+    monkeypatch.setattr(weights, "build_backbone", lambda _: stub)
     source = tmp_path / "x.params"
     source.write_bytes(params_bytes(as_params(stub) | {"arg:linear1000_bias": np.ones(5, np.float32)}))
     summary = convert(source, tmp_path / "x.safetensors")
@@ -423,16 +430,33 @@ def test_convert_params_reports_the_dropped_classifier(tmp_path: Path) -> None:
 
 
 def test_convert_writes_tensors_that_share_memory(tmp_path: Path) -> None:
-    whole = torch.arange(1000.0)
-    source = pth({"a": whole[:3], "b": whole[:3], "c": whole[1:4]}, tmp_path / "x.pth")
-    for name in ("y.safetensors", "y.pth"):
-        convert(source, tmp_path / name)
-        assert_same(read_weights(tmp_path / name), {"a": whole[:3], "b": whole[:3], "c": whole[1:4]})
-        assert (tmp_path / name).stat().st_size < 3000
+    state = narrow("")
+    name = next(key for key, tensor in state.items() if tensor.is_floating_point())
+    whole = torch.ones(100_000)
+    state[name] = whole[: state[name].numel()].view_as(state[name])
+    source = pth(state, tmp_path / "x.pth")
+    for other in ("y.safetensors", "y.pth"):
+        convert(source, tmp_path / other)
+        assert_same(read_weights(tmp_path / other), state)
+        assert (tmp_path / other).stat().st_size < source.stat().st_size - 300_000
+
+
+def test_convert_is_strict_about_names_and_shapes(tmp_path: Path) -> None:
+    state = narrow("")
+    first, second, *_ = state
+    state["totally.wrong"] = torch.ones(2)
+    state[second] = torch.ones(2, 3, 5)
+    del state[first]
+    with pytest.raises(UserError) as error:
+        convert(pth(state, tmp_path / "x.pth"), tmp_path / "y.pth")
+    said = " ".join(str(error.value).split())
+    for expected in (f"1 missing: {first}", "1 unexpected: totally.wrong (2)", f"{second}: expected", "(2, 3, 5)"):
+        assert expected in said
+    assert not (tmp_path / "y.pth").exists()
 
 
 def test_convert_overwrites_nothing_and_needs_a_known_suffix(tmp_path: Path) -> None:
-    source = pth(TENSORS, tmp_path / "x.pth")
+    source = pth(narrow(""), tmp_path / "x.pth")
     before = source.read_bytes()
     with pytest.raises(UserError, match="exists already"):
         convert(source, source)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from cpn_fast.models import network
 from cpn_fast.models.backbone import Backbone, Features
 from cpn_fast.pipelines.training import Batch
 from cpn_fast.ranks import Rank
-from cpn_fast.step import Figures, Step, captures, load_optimizer, make_optimizer, set_rate
+from cpn_fast.step import WARM_UP, Figures, Step, captures, load_optimizer, make_optimizer, set_rate
 
 PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}
 ALONE, CPU = Rank(0, 1, 0), torch.device("cpu")
@@ -170,6 +172,39 @@ def test_where_a_step_cannot_be_captured(tiny_config) -> None:
         assert not asked(None, method, rank, device)
         with pytest.raises(UserError, match=rf"train.cuda_graph is true, but .*{why}"):
             asked(True, method, rank, device)
+
+
+def test_every_call_makes_one_step_whether_eager_captured_or_replayed(tiny_config, monkeypatch) -> None:
+    """With a stand-in for CUDA, which notes what it is asked for: a capture makes no step, its replay does."""
+    notes: list[str] = []
+    capturing = []
+
+    class Graph:
+        def register_generator_state(self, generator: torch.Generator) -> None:
+            notes.append("register")
+
+        def replay(self) -> None:
+            notes.append("step")
+
+    @contextmanager
+    def capture(graph: Graph, *, stream: object, capture_error_mode: str):
+        capturing.append(capture_error_mode)
+        yield
+        capturing.append("end")
+
+    streams = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": Graph, "graph": capture, "stream": lambda stream: nullcontext(), "Stream": lambda *_: streams}
+    for name, fake in {**fakes, "current_stream": lambda: streams}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("cpn_fast.step.captures", lambda *_: True)
+    monkeypatch.setattr(Step, "_make", lambda self: notes.append("step" if not capturing else "captured") or "figures")
+    settings = config.load(tiny_config(**PLAIN))
+    method = METHODS["cam"](settings)
+    optimizer = make_optimizer(method.network, settings.train, CPU)
+    step = Step(method, optimizer, torch.Generator(), settings.train, ALONE, CPU)
+    assert [step(batches(1)) for _ in range(5)] == ["figures"] * 5
+    assert notes == ["step"] * WARM_UP + ["register", "captured"] + ["step"] * (5 - WARM_UP)
+    assert capturing == ["thread_local", "end"]
 
 
 def test_recomputed_blocks_of_several_processes_are_not_compiled(tiny_config) -> None:

@@ -25,7 +25,7 @@ import cpn_fast
 from cpn_fast import checkpoint, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
-from cpn_fast.dataset import Sample, check_files, load_samples
+from cpn_fast.dataset import Sample, check_files
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.finite import GradientGuard
@@ -33,7 +33,7 @@ from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS
-from cpn_fast.pipelines.shards import open_shards
+from cpn_fast.pipelines.shards import training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.ranks import Rank
@@ -68,12 +68,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     if state is not None and final.exists():
         return final
 
-    shards = None
-    if config.data.shards is not None:
-        shards = open_shards(config.data.root / config.data.shards, config.classes)
-        samples = shards.samples
-    else:
-        samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
+    samples, shards = training_list(config)
     verified = config.run / "verified.json"
     if rank.first and shards is None:
         check_files(samples, workers=train.data_threads, classes=len(config.classes), verified=verified)

@@ -25,8 +25,8 @@ from nvidia.dali import Pipeline, fn
 from rich.progress import track
 
 from cpn_fast import ranks
-from cpn_fast.config import Superpixels
-from cpn_fast.dataset import Sample, check_files
+from cpn_fast.config import Config, Superpixels
+from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
@@ -161,6 +161,17 @@ def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
     labels = read_labels(folder / "tags.csv", ids, classes)
     samples = [Sample(id_, shards[index // size] / id_, None, labels[id_]) for index, id_ in enumerate(ids)]
     return Shards(folder, samples, size, made_by["superpixels"])
+
+
+def training_list(config: Config) -> tuple[list[Sample], Shards | None]:
+    """The training list with its tags, and the shards that it is in if ``data.shards`` names them.
+
+    Raises UserError with everything wrong in either.
+    """
+    if config.data.shards is None:
+        return load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None), None
+    shards = open_shards(config.data.root / config.data.shards, config.classes)
+    return shards.samples, shards
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -12,7 +12,7 @@ from nvidia.dali import Pipeline, fn
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from cpn_fast import cli, config, ranks, train
+from cpn_fast import cli, config, doctor, ranks, train
 from cpn_fast.config import Augment, Data, Superpixels
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.demo_data import DEMO_CLASSES
@@ -248,6 +248,7 @@ def test_trains_from_shards_alone_and_continues(tiny_config, tmp_path) -> None:
     gone = {"root": str(tmp_path / "gone"), "shards": str(tmp_path / "shards")}
     steps = {"steps": 4, "checkpoint_every": 2}
     path = tiny_config(name="one", data=gone, train=steps, out=str(tmp_path / "one"))
+    assert doctor.data(config.load(path)).found.startswith(f"12 images in {tmp_path / 'shards'}")
     expected = load_file(train.run(config.load(path)))
     run = config.load(path).run
     (run / "model.safetensors").unlink()

@@ -162,14 +162,14 @@ def test_damage_is_named(loose, cache, folder, tmp_path) -> None:
     tar.write_bytes(tar.read_bytes()[:-12_000])
     with pytest.raises(UserError, match=r"1 shards are .*shard-00001.tar"):
         open_shards(copy, DEMO_CLASSES)
-    for member, message in ((0, "expected a readable image"), (1, "expected a readable image")):
+    for member in range(2):  # the first sample's image and its superpixels
         lines = (copy / "shard-00001.idx").read_text().splitlines()
         offset, size = map(int, lines[1].split()[4 * member + 1 : 4 * member + 3])
         content = bytearray((folder / "shard-00001.tar").read_bytes())
         content[offset + size // 2 * member : offset + size] = bytes(size - size // 2 * member)
         tar.write_bytes(content)
         opened = open_shards(copy, DEMO_CLASSES).with_superpixels(cache.folder.parent, SLIC)
-        with pytest.raises(UserError, match=f"shard-00001.tar/{opened.samples[SIZE].id}: {message}"):
+        with pytest.raises(UserError, match=f"shard-00001.tar/{opened.samples[SIZE].id}: expected a"):
             take(make(opened.samples, opened), 6)
 
 

@@ -21,7 +21,6 @@ from rich.table import Table
 
 import cpn_fast
 from cpn_fast.config import Config
-from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 
 State = Literal["ok", "slow", "broken"]
@@ -166,10 +165,13 @@ def dense_crf() -> Finding:
 
 
 def data(config: Config) -> Finding:
-    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
+    from cpn_fast.pipelines.shards import training_list
+
+    samples, shards = training_list(config)
     tags = np.stack([sample.label for sample in samples if sample.label is not None])
     without = [name for name, count in zip(config.classes, tags.sum(0), strict=True) if count == 0]
-    found = f"{len(samples)} images in {config.data.train_list}, {tags.sum(1).mean():.2f} tags each"
+    place = config.data.train_list if shards is None else shards.folder
+    found = f"{len(samples)} images in {place}, {tags.sum(1).mean():.2f} tags each"
     if without:
         found += f"; no image shows {', '.join(without)}"
         return Finding("slow", found, "list images of them, or drop the class")

@@ -23,6 +23,7 @@ from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
 from cpn_fast.files import replacing
 from cpn_fast.masks import GalleryRow, cam_overlay, gallery, read_mask, tinted
+from cpn_fast.pipelines.shards import training_list
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import Model
 from cpn_fast.predict import load as load_model
@@ -49,7 +50,7 @@ def run(folder: Path) -> Path:
     page = Environment(autoescape=True, trim_blocks=True).from_string(
         files("cpn_fast").joinpath("report.html").read_text()
     )
-    images = len(load_samples(config.data, config.classes, config.data.train_list, labels=False, masks=False))
+    images = len(training_list(config)[0])
     html = page.render(
         name=config.name,
         subtitle=f"{config.method} with {config.model.backbone} on {images} images of {len(config.classes)} classes",

@@ -20,7 +20,7 @@ from cpn_fast import checkpoint, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
-from cpn_fast.dataset import Sample, load_checked, load_samples
+from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.files import remove_partials, replacing
 from cpn_fast.finite import GradientGuard
@@ -30,7 +30,7 @@ from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS, Network
-from cpn_fast.pipelines.shards import open_shards
+from cpn_fast.pipelines.shards import training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.progress import Progress
@@ -69,17 +69,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     if state is not None and _is_complete(final):
         return final
 
-    shards = None
-    if config.data.shards is not None:
-        shards = open_shards(config.data.root / config.data.shards, config.classes)
-        samples = shards.samples
-    elif rank.first:
-        verified = config.run / "verified.json"
-        samples = load_checked(
-            config.data, config.classes, config.data.train_list, workers=train.data_threads, verified=verified
-        )
-    else:
-        samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
+    samples, shards = training_list(config, decode=rank.first)
     torch.manual_seed(train.seed)
     method = build(config)
     network = method.network

@@ -24,8 +24,8 @@ import numpy as np
 from nvidia.dali import Pipeline, fn
 
 from cpn_fast import ranks
-from cpn_fast.config import Superpixels
-from cpn_fast.dataset import Sample, check_files
+from cpn_fast.config import Config, Superpixels
+from cpn_fast.dataset import Sample, check_files, load_checked, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
@@ -161,6 +161,22 @@ def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
     labels = read_labels(folder / "tags.csv", ids, classes)
     samples = [Sample(id_, shards[index // size] / id_, None, labels[id_]) for index, id_ in enumerate(ids)]
     return Shards(folder, samples, size, made_by["superpixels"])
+
+
+def training_list(config: Config, *, decode: bool = False) -> tuple[list[Sample], Shards | None]:
+    """The training list with its tags, and the shards that it is in if ``data.shards`` names them.
+
+    ``decode`` looks into loose files too; what passes is remembered in the run's folder. Raises UserError with
+    everything wrong.
+    """
+    if config.data.shards is None and decode:
+        verified, workers = config.run / "verified.json", config.train.data_threads
+        listed = config.data.train_list
+        return load_checked(config.data, config.classes, listed, workers=workers, verified=verified), None
+    if config.data.shards is None:
+        return load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None), None
+    shards = open_shards(config.data.root / config.data.shards, config.classes)
+    return shards.samples, shards
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import Pipeline, fn, types
 from PIL import Image, ImageOps
 
 from cpn_fast.config import Augment, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.masks import write_mask
+from cpn_fast.pipelines import training
 from cpn_fast.pipelines.superpixels import read_image, segment
 from cpn_fast.pipelines.training import Batch, TrainingPipeline
 
@@ -162,6 +164,27 @@ def test_resize_is_pillows_cubic(tmp_path: Path) -> None:
         batch = next(make([sample], {**PLAIN, "long_side": (side, side), "crop": side}))
         expected = Image.open(sample.image).resize((side, side), Image.Resampling.BICUBIC)
         assert np.abs(pixels(batch) - np.asarray(expected, np.float32)).max() <= 2
+
+
+@pytest.mark.parametrize("long_side", [90, 250])
+def test_the_cpu_shows_what_dali_resizes(long_side: int) -> None:
+    """Parts of the image, mirrored or not: what ``fn.resize`` gives on a GPU, but for the image's border."""
+    image = noise(120, 160).copy()
+    augment = Augment(long_side=(long_side - 9, long_side), crop=96)
+    for seed in range(12):
+        size, start, end, _ = training._geometry(augment, 120, 160, np.random.default_rng(seed))
+        pipeline = Pipeline(1, 1, None)
+        with pipeline:
+            source = fn.external_source(source=lambda: [image], batch=True, layout="HWC")
+            options = {"size": size, "roi_start": start, "roi_end": end}
+            pipeline.set_outputs(fn.resize(source, interp_type=types.INTERP_CUBIC, **options))
+        (expected,) = pipeline.run()
+        found, average = training._shown(image, size, start, end)
+        inner = (slice(9, -9),) * 2
+        difference = found[inner].astype(int) - np.asarray(expected.at(0))[inner]
+        assert found.shape == expected.at(0).shape
+        assert np.abs(difference).max() <= 2
+        np.testing.assert_allclose(average, image.mean((0, 1))[None], rtol=1e-5)
 
 
 # Decoding

@@ -186,12 +186,7 @@ def _confusion(tree: dict[str, Any]) -> Figure:
 def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, str]]:
     """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
     source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
-    listed = {
-        sample.id: sample
-        for sample in load_samples(
-            config.data, config.classes, Path(tree["list"]), labels=threshold is not None, masks=True
-        )
-    }
+    listed = {sample.id: sample for sample in _listed(config, Path(tree["list"]))}
     samples = [listed[id_] for id_ in tree["ids"]]
 
     def predicted(sample: Sample) -> np.ndarray:
@@ -223,6 +218,14 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
             words = {"columns": ", ".join(rows[0].pictures), "rows": ", ".join(row.title for row in rows)}
             galleries.append({"title": title, **words, "data": _data(_jpeg(picture), "jpeg")})
     return galleries
+
+
+def _listed(config: Config, list_path: Path) -> list[Sample]:
+    """With labels if there are any: the segmenter's images need none, and have no CAMs in the gallery then."""
+    try:
+        return load_samples(config.data, config.classes, list_path, labels=True, masks=True)
+    except UserError:
+        return load_samples(config.data, config.classes, list_path, labels=False, masks=True)
 
 
 def _pictures(sample: Sample, mask: np.ndarray, model: Model | None) -> tuple[list[int], dict[str, np.ndarray]]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cpn_fast import evaluate, report
 from cpn_fast.cli import app
-from cpn_fast.config import load
+from cpn_fast.config import dump, load
 from cpn_fast.errors import UserError
 
 
@@ -91,7 +91,19 @@ def test_masks_and_several_lists_have_their_sections_and_names_are_escaped(run: 
     html = report.run(run).read_text()
     assert "masks &amp; more" in html
     assert "masks & more" not in html
-    assert len(pictures(html)) == 8 + 3
+    shown = pictures(html)
+    assert len(shown) == 8 + 3
+    assert [picture.width for picture in shown].count(8 + 5 * 248) == 2  # masks have their CAMs beside them too
+
+
+def test_without_tags_masks_are_shown_without_cams(run: Path, small_voc: Path, tmp_path: Path) -> None:
+    tree = load(run / "config.yaml")
+    bare = tree.model_copy(update={"out": run.parent, "data": tree.data.model_copy(update={"labels": Path("nowhere")})})
+    (run / "config.yaml").write_text(dump(bare))
+    shutil.rmtree(run / "evaluation")
+    val = Path("ImageSets/Segmentation/val.txt")
+    evaluate.run(bare, cams=None, masks=run / "cams/val/masks", list_path=val, threshold_from=None)
+    assert pictures(report.run(run).read_text())[-1].width == 8 + 3 * 248
 
 
 def test_a_run_without_scores_or_weights_has_a_page_that_says_so(run: Path) -> None:

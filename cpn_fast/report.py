@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from cpn_fast.config import Config, load
+from cpn_fast.config import Config, load, parse
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
@@ -59,6 +59,7 @@ def run(folder: Path) -> Path:
             _training(path, folder) for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/*/metrics.jsonl")))
         ],
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        changed=_changed(config),
         config=(folder / "config.yaml").read_text(),
     )
     path = folder / "report.html"
@@ -127,6 +128,24 @@ def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         axes.spines[["top", "right"]].set_visible(False)
         plots.append({"alt": f"{title} over the steps", "data": _embedded(figure)})
     return plots
+
+
+# Configuration
+
+
+def _changed(config: Config) -> list[tuple[str, str]]:
+    """The keys whose values are not the defaults, with these values."""
+    least = {"name": config.name, "data": {"root": str(config.data.root)}, "train": {"steps": 1}}
+    return [*_differing("", config.model_dump(mode="json"), parse(least, "defaults").model_dump(mode="json"))]
+
+
+def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _differing(f"{prefix}{key}.", value, defaults[key])
+        elif value != defaults[key]:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + key, "null" if value is None else text
 
 
 # Evaluations

@@ -35,10 +35,17 @@ def test_the_page_stands_alone_and_says_what_was_measured(run: Path) -> None:
     html = (run / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)  # nothing is fetched
     assert "<script" not in html
+    assert "<td>superpixels.compactness" not in html  # as by default
     tree = json.loads((run / "evaluation/val/cams-val-seeds/evaluation.json").read_text())
     assert f"{100 * tree['results'][0]['mean_iou']:.2f}" in html
     assert "(oracle)" in html
-    for words in ("Best images", "cpn with narrow on 12 images of 5 classes", "waiting for data", "backbone: narrow"):
+    for words in (
+        "Best images",
+        "cpn with narrow on 12 images of 5 classes",
+        "waiting for data",
+        "backbone: narrow",
+        "<td>superpixels.count</td><td>30</td>",
+    ):
         assert words in html
     shown = pictures(html)
     assert len(shown) == 4 + 4  # curves, and threshold curve, classes, confusion, the best of 4 images

@@ -127,8 +127,6 @@ def convert(source: Path, destination: Path) -> Conversion:
         raise UserError(f"{destination}: can write .safetensors, .pth and, of a run, .pt2, not {found!r}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; remove it or choose another name")
-    if not destination.parent.is_dir():
-        raise UserError(f"{destination}: cannot be written: there is no folder {destination.parent}")
     content = _read(source)
     # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
     tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}

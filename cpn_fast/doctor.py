@@ -167,6 +167,7 @@ def dense_crf() -> Finding:
 
 def data(config: Config) -> Finding:
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
+    load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
     tags = np.stack([sample.label for sample in samples if sample.label is not None])
     without = [name for name, count in zip(config.classes, tags.sum(0), strict=True) if count == 0]
     found = f"{len(samples)} images in {config.data.train_list}, {tags.sum(1).mean():.2f} tags each"
@@ -174,7 +175,6 @@ def data(config: Config) -> Finding:
         found += f"; no image shows {', '.join(without)}"
         return Finding("slow", found, "list images of them, or drop the class")
     found += f", {sum(sample.mask is not None for sample in samples)} with a mask"
-    load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
     try:
         load_samples(config.data, config.classes, config.segment.eval_list, labels=False, masks=False)
     except UserError as error:

@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 demo: setup
 	$(BIN)/cpn-fast demo
+	@echo "For cpn-fast as a command of this shell: . $(BIN)/activate"
 
 # mypy finds packages by folder and not by setup.py's mapping: it is shown the tree as installed.
 test: setup

@@ -168,6 +168,7 @@ def data(config: Config) -> Finding:
     from cpn_fast.pipelines.shards import training_list
 
     samples, shards = training_list(config)
+    load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
     tags = np.stack([sample.label for sample in samples if sample.label is not None])
     without = [name for name, count in zip(config.classes, tags.sum(0), strict=True) if count == 0]
     place = config.data.train_list if shards is None else shards.folder
@@ -176,7 +177,6 @@ def data(config: Config) -> Finding:
         found += f"; no image shows {', '.join(without)}"
         return Finding("slow", found, "list images of them, or drop the class")
     found += f", {sum(sample.mask is not None for sample in samples)} with a mask"
-    load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
     try:
         load_samples(config.data, config.classes, config.segment.eval_list, labels=False, masks=False)
     except UserError as error:

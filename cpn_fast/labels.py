@@ -3,7 +3,8 @@
 - A folder of VOC XML files: every ``object``'s ``name`` counts, the names of its parts do not.
 - ``.npy``: a pickled dict of id -> numbers (K,), 0 or 1. It is read without trusting it: nothing in it can run.
 - ``.csv``: ``id,names`` with names separated by ``;`` as in ``img_7,cat;dog``. Also read: names in several columns
-  or several rows, names separated by spaces where no class name has one, file names (``img_7.jpg``) for ids.
+  or several rows, names separated by spaces where no class name has one, file names (``img_7.jpg``) for ids, and
+  semicolons or tabs in the commas' place.
   Rows of images that are not asked for, such as a header, are skipped.
 - ``.json``: ``{"img_7": ["cat", "dog"]}``; here too a file name may stand for its id.
 """
@@ -142,11 +143,16 @@ def _object_names(xml: bytes) -> list[tuple[str, int]]:
 
 
 def _read_csv(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names:
-    wanted = set(ids)
+    """With the first of the separators by which any id is found: spreadsheets write what their language has."""
+    separated = (_read_separated(path, separator, set(ids), classes) for separator in (",", ";", "\t"))
+    return next(filter(None, separated), {})
+
+
+def _read_separated(path: Path, separator: str, wanted: set[str], classes: Sequence[str]) -> Names:
     spaced = any(" " in name for name in classes)
     found: dict[str, list[tuple[str, str]]] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, skipinitialspace=True)
+        rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
         try:
             for key, *cells in filter(None, rows):
                 id_ = _as_id(key.strip(), wanted)

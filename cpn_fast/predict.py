@@ -169,6 +169,10 @@ class _Graph(nn.Module):
 def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     """A trained model, ready to predict.
 
+    >>> model = cpn_fast.load("runs/voc")
+    >>> prediction = model.predict("photo.jpg", ["dog", "person"])  # without the names it finds out itself
+    >>> prediction.mask, prediction.probabilities["dog"]  # uint8 (H, W), from 0 to 1
+
     path: a run's folder, or a file of weights with the run's ``config.yaml`` beside it or one folder up (where a
     checkpoint's is). device: by default CUDA where there is one. Raises UserError if either file is missing or damaged.
     """

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from cpn_fast.config import Config, load
+from cpn_fast.config import Config, load, parse
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
@@ -60,6 +60,7 @@ def run(folder: Path) -> Path:
             _training(path, folder) for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/*/metrics.jsonl")))
         ],
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        changed=_changed(config),
         config=(folder / "config.yaml").read_text(),
     )
     path = folder / "report.html"
@@ -130,6 +131,24 @@ def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return plots
 
 
+# Configuration
+
+
+def _changed(config: Config) -> list[tuple[str, str]]:
+    """The keys whose values are not the defaults, with these values."""
+    least = {"name": config.name, "data": {"root": str(config.data.root)}, "train": {"steps": 1}}
+    return [*_differing("", config.model_dump(mode="json"), parse(least, "defaults").model_dump(mode="json"))]
+
+
+def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _differing(f"{prefix}{key}.", value, defaults[key])
+        elif value != defaults[key]:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + key, "null" if value is None else text
+
+
 # Evaluations
 
 
@@ -187,12 +206,7 @@ def _confusion(tree: dict[str, Any]) -> Figure:
 def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, str]]:
     """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
     source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
-    listed = {
-        sample.id: sample
-        for sample in load_samples(
-            config.data, config.classes, Path(tree["list"]), labels=threshold is not None, masks=True
-        )
-    }
+    listed = {sample.id: sample for sample in _listed(config, Path(tree["list"]))}
     samples = [listed[id_] for id_ in tree["ids"]]
 
     def predicted(sample: Sample) -> np.ndarray:
@@ -224,6 +238,14 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
             words = {"columns": ", ".join(rows[0].pictures), "rows": ", ".join(row.title for row in rows)}
             galleries.append({"title": title, **words, "data": _data(_jpeg(picture), "jpeg")})
     return galleries
+
+
+def _listed(config: Config, list_path: Path) -> list[Sample]:
+    """With labels if there are any: the segmenter's images need none, and have no CAMs in the gallery then."""
+    try:
+        return load_samples(config.data, config.classes, list_path, labels=True, masks=True)
+    except UserError:
+        return load_samples(config.data, config.classes, list_path, labels=False, masks=True)
 
 
 def _pictures(sample: Sample, mask: np.ndarray, model: Model | None) -> tuple[list[int], dict[str, np.ndarray]]:

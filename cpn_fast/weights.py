@@ -141,8 +141,6 @@ def convert(source: Path, destination: Path) -> Conversion:
         raise UserError(f"{destination}: can write .safetensors, .pth and, of a run, .pt2, not {found!r}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; remove it or choose another name")
-    if not destination.parent.is_dir():
-        raise UserError(f"{destination}: cannot be written: there is no folder {destination.parent}")
     content = _read(source)
     _check_backbone(source, content.tensors)
     # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.

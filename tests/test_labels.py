@@ -125,6 +125,9 @@ def test_long_reports_are_cut_with_a_count(tmp_path):
         "a.jpg, cat; dog\nJPEGImages/b.png,dog\n",
         "\ufeffa,cat;dog\r\n\r\nb,dog;\r\n",
         'a,"cat;dog"\nb,"dog"\nunasked,zebra\n',
+        'file;tags\r\na.jpg;"cat;dog"\r\nb.jpg;dog\r\n',
+        "a;cat;dog\nb;dog\n",
+        "a\tcat;dog\nb\tdog\n",
     ],
 )
 def test_csv_forms(tmp_path, text):

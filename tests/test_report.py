@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cpn_fast import evaluate, report
 from cpn_fast.cli import app
-from cpn_fast.config import load
+from cpn_fast.config import dump, load
 from cpn_fast.errors import UserError
 
 
@@ -35,10 +35,17 @@ def test_the_page_stands_alone_and_says_what_was_measured(run: Path) -> None:
     html = (run / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)  # nothing is fetched
     assert "<script" not in html
+    assert "<td>superpixels.compactness" not in html  # as by default
     tree = json.loads((run / "evaluation/val/cams-val-seeds/evaluation.json").read_text())
     assert f"{100 * tree['results'][0]['mean_iou']:.2f}" in html
     assert "(oracle)" in html
-    for words in ("Best images", "cpn with narrow on 12 images of 5 classes", "waiting for data", "backbone: narrow"):
+    for words in (
+        "Best images",
+        "cpn with narrow on 12 images of 5 classes",
+        "waiting for data",
+        "backbone: narrow",
+        "<td>superpixels.count</td><td>30</td>",
+    ):
         assert words in html
     shown = pictures(html)
     assert len(shown) == 4 + 4  # curves, and threshold curve, classes, confusion, the best of 4 images
@@ -91,7 +98,19 @@ def test_masks_and_several_lists_have_their_sections_and_names_are_escaped(run: 
     html = report.run(run).read_text()
     assert "masks &amp; more" in html
     assert "masks & more" not in html
-    assert len(pictures(html)) == 8 + 3
+    shown = pictures(html)
+    assert len(shown) == 8 + 3
+    assert [picture.width for picture in shown].count(8 + 5 * 248) == 2  # masks have their CAMs beside them too
+
+
+def test_without_tags_masks_are_shown_without_cams(run: Path, small_voc: Path, tmp_path: Path) -> None:
+    tree = load(run / "config.yaml")
+    bare = tree.model_copy(update={"out": run.parent, "data": tree.data.model_copy(update={"labels": Path("nowhere")})})
+    (run / "config.yaml").write_text(dump(bare))
+    shutil.rmtree(run / "evaluation")
+    val = Path("ImageSets/Segmentation/val.txt")
+    evaluate.run(bare, cams=None, masks=run / "cams/val/masks", list_path=val, threshold_from=None)
+    assert pictures(report.run(run).read_text())[-1].width == 8 + 3 * 248
 
 
 def test_a_run_without_scores_or_weights_has_a_page_that_says_so(run: Path) -> None:

@@ -463,10 +463,10 @@ def test_convert_overwrites_nothing_and_needs_a_known_suffix(tmp_path: Path) -> 
     assert source.read_bytes() == before
     with pytest.raises(UserError, match=r"can write \.safetensors, \.pth and, of a run, \.pt2, not '\.params'"):
         convert(source, tmp_path / "x.params")
-    for folder in (tmp_path / "nowhere", source):
-        with pytest.raises(UserError, match="there is no folder"):
-            convert(source, folder / "y.pth")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(source, source / "y.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+    assert convert(source, tmp_path / "new" / "y.pth").destination.exists()
 
 
 # Real weights, where they are at hand

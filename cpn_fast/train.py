@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     """
     train, rank = config.train, ranks.join()
     device = rank.device
+    if train.deterministic:
+        choose_deterministic_algorithms()
     if train.batch % rank.world:
         raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
     final = config.run / "model.safetensors"
@@ -182,6 +185,13 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             file.write(safetensors.torch.save(tensors))
     rank.wait()
     return final
+
+
+def choose_deterministic_algorithms() -> None:
+    """In this process from now on: torch's own, cuDNN's and cuBLAS's."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def make_optimizer(network: Headed, train: Train, device: torch.device) -> torch.optim.SGD:

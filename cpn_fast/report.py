@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from cpn_fast.config import Config, load
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, read_metrics, replacing
 from cpn_fast.masks import GalleryRow, cam_overlay, gallery, read_mask, tinted
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import Model
@@ -41,7 +40,7 @@ def run(folder: Path) -> Path:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no config.yaml in it; give the folder of a run, as in runs/voc")
     config = load(folder / "config.yaml")
-    environment = json.loads((folder / "environment.json").read_text())
+    environment = _json(folder / "environment.json")
     model = load_model(folder) if (folder / "model.safetensors").is_file() else None
     found = sorted(folder.glob("evaluation/*/*/evaluation.json"))
     evaluations = [_evaluation(path, config, model) for path in found]
@@ -64,11 +63,18 @@ def run(folder: Path) -> Path:
     return path
 
 
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and the command that wrote it makes it anew") from None
+
+
 # Training
 
 
 def _training(path: Path) -> dict[str, Any] | None:
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = read_metrics(path)
     if not lines:
         return None
     rates = [line["images_per_second"] for line in lines]
@@ -116,7 +122,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
-    tree = json.loads(path.read_text())
+    tree = _json(path)
     plots = [
         {"alt": alt, "data": _data(path.with_name(name).read_bytes(), "png")}
         for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))

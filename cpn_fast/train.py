@@ -28,7 +28,7 @@ from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import remove_partials, replacing
+from cpn_fast.files import read_metrics, remove_partials, replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
@@ -261,7 +261,7 @@ class Meter:
         self.batch, self.classes, self.steps_per_epoch = config.train.batch, config.classes, max(1, steps_per_epoch)
         self.board = None
         if rank.first:
-            kept = [line for line in _lines(self.path) if line["step"] <= start]
+            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
             with replacing(self.path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self.board = SummaryWriter(config.run, purge_step=start + 1)
@@ -377,17 +377,3 @@ def _is_complete(weights: Path) -> bool:
             return True
     except (OSError, safetensors.SafetensorError):
         return False
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines up to the first that is torn (a killed run's last one) or damaged."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-            lines.append({**line, "step": int(line["step"])})
-        except (ValueError, LookupError, TypeError, RecursionError):
-            break
-    return lines

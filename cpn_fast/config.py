@@ -237,6 +237,9 @@ class Train(Section):
     for ResNet38d with half of the memory and 19 % more computing (``cpn_fast/models/backbone.py``)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Shuffling, augmentation, hiding, dropout and new layers all follow from it."""
+    deterministic: bool = False
+    """The same bytes from the same seed on the same GPU too, as on a CPU without it; slower. An operation of torch that
+    has no such algorithm (the cross-entropy of ``segment``) is named in a warning."""
     data_threads: Count = 2
     """DALI's CPU threads."""
     log_every: Count = 20

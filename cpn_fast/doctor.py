@@ -165,6 +165,7 @@ def dense_crf() -> Finding:
 
 
 def data(config: Config) -> Finding:
+    from cpn_fast.dataset import load_samples
     from cpn_fast.pipelines.shards import training_list
 
     samples, shards = training_list(config)

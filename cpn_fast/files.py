@@ -49,6 +49,18 @@ def read_json(path: Path) -> Any:
         raise ValueError("brackets within brackets without end") from None
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to the first that is torn (a killed run's last one) or damaged."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            break
+    return lines
+
+
 def remove_partials(*folders: Path) -> None:
     """Remove what killed processes left half-written."""
     for folder in folders:

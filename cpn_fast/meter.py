@@ -6,7 +6,6 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from cpn_fast.config import Config
-from cpn_fast.files import replacing
+from cpn_fast.files import read_metrics, replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.pipelines.training import Batch
 from cpn_fast.step import Figures
@@ -53,7 +52,7 @@ class Meter:
         self.batch, self.accumulate, self.steps_per_epoch = batch, config.train.accumulate, max(1, steps_per_epoch)
         self.board = None
         if self.rank.first:
-            kept = [line for line in _lines(self.path) if line["step"] <= start]
+            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
             with replacing(self.path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self.board = SummaryWriter(config.run, purge_step=start + 1)
@@ -172,17 +171,3 @@ def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
     truth, scores = labels.cpu().numpy() > 0.5, logits.float().cpu().numpy()
     occurring = truth.any(axis=0)
     return float(average_precision_score(truth[:, occurring], scores[:, occurring]))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines up to the first that is torn (a killed run's last one) or damaged."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-            lines.append({**line, "step": int(line["step"])})
-        except (ValueError, LookupError, TypeError, RecursionError):
-            break
-    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     config = sized(config, build, rank)
     train = config.train
     assert train.batch != "auto"
+    if train.deterministic:
+        choose_deterministic_algorithms()
     if train.batch % rank.world:
         raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
     final = config.run / "model.safetensors"
@@ -171,6 +174,13 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             file.write(safetensors.torch.save(tensors))
     rank.wait()
     return final
+
+
+def choose_deterministic_algorithms() -> None:
+    """In this process from now on: torch's own, cuDNN's and cuBLAS's."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def start_from(network: Headed, path: Path) -> list[str]:

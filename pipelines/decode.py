@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def device_id(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, IO[bytes] | None]]) -> list[Tensor]:
+def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, bytes | None]]) -> list[Tensor]:
     """The next batch of a pipeline's outputs as tensors, which share DALI's memory and keep it from being used again.
 
     ``files``, names and contents if those are no files, are looked through when the pipeline fails: UserError names a
@@ -75,10 +75,26 @@ def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, IO
         outputs = pipeline.run(stream)
     except RuntimeError:
         for path, content in files:
-            with opened(path, content) as image:
+            with opened(path, None if content is None else io.BytesIO(content)) as image:
                 image.load()
+                kind = image.format
+            if kind == "JPEG" and not _is_decoded(path.read_bytes() if content is None else content):
+                raise UnreadableImage(path, "damaged JPEG data") from None
         raise
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
+
+
+def _is_decoded(jpeg: bytes) -> bool:
+    """Whether DALI takes it: of damaged data Pillow makes something, and DALI nothing."""
+    pipeline = Pipeline(1, 1, None)
+    with pipeline:
+        pipeline.set_outputs(decode(fn.external_source(name="jpeg"), torch.device("cpu")))
+    pipeline.feed_input("jpeg", [np.frombuffer(jpeg, np.uint8)])
+    try:
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

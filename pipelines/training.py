@@ -8,7 +8,6 @@ The graph only carries it out. So any step can be started at, and a step is the 
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import math
 import struct
@@ -17,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -172,11 +171,10 @@ class TrainingPipeline:
         shard = None if self._shards is None else self._shards.size
         return epoch, positions, _order(self._seed, epoch, len(self._samples), shard)[positions]
 
-    def _files(self) -> Iterator[tuple[Path, IO[bytes] | None]]:
+    def _files(self) -> Iterator[tuple[Path, bytes | None]]:
         """Names of the files of batches that may be under way; with contents if they come from shards."""
         if self._shards is not None:
-            for path, content in self._under_way:
-                yield path, io.BytesIO(content)
+            yield from self._under_way
             return
         for step in range(self._step, self._step + PREFETCH + 1):
             for index in self._chosen(step)[2]:

@@ -25,10 +25,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from cpn_fast import checkpoint, config, evaluate, train
+from cpn_fast import checkpoint, config, evaluate
 from cpn_fast.config import Data
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
+from cpn_fast.files import read_metrics
 from cpn_fast.images import is_whole_png
 from cpn_fast.labels import read_labels
 from cpn_fast.masks import read_mask, write_mask
@@ -126,7 +127,7 @@ def state(path: Path) -> None:
 
 
 def metrics(path: Path) -> None:
-    assert all(isinstance(line["step"], int) for line in train._lines(path))
+    assert all(isinstance(line["step"], int) for line in read_metrics(path))
 
 
 def settings(path: Path) -> None:

@@ -217,7 +217,7 @@ def seconds_of_patches(config: Config, images: int = 8) -> float:
 
 
 def _print(name: str, base: Config, rows: tuple[Row, ...], results: list[Result]) -> None:
-    table = Table("", "paper", "ours", title=f"{name} with {base.name}")
+    table = Table("", "paper", "ours", title=f"{name} with {base.name}; seeds at the oracle threshold")
     for row, result in zip(rows, results, strict=True):
         digits = 4 if row.measure == "seconds" else 2
         table.add_row(row.name, *("-" if v is None else f"{v:.{digits}f}" for v in (row.paper, result.value)))
@@ -246,7 +246,7 @@ def _plot(name: str, rows: tuple[Row, ...], results: list[Result]) -> Figure:
     left.set_yticks(places, [row.name for row, _ in shown])
     left.invert_yaxis()
     left.grid(alpha=0.3)
-    left.set(xlabel="IoU, %", title=name)
+    left.set(xlabel="IoU, % (seeds: at the oracle threshold)", title=name)
     left.legend()
     right.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
     curves = {(row.run, row.scale): (row.name, result.curve) for row, result in shown if result.curve is not None}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
+import sys
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,12 +20,15 @@ from cpn_fast import ranks
 from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
+from cpn_fast.files import claim, replacing
+from cpn_fast.images import can_be_kept
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import Progress
 from cpn_fast.seeds import Seed, read_seed, unit_scale, write_seed
-from cpn_fast.train import autocast, progress_bar
+from cpn_fast.train import autocast
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 
@@ -43,7 +46,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
 
     folder = config.run / "cams" / list_path.stem
     if rank.first:
-        _open_folder(folder, config, weights)
+        claim(folder, _made_by(config, weights))
     rank.wait()
     own = rank.share(samples)
     missing = [sample for sample in own if not _finished(folder, sample)]
@@ -59,8 +62,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
         fit=network.backbone.fit,
     )
     writers = config.train.data_threads
-    with ThreadPoolExecutor(writers) as pool, progress_bar() as bar:
-        task = bar.add_task("cam", total=len(own), completed=len(own) - len(missing), note="")
+    with ThreadPoolExecutor(writers) as pool, Progress("cam", len(own), len(own) - len(missing)) as progress:
         writing: deque[Future[None]] = deque()
         for batch in batches:
             chosen = [missing[i] for i in batch.indices]
@@ -71,7 +73,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
                 writing.append(pool.submit(_write, folder, sample, cam, config))
             while len(writing) > writers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
-            bar.advance(task, len(chosen))
+            progress.advance(len(chosen))
         for written in writing:
             written.result()
     rank.wait()
@@ -134,9 +136,9 @@ def _write(folder: Path, sample: Sample, cam: Tensor, config: Config) -> None:
     mask = seed.mask(config.cam.mask_threshold)
     write_mask(folder / "masks" / f"{sample.id}.png", mask)
     picture = overlay(read_image(sample.image), mask, config.classes)
-    path = folder / "overlays" / f"{sample.id}.jpg"
-    if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
-        raise UserError(f"{path}: could not be written; is the disk full?")
+    _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    with replacing(folder / "overlays" / f"{sample.id}.jpg") as file:
+        file.write(jpeg.tobytes())
     write_seed(folder / "seeds" / f"{sample.id}.npz", seed)  # last: its presence says that the image is done
 
 
@@ -147,21 +149,15 @@ def _finished(folder: Path, sample: Sample) -> bool:
     try:
         read_seed(path)
     except UserError:
+        print(f"Warning: {path} is damaged and made again", file=sys.stderr)
         return False
-    return True
+    return can_be_kept(folder / "masks" / f"{sample.id}.png")
 
 
-def _open_folder(folder: Path, config: Config, weights: Path) -> None:
-    """Make the folder; empty it when it holds seeds of other weights or settings."""
-    made_by = {
+def _made_by(config: Config, weights: Path) -> dict[str, Any]:
+    return {
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "classes": list(config.classes),
         "model": config.model.model_dump(mode="json"),
         "cam": config.cam.model_dump(mode="json", exclude={"batch"}),
     }
-    manifest = folder / "made_by.json"
-    if folder.exists() and (not manifest.exists() or json.loads(manifest.read_text()) != made_by):
-        shutil.rmtree(folder)
-    for name in ("seeds", "masks", "overlays"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    manifest.write_text(json.dumps(made_by, indent=2) + "\n")

@@ -8,16 +8,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from cpn_fast import progress
 from cpn_fast.errors import UserError
 from cpn_fast.files import is_disk_full
-from cpn_fast.signals import EXIT_CODE, Stopped
+from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
 
 app = typer.Typer(
-    help="Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -34,6 +34,19 @@ ListFile = Annotated[
 # Stages are imported in their commands: --help should not wait for torch.
 
 
+@app.callback()
+def options(
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bars: errors, results and where they are.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Standard output for programs: one JSON object a line; the rest to stderr.")
+    ] = False,
+) -> None:
+    """Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds."""
+    if quiet and json:
+        raise UserError("--quiet and --json exclude each other: choose one")
+    progress.use("json" if json else "quiet" if quiet else "text")
+
+
 @app.command()
 def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
     """Fill the superpixel cache for the training list; what is there already is kept."""
@@ -46,7 +59,7 @@ def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
     cache.build(samples, workers=settings.train.data_threads)
     print(f"Superpixels of {len(samples)} images are in {cache.folder}")
-    _next("train", config, overrides=overrides)
+    _done("superpixels", next=_command("train", config, overrides=overrides), superpixels=cache.folder)
 
 
 @app.command()
@@ -56,8 +69,10 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     from cpn_fast.config import load
 
     weights = train.run(load(config, overrides))
-    print(f"Weights are in {weights}, curves in {weights.parent / 'metrics.jsonl'} (and for TensorBoard)")
-    _next("cam", config, "--checkpoint", weights, overrides=overrides)
+    metrics = weights.parent / "metrics.jsonl"
+    print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
+    following = _command("cam", config, "--checkpoint", weights, overrides=overrides)
+    _done("train", next=following, weights=weights, metrics=metrics)
 
 
 @app.command()
@@ -82,7 +97,11 @@ def cam(
     folder = cam.run(settings, weights, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
     listed = ("--list", list_file) if list_file else ()
-    _next("evaluate", config, "--cams", folder / "seeds", *listed, overrides=overrides)
+    _done(
+        "cam",
+        next=_command("evaluate", config, "--cams", folder / "seeds", *listed, overrides=overrides),
+        **{name: folder / name for name in ("seeds", "masks", "overlays")},
+    )
 
 
 @app.command()
@@ -101,8 +120,12 @@ def evaluate(
     from cpn_fast.config import load
 
     settings = load(config, overrides)
-    evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
-    _next("report", settings.run)
+    found = evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
+    figures = [
+        {"kind": kind, "threshold": threshold, "mean_iou": float(scores.mean_iou)}
+        for kind, threshold, scores in ((result.kind, result.threshold, result.scores) for result in found.results)
+    ]
+    _done("evaluate", next=_command("report", settings.run), evaluation=found.path, results=figures)
 
 
 @app.command()
@@ -125,6 +148,7 @@ def predict(
     print(f"Overlays, masks and JSON of {count} images are in {out}")
     if blank:
         print(f"In {blank} no class has a probability of {predict.PRESENT} (see the JSON); --tags names what is there")
+    _done("predict", folder=out)
 
 
 @app.command()
@@ -136,7 +160,8 @@ def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     settings = load(config, overrides)
     masks = refine.run(settings)
     print(f"Pseudo-masks are in {masks}")
-    _next("evaluate", config, "--masks", masks, "--list", settings.data.train_list, overrides=overrides)
+    following = _command("evaluate", config, "--masks", masks, "--list", settings.data.train_list, overrides=overrides)
+    _done("refine", next=following, masks=masks)
 
 
 @app.command()
@@ -165,7 +190,8 @@ def segment(
     if submission:
         print(f"{segment.write_submission(best, submission)} masks are packed in {submission}")
     listed = list_file or settings.segment.eval_list
-    _next("evaluate", config, "--masks", best, "--list", listed, overrides=overrides)
+    following = _command("evaluate", config, "--masks", best, "--list", listed, overrides=overrides)
+    _done("segment", next=following, weights=weights, masks=best)
 
 
 @app.command()
@@ -175,8 +201,8 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     from cpn_fast.config import load
 
     settings = load(config, overrides)
-    run.run(settings)
-    _next("report", settings.run)
+    results = [{"name": name, "list": path, "mean_iou": miou} for name, path, miou in run.run(settings)]
+    _done("run", next=_command("report", settings.run), results=results)
 
 
 @app.command()
@@ -188,7 +214,9 @@ def reproduce(
     """Train whatever a table or figure of the paper needs and is not there yet, and print it beside the paper's."""
     from cpn_fast import reproduce
 
-    print(f"Curves are in {reproduce.run(name, config, overrides)}, figures in the .json beside it")
+    picture = reproduce.run(name, config, overrides)
+    print(f"Curves are in {picture}, figures in the .json beside it")
+    _done("reproduce", picture=picture, figures=picture.with_suffix(".json"))
 
 
 @app.command()
@@ -206,10 +234,12 @@ def import_coco(
     print(f"{made.images} images of {len(made.classes)} classes are listed in {destination / made.list}")
     if made.empty:
         print(f"Left off are {made.empty} in which no object is annotated")
+    following = None
     if made.classes == coco.coco_classes():
-        _next("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
+        following = _command("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
     else:
         print(f"A config for them has, beside its section train:\n\n{coco.config_lines(made, destination)}")
+    _done("import-coco", next=following, list=destination / made.list, classes=made.classes)
 
 
 @app.command()
@@ -224,6 +254,7 @@ def convert(
         from cpn_fast.weights import convert
 
         print(convert(source, destination))
+        _done("convert", weights=destination)
         return
     from cpn_fast import predict
 
@@ -231,6 +262,7 @@ def convert(
     model.export(destination)
     print(f"{destination}: probabilities, cams = torch.export.load({str(destination)!r}).module()(images, tags)")
     print(f"images: RGB from 0 to 255, float32 (N, 3, H, W); tags: 0 or 1, float32 (N, {len(model.classes)})")
+    _done("convert", program=destination)
 
 
 @app.command()
@@ -243,6 +275,7 @@ def export(
     from cpn_fast.seeds import export_seeds
 
     print(f"{export_seeds(seeds, destination, form)} seeds in {form}'s form are in {destination}")
+    _done("export", seeds=destination)
 
 
 @app.command()
@@ -250,7 +283,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
     """Write a run's report: one HTML page with curves, scores and pictures."""
     from cpn_fast import report
 
-    print(f"The report is {report.run(run)}: open it in a browser")
+    page = report.run(run)
+    print(f"The report is {page}: open it in a browser")
+    _done("report", page=page)
 
 
 @app.command()
@@ -266,10 +301,7 @@ def doctor(
 
     if not doctor.run(None if config is None else load(config, overrides)):
         raise typer.Exit(1)
-    if config is None:
-        _next("demo")
-    else:
-        _next("train", config, overrides=overrides)
+    _done("doctor", next=_command("demo") if config is None else _command("train", config, overrides=overrides))
 
 
 @app.command()
@@ -280,13 +312,20 @@ def demo(
     from cpn_fast import demo
 
     demo.run(out)
-    _next("report", out / "demo")
+    _done("demo", next=_command("report", out / "demo"), folder=out)
 
 
-def _next(*words: object, overrides: Sequence[str] = ()) -> None:
-    """Say which command comes next, as a shell takes it."""
+def _command(*words: object, overrides: Sequence[str] = ()) -> str:
+    """A command of ours as a shell takes it."""
     settings = (part for override in overrides for part in ("--set", override))
-    print(f"Next: {shlex.join(['cpn-fast', *map(str, words), *settings])}")
+    return shlex.join(["cpn-fast", *map(str, words), *settings])
+
+
+def _done(command: str, *, next: str | None = None, **made: object) -> None:
+    """The last word of a command: what to run next, and for programs what it made."""
+    if next:
+        print(f"Next: {next}")
+    progress.tell("done", command=command, **made, **({"next": next} if next else {}))
 
 
 def main() -> None:
@@ -297,13 +336,27 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
     try:
-        app()
+        with acted_on():
+            app()
     except UserError as error:
-        sys.exit(f"Error: {error}")
+        _fail(str(error))
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            reason = "the disk is full; make room and give the same command again"
+        elif error.filename is not None:
+            reason = error.strerror or type(error).__name__
+        else:
             raise
-        sys.exit(f"Error: {error.filename or 'a file'}: the disk is full; make room and give the same command again")
-    except Stopped as stop:
-        print(f"{stop}. The same command goes on from there.", file=sys.stderr)
+        _fail(f"{error.filename or 'a file'}: {reason}")
+    except Stopped as stopped:
+        message = f"{stopped}. The same command goes on from there."
+        progress.tell("stopped", message=message)
+        print(message, file=sys.stderr)
         sys.exit(EXIT_CODE)
+    finally:
+        progress.use("text")
+
+
+def _fail(message: str) -> NoReturn:
+    progress.tell("error", message=message)
+    sys.exit(f"Error: {message}")

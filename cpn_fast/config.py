@@ -7,6 +7,7 @@ ones (``configs/voc.yaml``); ``configs/voc_paper.yaml`` sets the paper's.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -214,6 +215,9 @@ class Train(Section):
     zero). Its images are written to ``nonfinite.json`` in the run's folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Shuffling, augmentation, hiding, dropout and new layers all follow from it."""
+    deterministic: bool = False
+    """The same bytes from the same seed on the same GPU too, as on a CPU without it; slower. An operation of torch that
+    has no such algorithm (the cross-entropy of ``segment``) is named in a warning."""
     data_threads: Count = 2
     """DALI's CPU threads."""
     log_every: Count = 20
@@ -444,7 +448,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         hint = f"Did you mean {stems[near[0]]}? " if near else ""
         listed = ", ".join(dict.fromkeys(there)) or "none in that folder"
         raise UserError(f"{path}: no such config. {hint}There are: {listed}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
@@ -489,7 +493,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
             raise UserError(f"--set {text!r}: {name} is a value, not a section")
     try:
         tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--set {text!r}: the value is not YAML: {error}") from None
 
 
@@ -502,7 +506,7 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("missing", "value_error"):
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {problem['input']!r}"
+    return f"{key}: {message}, found {reprlib.repr(problem['input'])}"  # what aliases repeat may be endless
 
 
 def _known(where: list[str]) -> list[str]:

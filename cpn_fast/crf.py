@@ -8,6 +8,9 @@ each pixel, a palette PNG.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,13 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from cpn_fast.config import CrfName
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.images import can_be_kept
 from cpn_fast.masks import write_mask
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
 
 
@@ -89,7 +93,7 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for CRFs; work that has not begun is dropped when the block fails."""
     context = multiprocessing.get_context("forkserver")  # a fork of this process could hang on torch's threads
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context)
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow)
     try:
         yield pool
     except BrokenProcessPool:
@@ -101,6 +105,19 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
+def _follow() -> None:
+    """In each of the processes: leave Ctrl-C to the one that started it, and end when that one is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def write_label_maps(
     samples: Sequence[Sample], seeds: Path, folder: Path, *, alpha: float, parameters: CrfName, workers: int
 ) -> None:
@@ -108,7 +125,7 @@ def write_label_maps(
 
     Raises UserError for a missing or damaged seed or image.
     """
-    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
     if not missing:
         return
     with process_pool(min(workers, len(missing))) as pool:

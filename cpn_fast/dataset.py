@@ -14,15 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
-from rich.progress import track
+from PIL import ExifTags
 
 from cpn_fast.config import Data
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, replacing
+from cpn_fast.images import UnreadableImage, opened
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.masks import IGNORE, read_mask
+from cpn_fast.progress import track
 
+LONGEST = 4096
+"""Characters of a line; a path has no more."""
 _PATHS = re.compile(r"(\S.*?\.(?:jpe?g|png))(?:\s+(\S.*\.png))?", re.IGNORECASE)
 
 
@@ -65,7 +68,8 @@ def load_samples(
     for number, line in _lines(path, data.root):
         entry = _parse(line, data)
         if entry is None:
-            problems["lines that are neither an id nor paths inside data.root"].append(f"line {number} {line!r}")
+            kind = "lines that are neither an id nor paths inside data.root"
+            problems[kind].append(f"line {number} {line[:200]!r}")
             continue
         id_, image, mask = entry
         if id_ in samples:
@@ -106,7 +110,7 @@ def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verifi
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda pair: _check(pair[0], classes), todo)
         try:
-            progress = track(results, "Checking images", total=len(todo), disable=not todo)
+            progress = track(results, "checking images", total=len(todo))
             for (_, mark), found in zip(todo, progress, strict=True):
                 if not found:
                     passed.add(mark)
@@ -137,12 +141,14 @@ def _lines(path: Path, root: Path) -> Iterable[tuple[int, str]]:
         hint = "".join(f"Did you mean {name}? " for name in there if [Path(name).stem] == near)
         raise DatasetError(f"{path}: no such list. {hint}Lists in {root}: {', '.join(there) or 'none'}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: not readable as a list of images: {error}") from None
+        raise DatasetError(f"{path}: not readable as a list of images, which is UTF-8 text: {error}") from None
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
     """Id, image (None: to be found by the id) and mask; None if the line is neither an id nor paths inside the root."""
+    if "\0" in line or len(line) > LONGEST:
+        return None
     paths = _PATHS.fullmatch(line)
     if paths is None:
         plain = line == PurePosixPath(line).name and line != ".."
@@ -160,7 +166,9 @@ def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
 def _names_in(folder: Path) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))  # noqa: PTH208 (names, not 10,000 Path objects)
-    except (FileNotFoundError, NotADirectoryError):
+    except PermissionError:
+        raise DatasetError(f"{folder}: permission denied; it must be readable") from None
+    except OSError:
         return frozenset()
 
 
@@ -195,13 +203,13 @@ def _raise_problems(what: str, problems: Mapping[str, Sequence[str]]) -> None:
 def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
     """(kind of problem, name) of everything wrong with one image and its mask."""
     try:
-        with Image.open(sample.image, formats=("JPEG", "PNG")) as image:
+        with opened(sample.image) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             size = image.size[::-1] if turned else image.size
             image.draft("RGB", (1, 1))  # reads every byte of a JPEG, but computes an eighth of its resolution
             image.load()
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
-        return [("images that cannot be decoded", f"{sample.image} ({_reason(sample.image, error)})")]
+    except UnreadableImage as error:
+        return [("images that cannot be decoded", f"{sample.image} ({error.reason})")]
     if sample.mask is None:
         return []
     try:
@@ -220,12 +228,6 @@ def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
     return found
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_file() and path.stat().st_size == 0:
-        return "empty file"
-    return "neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
 def _fingerprint(sample: Sample, classes: int) -> str:
     parts = [str(classes)]
     for path in filter(None, (sample.image, sample.mask)):
@@ -239,6 +241,6 @@ def _fingerprint(sample: Sample, classes: int) -> str:
 
 def _read_verified(path: Path | None) -> set[str]:
     try:
-        return set(json.loads(path.read_text())) if path else set()
+        return set(read_json(path)) if path else set()
     except (OSError, ValueError, TypeError):
         return set()  # nothing is lost: everything is checked again

@@ -25,15 +25,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 
 from cpn_fast import ranks
 from cpn_fast.config import Config, Evaluate
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, remove_partials, replacing
 from cpn_fast.masks import IGNORE, read_mask
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
 
 Kind = Literal["held-out", "fixed", "oracle", "masks"]
@@ -291,7 +291,7 @@ def held_out_threshold(path: Path, ids: Collection[str]) -> float:
     Raises UserError if that evaluation saw any of ``ids``, for then it would be no held-out one here.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
         found = [float(result["threshold"]) for result in tree["results"] if result["kind"] == "oracle"]
         seen = set(tree["ids"])
     except FileNotFoundError:
@@ -311,6 +311,7 @@ def held_out_threshold(path: Path, ids: Collection[str]) -> float:
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     """Write evaluation.json (everything), per_class.csv and plots; returns the path of evaluation.json."""
+    remove_partials(folder)
     tree = _as_tree(evaluation)
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items())
     path = folder / "evaluation.json"
@@ -400,7 +401,10 @@ def _each(
     rank = ranks.join()
     own = rank.share(samples)
     with ThreadPoolExecutor(workers) as pool:
-        tried = list(track(pool.map(attempt, own), f"Scoring {folder.name}", total=len(own)))
+        try:
+            tried = list(track(pool.map(attempt, own), f"scoring {folder.name}", total=len(own)))
+        finally:
+            pool.shutdown(cancel_futures=True)  # who stops this need not wait for the rest
     problems: dict[str, list[str]] = defaultdict(list)
     for kind, name in filter(None, itertools.chain.from_iterable(rank.gather(tried))):
         problems[kind].append(name)

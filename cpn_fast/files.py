@@ -41,6 +41,33 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """Raises OSError or ValueError, and nothing else."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("brackets within brackets without end") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to the first that is torn (a killed run's last one) or damaged."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            break
+    return lines
+
+
+def remove_partials(*folders: Path) -> None:
+    """Remove what killed processes left half-written."""
+    for folder in folders:
+        for partial in folder.glob(".*.tmp"):
+            partial.unlink(missing_ok=True)
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it followed (writers of libraries raise their own), says that."""
     while error is not None:
@@ -55,13 +82,16 @@ def claim(folder: Path, made_by: dict[str, Any]) -> str:
 
     ``made_by.json`` in it remembers that. Returns a digest of ``made_by`` for what is made of these files in turn.
     """
-    text = json.dumps(made_by, indent=2, sort_keys=True) + "\n"
+    text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
-    if folder.exists() and not (manifest.exists() and manifest.read_text() == text):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob(".*.tmp"):  # of killed processes
-        partial.unlink()
-    with replacing(manifest) as file:
-        file.write(text.encode())
-    return hashlib.sha256(text.encode()).hexdigest()
+    try:
+        same = read_json(manifest) == json.loads(text)
+    except (OSError, ValueError):  # none, or a damaged one
+        same = False
+    if not same:
+        if folder.exists():
+            shutil.rmtree(folder)
+        with replacing(manifest) as file:
+            file.write(text)
+    remove_partials(folder, *(place for place in folder.iterdir() if place.is_dir()))
+    return hashlib.sha256(text).hexdigest()

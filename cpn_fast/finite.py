@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, replacing
 from cpn_fast.ranks import Rank
 
 FILE = "nonfinite.json"
@@ -59,12 +59,19 @@ class GradientGuard:
         everywhere = [list(chain(*parts)) for parts in zip(*self.rank.gather(own), strict=True)]
         found = [{"step": step.number, "images": images} for step, images in zip(bad, everywhere, strict=True)]
         if self.rank.first:
-            before = json.loads(self.path.read_text()) if self.path.exists() else []
             with replacing(self.path) as file:
-                file.write(json.dumps(before + found, indent=1).encode())
+                file.write(json.dumps([*_earlier(self.path), *found], indent=1).encode())
         if self.mode == "stop":
             raise UserError(
                 f"the gradient of step {bad[0].number} is not finite; its images are {', '.join(everywhere[0][:8])} "
                 f"({self.path}). Lower train.lr or train.momentum and start anew, or go on with train.nonfinite=skip"
             )
         return len(bad)
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """What is written down already; of a damaged file nothing, for the steps to come matter more."""
+    try:
+        return list(read_json(path))
+    except (OSError, ValueError, TypeError):
+        return []

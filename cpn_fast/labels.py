@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import pickle
+import pickletools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 from xml.parsers import expat
 
 import numpy as np
@@ -77,7 +79,7 @@ def _explain_unknown(name: str, places: list[str], classes: Sequence[str]) -> st
         f"did you mean {near[0]}?" if near else f"classes are {', '.join(classes[:20])}{' ...' * (len(classes) > 20)}"
     )
     again = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    return f"{places[0]}{again}: {name!r} is not a class; {hint}"
+    return f"{places[0]}{again}: {name[:60]!r} is not a class; {hint}"
 
 
 def _raise_problems(path: Path, problems: Iterable[str]) -> None:
@@ -100,7 +102,7 @@ def _read_xml_folder(folder: Path, ids: Iterable[str]) -> Names:
             found[id_] = [(name, f"{path.name} line {line}") for name, line in _object_names(path.read_bytes())]
         except FileNotFoundError:
             continue
-        except (expat.ExpatError, ValueError) as error:
+        except (expat.ExpatError, LookupError, ValueError) as error:
             problems.append(f"{path.name}: not VOC's XML: {error}")
     _raise_problems(folder, problems)
     return found
@@ -204,8 +206,7 @@ def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[st
             f"{path}: {path.stat().st_size / 2**20:.0f} MB; label files of up to {MAX_PICKLE >> 20} MB are read"
         )
     try:
-        with path.open("rb") as file:
-            table = _unpickle_dict(file)
+        table = _unpickle_dict(path.read_bytes())
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile pickle can raise anything
@@ -228,12 +229,18 @@ def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[st
     return labels
 
 
-def _unpickle_dict(file: BinaryIO) -> dict[Any, Any]:
+def _unpickle_dict(content: bytes) -> dict[Any, Any]:
+    file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     _, _, dtype = read_header(file)
     if not dtype.hasobject:
         raise ValueError(f"it holds {dtype} numbers")
+    start = file.tell()
+    for opcode, argument, _ in pickletools.genops(file):  # finds lengths that go beyond the end
+        if opcode.name in _RESERVING and isinstance(argument, int) and argument > len(content):
+            raise ValueError(f"{opcode.name} {argument} in a file of {len(content)} bytes")
+    file.seek(start)
     array = _Unpickler(file).load()
     table = array.value if isinstance(array, _Array) else array
     if not isinstance(table, dict):
@@ -270,6 +277,8 @@ def _latin1(text: str, _: str) -> bytes:
     return text.encode("latin1")
 
 
+_RESERVING = ("PUT", "BINPUT", "LONG_BINPUT", "FRAME")
+"""Opcodes for whose argument the unpickler reserves memory before it reads on."""
 _STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
+from cpn_fast.images import UnreadableImage, opened
 from cpn_fast.seeds import read_seed
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def read_mask(path: Path) -> np.ndarray:
     Raises UserError for anything from which class values cannot be told exactly.
     """
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             if picture.format != "PNG":
                 raise UserError(f"{path}: a mask must be PNG, found {picture.format}, which may change class values")
             # Pillow stretches 2- and 4-bit gray levels to 0..255, which would turn class 1 into 85 or 17.
@@ -66,10 +67,10 @@ def read_mask(path: Path) -> np.ndarray:
             if picture.mode == "RGB":
                 return _from_colours(path, np.array(picture))
             found = picture.mode
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such mask") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not readable as a PNG: {error}") from None
+    except UnreadableImage as error:
+        if not path.exists():
+            raise UserError(f"{path}: no such mask") from None
+        raise UserError(f"{path}: not readable as a PNG: {error.reason}") from None
     raise UserError(f"{path}: mask of PNG mode {found}: save it with a palette or as 8-bit grayscale class values")
 
 

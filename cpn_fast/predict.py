@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.network import Network
 from cpn_fast.pipelines.inference import scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, unit_scale
 from cpn_fast.train import autocast
 
@@ -188,7 +188,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")
     try:
         tree = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{source}: not readable as YAML: {error}") from None
     config = parse(tree, str(source))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,13 +32,15 @@ from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim
+from cpn_fast.images import can_be_kept
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.progress import Progress, track
 from cpn_fast.seeds import Seed, read_seed
-from cpn_fast.train import autocast, progress_bar
+from cpn_fast.train import autocast
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 
@@ -92,15 +93,18 @@ def affinity_config(config: Config) -> Config:
 
 def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path) -> None:
     """Write ``combined_labels`` of two folders of masks, for the samples that have none yet."""
-    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
 
     def write(sample: Sample) -> None:
         name = f"{sample.id}.png"
         write_mask(folder / name, combined_labels(read_mask(low / name), read_mask(high / name)))
 
     with ThreadPoolExecutor() as pool:
-        for _ in track(pool.map(write, missing), "Affinity labels", total=len(missing), disable=not missing):
-            pass
+        try:
+            for _ in track(pool.map(write, missing), "affinity labels", total=len(missing)):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def walk(
@@ -114,7 +118,7 @@ def walk(
     workers: int,
 ) -> None:
     """Write ``folder/ID.png``, the mask of ``seeds/ID.npz`` after the walk, for the samples that have none yet."""
-    missing = [sample for sample in samples if not (folder / f"{sample.id}.png").exists()]
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
     if not missing:
         return
     network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -130,8 +134,8 @@ def walk(
         fit=network.backbone.fit,
     )
     pool: Executor
-    with process_pool(workers) if config.walk.crf else ThreadPoolExecutor(workers) as pool, progress_bar() as bar:
-        task = bar.add_task("random walk", total=len(samples), completed=len(samples) - len(missing), note="")
+    progress = Progress("random walk", len(samples), len(samples) - len(missing))
+    with process_pool(workers) if config.walk.crf else ThreadPoolExecutor(workers) as pool, progress:
         writing: deque[Future[None]] = deque()
         for batch in batches:
             chosen = [missing[index] for index in batch.indices]
@@ -143,7 +147,7 @@ def walk(
                 )
             while len(writing) > workers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
-            bar.advance(task, len(chosen))
+            progress.advance(len(chosen))
         for written in writing:
             written.result()
 

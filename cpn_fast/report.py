@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +15,17 @@ import cv2
 import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
-from rich.progress import track
 
 from cpn_fast.config import Config, load, parse
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
-from cpn_fast.files import replacing
+from cpn_fast.files import read_json, read_metrics, replacing
 from cpn_fast.masks import GalleryRow, cam_overlay, gallery, read_mask, tinted
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import Model
 from cpn_fast.predict import load as load_model
+from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
 
 SHOWN = 8
@@ -58,7 +57,7 @@ def run(folder: Path) -> Path:
         trainings=[
             _training(path, folder) for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/*/metrics.jsonl")))
         ],
-        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        environment=_json(environment) if environment.is_file() else {},
         changed=_changed(config),
         config=(folder / "config.yaml").read_text(),
     )
@@ -68,14 +67,20 @@ def run(folder: Path) -> Path:
     return path
 
 
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and the command that wrote it makes it anew") from None
+
+
 # Training
 
 
 def _training(path: Path, folder: Path) -> dict[str, Any]:
     """Figures and curves of the run, or of one of its parts' (AffinityNet's, the segmenter's)."""
     title = "Training" if path.parent == folder else f"Training of {path.parent.relative_to(folder)}"
-    texts = path.read_text().splitlines() if path.is_file() else []
-    lines = [json.loads(text) for text in texts if text.endswith("}")]  # a killed run's last line may not be whole
+    lines = read_metrics(path)
     if not lines:
         return {"title": title}
     options = load(path.with_name("config.yaml")).train
@@ -152,7 +157,7 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 
 
 def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
-    tree = json.loads(path.read_text())
+    tree = _json(path)
     plots = [
         {"alt": alt, "data": _data(path.with_name(name).read_bytes(), "png")}
         for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))

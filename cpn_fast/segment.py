@@ -27,12 +27,14 @@ from cpn_fast.crf import PARAMETERS, dense_crf, process_pool
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing
+from cpn_fast.images import can_be_kept
 from cpn_fast.masks import write_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
-from cpn_fast.train import autocast, progress_bar
+from cpn_fast.progress import Progress
+from cpn_fast.train import autocast
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 POSSIBLE = 0.01
@@ -96,9 +98,9 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     if rank.first:
         claim(folder, made_by)
     rank.wait()
-    last = folder / ("crf" if options.crf else "masks")  # its presence says that an image is done
+    kinds = ("masks", "crf") if options.crf else ("masks",)
     own = rank.share(samples)
-    missing = [sample for sample in own if not (last / f"{sample.id}.png").exists()]
+    missing = [sample for sample in own if not all(can_be_kept(folder / kind / f"{sample.id}.png") for kind in kinds)]
     batches = scaled_images(
         missing,
         scales=options.scales,
@@ -113,8 +115,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
     with ExitStack() as stack:
         pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))
-        bar = stack.enter_context(progress_bar())
-        task = bar.add_task("segment", total=len(own), completed=len(own) - len(missing), note="")
+        progress = stack.enter_context(Progress("segment", len(own), len(own) - len(missing)))
         writing: deque[Future[None]] = deque()
         for batch in batches:
             with torch.inference_mode(), autocast(config.train.precision, rank.device):
@@ -124,10 +125,10 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
                 writing.append(pool.submit(_write, folder, missing[index], probabilities, options.crf))
                 while len(writing) > 2 * workers:  # bounds what waits in memory
                     writing.popleft().result()
-                    bar.advance(task)
+                    progress.advance()
         for written in writing:
             written.result()
-            bar.advance(task)
+            progress.advance()
     rank.wait()
     return folder
 

@@ -1,4 +1,8 @@
-"""Stopping in good order: SIGTERM (as schedulers send it) and Ctrl-C are noted, and acted on between two steps."""
+"""Stopping in good order: SIGTERM (as schedulers send it) and Ctrl-C.
+
+Files appear whole or not at all, so a stage may be left at any moment, and is; training alone notes the signal and ends
+its step first.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,19 @@ EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command, given again, goes on."""
 
 
-class Stopped(Exception):
-    """A stage stopped because it was asked to, and left everything in order."""
+class Stopped(BaseException):
+    """A stage stopped because it was asked to, and left everything in order; no error that a block might catch."""
+
+
+@contextmanager
+def acted_on() -> Iterator[None]:
+    """Within the block signals raise Stopped, but where they are ``noted``."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped; finished files are kept")
+
+    with _handled(stop):
+        yield
 
 
 @contextmanager
@@ -32,9 +47,15 @@ def noted() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(note):
         yield lambda: bool(received)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)

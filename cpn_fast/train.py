@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +28,7 @@ from cpn_fast import config as configs
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_metrics, remove_partials, replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
@@ -35,6 +36,7 @@ from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline
+from cpn_fast.progress import Progress
 from cpn_fast.ranks import Rank
 from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
 
@@ -57,6 +59,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     """
     train, rank = config.train, ranks.join()
     device = rank.device
+    if train.deterministic:
+        choose_deterministic_algorithms()
     if train.batch % rank.world:
         raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
     final = config.run / "model.safetensors"
@@ -64,7 +68,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         _open_run(config, device)
     rank.wait()
     state = checkpoint.newest(config.run / "checkpoints", device)
-    if state is not None and final.exists():
+    if state is not None and _is_complete(final):
         return final
 
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
@@ -132,8 +136,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     batches = timed(pipeline, meter)
     forward = network if rank.world == 1 else averaging(network)
 
-    with meter, signals.noted() as stopping, progress_bar() as bar:
-        task = bar.add_task("train", total=steps, completed=start, note="")
+    with meter, signals.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):
             torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
             generator.manual_seed(keyed_seed(train.seed, step, HIDING))
@@ -164,8 +167,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
             if logs or keeps:
                 meter.skipped += guard.check()
-            if logs:
-                bar.update(task, note=meter.write(done, train.lr * factor))
+            note = meter.write(done, train.lr * factor) if logs else None
             if rank.first and keeps:
                 checkpoint.write(
                     config.run / "checkpoints",
@@ -174,7 +176,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                     optimizer=optimizer.state_dict(),
                     config=configs.dump(config),
                 )
-            bar.update(task, completed=done)
+            progress.advance(note=note)
             if stops:
                 raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
     if rank.first:
@@ -183,6 +185,13 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             file.write(safetensors.torch.save(tensors))
     rank.wait()
     return final
+
+
+def choose_deterministic_algorithms() -> None:
+    """In this process from now on: torch's own, cuDNN's and cuBLAS's."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def make_optimizer(network: Headed, train: Train, device: torch.device) -> torch.optim.SGD:
@@ -226,17 +235,6 @@ def keyed_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-
-
 def superpixel_path(cache: SuperpixelCache) -> Callable[[Sample], Path]:
     return lambda sample: cache.path(sample.id)
 
@@ -263,8 +261,9 @@ class Meter:
         self.batch, self.classes, self.steps_per_epoch = config.train.batch, config.classes, max(1, steps_per_epoch)
         self.board = None
         if rank.first:
-            kept = [line for line in _lines(self.path) if line["step"] <= start]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self.board = SummaryWriter(config.run, purge_step=start + 1)
         self.last_step = start
         self.logits: list[Tensor] = []
@@ -341,8 +340,9 @@ def _open_run(config: Config, device: torch.device) -> None:
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
                 "Give this one another name, or delete that folder"
             )
-    config.run.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved)
+    remove_partials(config.run, config.run / "checkpoints")
+    with replacing(path) as file:
+        file.write(resolved.encode())
     environment = {
         "cpn_fast": cpn_fast.__version__,
         "torch": torch.__version__,
@@ -350,7 +350,8 @@ def _open_run(config: Config, device: torch.device) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
     }
-    (config.run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    with replacing(config.run / "environment.json") as file:
+        file.write(json.dumps(environment, indent=2).encode() + b"\n")
 
 
 # What may change between two starts of one run: nothing that the weights of a sound run depend on.
@@ -369,13 +370,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return keys
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the last line of a killed run
-    return lines
+def _is_complete(weights: Path) -> bool:
+    """Whether they are there with every byte that their header tells of."""
+    try:
+        with safetensors.safe_open(weights, "pt"):
+            return True
+    except (OSError, safetensors.SafetensorError):
+        return False

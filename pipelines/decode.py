@@ -13,8 +13,8 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from cpn_fast.errors import UserError
-from cpn_fast.pipelines.superpixels import DECODE_ERRORS, read_image
+from cpn_fast.images import UnreadableImage, opened
+from cpn_fast.pipelines.superpixels import read_image
 
 
 class Encoded(NamedTuple):
@@ -34,11 +34,11 @@ def read_encoded(path: Path) -> Encoded:
     """
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                return Encoded(np.frombuffer(content, np.uint8), *_upright(image))
-    except DECODE_ERRORS as error:
-        raise unreadable(path, error) from None
+    except OSError as error:
+        raise UnreadableImage(path, str(error)) from None
+    with opened(path, io.BytesIO(content)) as image:
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            return Encoded(np.frombuffer(content, np.uint8), *_upright(image))
     pixels = read_image(path)
     height, width, _ = pixels.shape
     ppm = b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
@@ -47,11 +47,8 @@ def read_encoded(path: Path) -> Encoded:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image turned upright, read from its header. Raises UserError as ``read_encoded`` does."""
-    try:
-        with Image.open(path) as image:
-            return _upright(image)
-    except DECODE_ERRORS as error:
-        raise unreadable(path, error) from None
+    with opened(path) as image:
+        return _upright(image)
 
 
 def decode(encoded: Any, device: torch.device) -> Any:
@@ -77,11 +74,8 @@ def run(pipeline: Pipeline, device: torch.device, paths: Iterable[Path]) -> list
         outputs = pipeline.run(stream)
     except RuntimeError:
         for path in paths:
-            try:
-                with Image.open(path) as image:
-                    image.load()
-            except DECODE_ERRORS as error:
-                raise unreadable(path, error) from None
+            with opened(path) as image:
+                image.load()
         raise
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
 
@@ -90,7 +84,3 @@ def _upright(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: expected a readable image, found: {error}. Restore the file or take it off the list")

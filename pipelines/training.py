@@ -23,6 +23,7 @@ from torch import Tensor
 from cpn_fast.config import Augment, Rgb, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.images import is_whole_png
 from cpn_fast.pipelines.decode import decode, device_id, read_encoded, run
 from cpn_fast.pipelines.superpixels import segment_batch
 
@@ -281,10 +282,12 @@ def _read_map(path: Path) -> tuple[np.ndarray, int, int, int]:
     """
     try:
         data = path.read_bytes()
+        if not is_whole_png(data):
+            raise ValueError("empty file" if not data else "no PNG, or its checksums do not fit its content")
         width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
         if kind == PALETTE and bits == 8:
             data = _without_palette(data)
-    except (OSError, struct.error) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a map of labels, found: {error}. Make it again") from None
     if (kind, bits) not in ((GRAYSCALE, 8), (GRAYSCALE, 16), (PALETTE, 8)):
         raise UserError(

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +123,28 @@ def test_what_a_process_finds_wrong_reaches_the_user(seeds, tmp_path) -> None:
 def test_a_killed_process_is_explained() -> None:
     with pytest.raises(UserError, match=r"lower crf\.workers"), crf.process_pool(1) as pool:
         pool.submit(os._exit, 1).result()
+
+
+DOOMED = """
+import os, signal
+from cpn_fast import crf
+
+if __name__ == "__main__":
+    with crf.process_pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path) -> None:
+    """However it ends: SIGKILL leaves it no time to end them."""
+    script = tmp_path / "doomed.py"
+    script.write_text(DOOMED)
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    process = Path("/proc", done.stdout.strip())
+    for _ in range(600):
+        if not process.exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still there")

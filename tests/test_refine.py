@@ -74,17 +74,22 @@ def test_finished_parts_are_kept_and_changed_ones_made_again(seeded) -> None:
     }
 
 
-def test_an_interrupted_stage_continues(seeded) -> None:
-    """Files that were lost in the middle of any part come back the same, and the others are not touched."""
+def test_an_interrupted_stage_continues(seeded, capfd) -> None:
+    """Files that were lost or damaged in the middle of any part come back the same; the others are not touched."""
     masks = refine.run(seeded)
     folder = masks.parent
     before = contents(folder)
     lost = ["affinity/model.safetensors", "affinity/checkpoints/step-00000002.pt"]
     for name in ("crf-low", "labels", "masks"):
         lost += [f"{name}/{path.name}" for path in sorted((folder / name).glob("*.png"))[:2]]
-    for name in lost:
+    for name in lost[1::2]:
         (folder / name).unlink()
+    for name in lost[::2]:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:-1])
     refine.run(seeded)
+    warnings = capfd.readouterr().err
+    assert all(f"{folder / name} is damaged and made again" in warnings for name in lost[2::2])
     after = contents(folder)
     for name in lost:
         if not name.endswith(".pt"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cpn_fast import config, train
+from cpn_fast import cli, config, train
 from cpn_fast.signals import EXIT_CODE, noted
 
 
@@ -45,6 +46,44 @@ def test_a_signal_ends_the_step_keeps_it_and_has_an_exit_code_of_its_own(number:
     assert int(kept.stem.removeprefix("step-")) == done
     assert f"stopped after step {done} of 400" in errors
     assert "The same command goes on" in errors
+
+
+STOPPED_IN = [
+    ("cpn_fast.pipelines.superpixels", "SuperpixelCache._make"),
+    ("cpn_fast.cam", "summed_cams"),
+    ("cpn_fast.evaluate", "evaluate_cams"),
+    ("cpn_fast.refine", "write_label_maps"),
+    ("cpn_fast.refine", "walked_scores"),
+    ("cpn_fast.segment", "mean_logits"),
+]
+"""Functions of stages, in the order in which a chain comes to them."""
+
+
+def test_a_signal_ends_any_other_stage_in_good_order(tiny_config, monkeypatch, capfd) -> None:
+    short = {"batch": 2, "steps": 1, "data_threads": 1}
+    size = {"long_side": [64, 96], "crop": 64}
+    val = "ImageSets/Segmentation/val.txt"
+    path = tiny_config(
+        train=short,
+        data={"train_list": val, "eval_list": val},
+        crf={"workers": 1},
+        affinity={"train": short, "augment": size},
+        segment={"train": short, "augment": size, "scales": [1.0], "crf": None},
+    )
+    monkeypatch.setattr(sys, "argv", ["cpn-fast", "run", str(path)])
+    for (module, name), number in zip(STOPPED_IN, itertools.cycle([signal.SIGTERM, signal.SIGINT]), strict=False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"{module}.{name}", lambda *_, number=number, **__: signal.raise_signal(number))
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        errors = capfd.readouterr().err
+        assert ended.value.code == EXIT_CODE, (module, name)
+        assert "stopped; finished files are kept. The same command goes on from there." in errors
+        assert "Traceback" not in errors
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert not list(path.parent.rglob("*.tmp"))
 
 
 def test_killed_again_and_again_it_ends_bit_equal(tiny_config) -> None:

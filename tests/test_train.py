@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -206,6 +207,19 @@ def test_skipping_changes_no_sound_run(tiny_config) -> None:
         train.run(config.load(tiny_config(name=mode, train={"nonfinite": mode}))) for mode in ("stop", "skip")
     )
     assert stop.read_bytes() == skip.read_bytes()
+
+
+def test_deterministic_algorithms_can_be_asked_for(tiny_config) -> None:
+    """On a CPU they change nothing; on a GPU they are what makes two runs equal."""
+    expected = train.run(config.load(tiny_config(name="plain")))
+    try:
+        found = train.run(config.load(tiny_config(name="deterministic", train={"deterministic": True})))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def test_divergence_stops_with_advice(tiny_config) -> None:

@@ -386,7 +386,7 @@ def test_a_truncated_image_is_named(samples: list[Sample], kept: float) -> None:
     [
         (lambda path: path.unlink(), "No such file"),
         (lambda path: path.write_bytes(b"\x89PNG"), "expected a map of labels"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "truncated"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "checksums do not fit"),
         (lambda path: Image.new("RGB", (9, 8)).save(path), "expected a gray PNG of 8 or 16 bits or a palette PNG of 8"),
         (lambda path: Image.new("L", (9, 8)).convert("1").save(path), "found type 0, 1 bits"),
         (

@@ -1,0 +1,85 @@
+"""Opening image files: JPEG and PNG alone (other decoders of Pillow start programs), no larger than memory can hold."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+
+from cpn_fast.errors import UserError
+
+MAX_PIXELS = 2**26
+"""A file of a few bytes can claim any size; this many take 200 MB as RGB."""
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
+
+
+class UnreadableImage(UserError):
+    """An image that could not be opened or decoded, and why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)  # its arguments, so that it crosses processes
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: expected a readable image, found: {self.reason}. Restore it or take it off the list"
+
+
+@contextmanager
+def opened(path: Path, content: IO[bytes] | None = None) -> Iterator[ImageFile]:
+    """The image of a file, or of its ``content``. What goes wrong with it in the block becomes an UnreadableImage."""
+    try:
+        with Image.open(content or path, formats=("JPEG", "PNG")) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many types on damaged files
+        raise UnreadableImage(path, _reason(path, error)) from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return "neither JPEG nor PNG"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels; scale it down"
+    return str(error) or type(error).__name__
+
+
+def can_be_kept(path: Path) -> bool:
+    """Whether a PNG of an earlier start is there and whole; one that is not whole is named on standard error."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    if not (whole := is_whole_png(content)):
+        print(f"Warning: {path} is damaged and made again", file=sys.stderr)
+    return whole
+
+
+def is_whole_png(content: bytes) -> bool:
+    """Whether a PNG has all its chunks, the last included, and they their checksums. Nothing is decoded."""
+    at, name = len(SIGNATURE), b""
+    if not content.startswith(SIGNATURE):
+        return False
+    while at + 12 <= len(content) and name != b"IEND":  # a chunk: its content's length, a name, the content, a CRC
+        (length,) = struct.unpack_from(">I", content, at)
+        end = at + 8 + length
+        name = content[at + 4 : at + 8]
+        if content[end : end + 4] != struct.pack(">I", zlib.crc32(memoryview(content)[at + 4 : end])):
+            return False
+        at = end + 4
+    return name == b"IEND"

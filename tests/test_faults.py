@@ -1,0 +1,300 @@
+"""Every row of docs/faults.md: the fault is made, the command given, and it ends and says as the row has it."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from cpn_fast import cli, config
+from cpn_fast.dataset import load_samples
+from cpn_fast.demo_data import DEMO_CLASSES
+from cpn_fast.pipelines.superpixels import SuperpixelCache
+
+PAGE = Path(__file__).parent.parent / "docs/faults.md"
+
+
+class World(NamedTuple):
+    """A data set, a config, and a finished run, all to be spoilt."""
+
+    root: Path
+    run: Path
+    config: Path
+
+    @property
+    def image(self) -> Path:
+        return self.root / "JPEGImages/val_0001.jpg"
+
+    @property
+    def mask(self) -> Path:
+        return self.root / "SegmentationClass/val_0001.png"
+
+    @property
+    def tags(self) -> Path:
+        return self.root / "Annotations/val_0001.xml"
+
+    @property
+    def list(self) -> Path:
+        return self.root / "ImageSets/Segmentation/val.txt"
+
+    @property
+    def seed(self) -> Path:
+        return self.run / "cams/val/seeds/val_0001.npz"
+
+    def set(self, **sections: dict) -> None:
+        """Change keys of the config."""
+        tree = yaml.safe_load(self.config.read_text())
+        for section, keys in sections.items():
+            tree[section] = {**tree.get(section, {}), **keys}
+        self.config.write_text(yaml.safe_dump(tree))
+
+    def picture(self) -> Image.Image:
+        with Image.open(self.image) as picture:
+            return picture.copy()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the image: height and width."""
+        return self.picture().size[::-1]
+
+    def save(self, picture: Image.Image, form: str) -> None:
+        """Replace the image."""
+        with self.image.open("wb") as file:
+            picture.save(file, form)
+
+
+@pytest.fixture
+def world(small_voc: Path, small_run: Path, tmp_path: Path) -> World:
+    made = World(tmp_path / "voc", tmp_path / "runs/small", tmp_path / "config.yaml")
+    shutil.copytree(small_voc, made.root)
+    shutil.copytree(small_run, made.run)
+    val = "ImageSets/Segmentation/val.txt"
+    tree = {
+        "name": "small",
+        "out": str(made.run.parent),
+        "classes": list(DEMO_CLASSES),
+        "data": {"root": str(made.root), "train_list": val, "eval_list": val},
+        "augment": {"long_side": [64, 96], "crop": 64},
+        "model": {"backbone": "narrow"},
+        "superpixels": {"count": 30},
+        "train": {"batch": 2, "steps": 1, "data_threads": 1},
+        "cam": {"scales": [0.5, 1.0]},  # as in small_run
+    }
+    made.config.write_text(yaml.safe_dump(tree))
+    return made
+
+
+def command(name: str, world: World) -> list[str]:
+    weights = str(world.run / "model.safetensors")
+    return {
+        "superpixels": ["superpixels", str(world.config)],
+        "train": ["train", str(world.config), "--set", "name=fresh"],
+        "cam": ["cam", str(world.config), "--checkpoint", weights, "--set", "name=fresh"],
+        "cam again": ["cam", str(world.config), "--checkpoint", weights],
+        "evaluate": ["evaluate", str(world.config), "--cams", str(world.run / "cams/val/seeds")],
+        "predict": ["predict", str(world.image), "--model", str(world.run), "--out", str(world.run / "predicted")],
+        "report": ["report", str(world.run)],
+        "refine": ["refine", str(world.config)],
+        "convert": ["convert", str(world.run / "code.pth"), str(world.run / "new.pth")],
+    }[name]
+
+
+# Faults
+
+
+def noise(*shape: int, most: int = 255, dtype: type = np.uint8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, most + 1, shape).astype(dtype))
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture of that size which holds no pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def labels(world: World, name: str, content: bytes) -> None:
+    (world.root / name).write_bytes(content)
+    world.set(data={"labels": name})
+
+
+def xml(*names: str, head: str = "") -> str:
+    return f"{head}<annotation>{''.join(f'<object><name>{name}</name></object>' for name in names)}</annotation>"
+
+
+class Payload:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return print, ("the payload ran",)
+
+
+def npy(value: object) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(value, dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def superpixels(world: World) -> Path:
+    """The folder of a finished cache."""
+    settings = config.load(world.config)
+    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
+    cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
+    cache.build(samples, workers=1)
+    return cache.folder
+
+
+def with_a_claim(path: Path) -> None:
+    """A seed of a few bytes whose header says 2^60 numbers."""
+    header = b"{'descr': '<u2', 'fortran_order': False, 'shape': (1, 1073741824, 1073741824), }".ljust(117) + b"\n"
+    member = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    with np.load(path) as arrays:
+        classes = arrays["classes"][:1]
+    np.savez(path, classes=classes)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("cam.npy", member)
+
+
+def nested(depth: int) -> str:
+    return "\n".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9) if i else 'x'}]" for i in range(depth))
+
+
+ENTITIES = "<!DOCTYPE a [<!ENTITY a 'fish'>" + "".join(
+    f"<!ENTITY {name} '{f'&{before};' * 99}'>" for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+FAULTS: dict[str, Callable[[World], object]] = {
+    "an image cut short": lambda w: cut(w.image),
+    "an empty image": lambda w: w.image.write_bytes(b""),
+    "an image that is a folder": lambda w: (w.image.unlink(), w.image.mkdir()),
+    "a web page called .jpg": lambda w: w.image.write_bytes(b"<html>404</html>"),
+    "a PNG called .jpg": lambda w: w.save(w.picture(), "PNG"),
+    "a GIF called .jpg": lambda w: w.save(w.picture(), "GIF"),
+    "a PostScript file called .jpg": lambda w: w.save(w.picture(), "EPS"),
+    "an image of a few bytes that claims 50,000 x 50,000 pixels": lambda w: w.image.write_bytes(png(50_000, 50_000)),
+    "an image of 9,000 x 9,000 pixels": lambda w: w.image.write_bytes(png(9_000, 9_000)),
+    "a gray image of 16 bits": lambda w: w.save(noise(*w.size, most=65535, dtype=np.uint16), "PNG"),
+    "a CMYK image": lambda w: w.save(w.picture().convert("CMYK"), "JPEG"),
+    "an image with a palette": lambda w: w.save(w.picture().convert("P"), "PNG"),
+    "a mask cut short": lambda w: cut(w.mask),
+    "a mask with values that are no class": lambda w: noise(*w.size, most=254).save(w.mask),
+    "a mask of 16 bits": lambda w: noise(*w.size, dtype=np.uint16).save(w.mask),
+    "a mask saved as JPEG": lambda w: Image.open(w.mask).convert("L").save(w.mask, "JPEG"),
+    "a mask of another size": lambda w: noise(9, 9, most=3).save(w.mask),
+    "a list with Windows line ends and a byte order mark": lambda w: w.list.write_bytes(
+        b"\xef\xbb\xbf" + w.list.read_bytes().replace(b"\n", b"\r\n")
+    ),
+    "a list in UTF-16": lambda w: w.list.write_bytes(w.list.read_text().encode("utf-16")),
+    "a list with an id that leaves the data": lambda w: w.list.write_text("../../etc/passwd\n"),
+    "a list with a path that leaves the data": lambda w: w.list.write_text("/../x.jpg /SegmentationClass/x.png\n"),
+    "a list with a zero byte in a path": lambda w: w.list.write_text("/JPEG\0Images/x.jpg /a\0b/x.png\n"),
+    "a list with a name of 5,000 characters": lambda w: w.list.write_text(f"{'a/' * 2500}x.jpg\n"),
+    "an empty list": lambda w: w.list.write_text("\n"),
+    "a list that is a folder": lambda w: (w.list.unlink(), w.list.mkdir()),
+    "a list with a missing image and one listed twice": lambda w: w.list.write_text("nowhere\nval_0001\nval_0001\n"),
+    "XML without objects": lambda w: w.tags.write_text(xml()),
+    "XML of an unknown class": lambda w: w.tags.write_text(xml("fsh")),
+    "XML cut short": lambda w: cut(w.tags),
+    "XML whose entities multiply": lambda w: w.tags.write_text(xml("&h;", head=ENTITIES + "]>")),
+    "XML in an encoding that does not exist": lambda w: w.tags.write_text(
+        xml("fish", head='<?xml version="1.0" encoding="klingon"?>')
+    ),
+    "CSV of an unknown class": lambda w: labels(w, "tags.csv", b"val_0001,fsh\n"),
+    "JSON cut short": lambda w: labels(w, "tags.json", b'{"val_0001": ["fish"'),
+    "cls_labels.npy that runs code": lambda w: labels(w, "tags.npy", npy({"val_0001": Payload()})),
+    "cls_labels.npy of 20 classes for 5": lambda w: labels(w, "tags.npy", npy({"val_0001": np.zeros(20)})),
+    "cls_labels.npy that claims 2^60 bytes": lambda w: labels(
+        w, "tags.npy", npy({})[:128] + b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x"
+    ),
+    "a config with a misspelt key": lambda w: w.set(train={"ephocs": 3}),
+    "a config that is no mapping": lambda w: w.config.write_text("- a\n- b\n"),
+    "a config with a tab": lambda w: w.config.write_text("name: x\n\tout: y\n"),
+    "a config that asks for a Python object": lambda w: w.config.write_text(
+        "name: !!python/object/apply:builtins.print ['the payload ran']\n"
+    ),
+    "a config whose aliases multiply": lambda w: w.config.write_text(nested(30) + "\nclasses: [*k29, *k29]\n"),
+    "a config nested 5,000 deep": lambda w: w.config.write_text("[" * 5000),
+    "a config with an impossible date": lambda w: w.config.write_text("name: 2024-13-45\n"),
+    "weights cut short": lambda w: cut(w.run / "model.safetensors"),
+    "weights that run code": lambda w: torch.save({"a": Payload()}, w.run / "code.pth"),
+    "a run that is a file": lambda w: (w.run.parent / "fresh").write_text(""),
+    "a damaged config.yaml in the run": lambda w: (w.run / "config.yaml").write_bytes(b"\xff\x00"),
+    "a damaged superpixel map": lambda w: flip(superpixels(w) / "val_0001.png"),
+    "a damaged superpixel manifest": lambda w: (superpixels(w) / "manifest.json").write_bytes(b"\xff{"),
+    "a damaged seed": lambda w: flip(w.seed),
+    "a seed of a few bytes that claims 2^60 numbers": lambda w: with_a_claim(w.seed),
+    "a damaged mask of the seeds": lambda w: flip(w.run / "cams/val/masks/val_0001.png"),
+    "a torn line in metrics.jsonl": lambda w: (w.run / "metrics.jsonl").write_bytes(
+        (w.run / "metrics.jsonl").read_bytes() + b'{"step": 3, "lo'
+    ),
+    "a damaged evaluation.json": lambda w: cut(next(w.run.rglob("evaluation.json"))),
+    "a missing seed": lambda w: w.seed.unlink(),
+    "a damaged record of what made the seeds": lambda w: (w.run / "cams/val/made_by.json").write_bytes(b"\xff{"),
+}
+
+
+class Row(NamedTuple):
+    fault: str
+    command: str
+    code: int
+    text: str
+
+
+def rows() -> list[Row]:
+    """Those that have an exit code."""
+    cells = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    tested = [row for row in cells if len(row) == 4 and row[2].isdigit()]
+    return [Row(fault, name.replace("`", ""), int(code), text) for fault, name, code, text in tested]
+
+
+def test_faults_and_rows_are_the_same() -> None:
+    assert {row.fault for row in rows()} == FAULTS.keys()
+
+
+def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["cpn-fast", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    if isinstance(ended.value.code, str):  # what the interpreter does with it
+        print(ended.value.code, file=sys.stderr)
+        return 1
+    return ended.value.code or 0
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.command}: {row.fault}")
+def test_a_fault_ends_as_its_row_says(row: Row, world: World, monkeypatch, capfd) -> None:
+    FAULTS[row.fault](world)
+    capfd.readouterr()
+    assert outcome(command(row.command, world), monkeypatch) == row.code
+    said = "".join(capfd.readouterr())
+    for words in re.findall(r"`([^`]+)`", row.text):
+        assert words in said.replace("\n", " ")
+    assert "Traceback" not in said
+    assert "the payload ran" not in said

@@ -299,7 +299,9 @@ def doctor(
     from cpn_fast import doctor
     from cpn_fast.config import load
 
-    if not doctor.run(None if config is None else load(config, overrides)):
+    sound = doctor.run(None if config is None else load(config, overrides))
+    _done("doctor", sound=sound)
+    if not sound:
         raise typer.Exit(1)
     _done("doctor", next=_command("demo") if config is None else _command("train", config, overrides=overrides))
 

@@ -35,7 +35,7 @@ class UnreadableImage(UserError):
 
 
 @contextmanager
-def opened(path: Path, content: IO[bytes] | None = None) -> Iterator[ImageFile]:
+def opened(path: Path, content: IO[bytes] | Path | None = None) -> Iterator[ImageFile]:
     """The image of a file, or of its ``content``. What goes wrong with it in the block becomes an UnreadableImage."""
     try:
         with Image.open(content or path, formats=("JPEG", "PNG")) as image:

@@ -76,8 +76,24 @@ def run(pipeline: Pipeline, device: torch.device, paths: Iterable[Path]) -> list
         for path in paths:
             with opened(path) as image:
                 image.load()
+                kind = image.format
+            if kind == "JPEG" and not _is_decoded(path.read_bytes()):
+                raise UnreadableImage(path, "damaged JPEG data") from None
         raise
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
+
+
+def _is_decoded(jpeg: bytes) -> bool:
+    """Whether DALI takes it: of damaged data Pillow makes something, and DALI nothing."""
+    pipeline = Pipeline(1, 1, None)
+    with pipeline:
+        pipeline.set_outputs(decode(fn.external_source(name="jpeg"), torch.device("cpu")))
+    pipeline.feed_input("jpeg", [np.frombuffer(jpeg, np.uint8)])
+    try:
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from PIL import Image
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
+from cpn_fast.pipelines.superpixels import read_image
 
 SIZES = [(20, 30), (30, 20), (20, 30), (8, 5), (20, 30), (20, 30), (30, 20)]  # (height, width)
 
@@ -111,6 +112,17 @@ def test_no_images_are_no_batches() -> None:
 def test_a_missing_image_is_named(samples: list[Sample]) -> None:
     samples[3].image.unlink()
     with pytest.raises(UserError, match=r"3\.jpg"):
+        scaled(samples)
+
+
+def test_a_jpeg_with_damaged_data_is_named(samples: list[Sample]) -> None:
+    """A byte too many in a Huffman table: Pillow decodes it to something, without a word."""
+    path = samples[2].image
+    content = path.read_bytes()
+    table = content.rindex(b"\xff\xc4")
+    path.write_bytes(content[: table + 30] + b"\xa6" + content[table + 30 :])
+    read_image(path)
+    with pytest.raises(UserError, match=rf"{path.name}: .*damaged JPEG data"):
         scaled(samples)
 
 

@@ -300,10 +300,10 @@ def doctor(
     from cpn_fast.config import load
 
     sound = doctor.run(None if config is None else load(config, overrides))
-    _done("doctor", sound=sound)
+    following = _command("demo") if config is None else _command("train", config, overrides=overrides)
+    _done("doctor", next=following if sound else None, sound=sound)
     if not sound:
         raise typer.Exit(1)
-    _done("doctor", next=_command("demo") if config is None else _command("train", config, overrides=overrides))
 
 
 @app.command()

@@ -282,7 +282,7 @@ def import_coco(
         then = _command("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
     else:
         print(f"A config for them has, beside its section train:\n\n{coco.config_lines(made, destination)}")
-    _done("import-coco", next=then, list=destination / made.list)
+    _done("import-coco", next=then, list=destination / made.list, classes=made.classes)
 
 
 @app.command()
@@ -342,10 +342,11 @@ def doctor(
     from cpn_fast import doctor
     from cpn_fast.config import load
 
-    if not doctor.run(None if config is None else load(config, overrides)):
+    sound = doctor.run(None if config is None else load(config, overrides))
+    following = _command("demo") if config is None else _command("train", config, overrides=overrides)
+    _done("doctor", next=following if sound else None, sound=sound)
+    if not sound:
         raise typer.Exit(1)
-    then = _command("demo") if config is None else _command("train", config, overrides=overrides)
-    _done("doctor", next=then)
 
 
 @app.command()

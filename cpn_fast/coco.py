@@ -24,7 +24,6 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import PIL.Image
 import pydantic
 import yaml
 from pydantic import Field
@@ -32,6 +31,7 @@ from pydantic import Field
 from cpn_fast.config import load
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing
+from cpn_fast.images import MAX_PIXELS
 from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import IGNORE, write_mask
 from cpn_fast.progress import track
@@ -258,7 +258,6 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
         if annotation.image_id not in images:
             unknown = f"annotation {annotation.id} ({annotation.image_id})"
             problems["annotations of an image that is not among images"].append(unknown)
-    largest = PIL.Image.MAX_IMAGE_PIXELS or math.inf
     for image in tree.images:
         name = PurePosixPath(image.file_name)
         if name.is_absolute() or ".." in name.parts or "\n" in image.file_name:
@@ -267,7 +266,7 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
             problems["images that are neither JPEG nor PNG"].append(image.file_name)
         elif not (folder / name).is_file():
             problems[f"images missing in {folder}"].append(image.file_name)
-        if image.width * image.height > largest:
+        if image.width * image.height > MAX_PIXELS:
             problems["images too large to be decoded"].append(image.file_name)
     lines = [
         f"  {len(names)} {kind}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"

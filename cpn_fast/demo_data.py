@@ -64,9 +64,12 @@ def generate(root: Path, *, seed: int = 0, train: int = 400, val: int = 100) -> 
                 _write(partial, id_, *_scene(np.random.default_rng([seed, split, i])))
             (partial / LISTS / f"{name}.txt").write_text("".join(f"{id_}\n" for id_ in ids))
         (partial / MARKER).write_text(asked)
+        replaced = root.with_name(f".{root.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
         if root.exists():
-            shutil.rmtree(root)
+            root.rename(replaced)  # in one piece too: half of it would be taken for another's folder
         partial.rename(root)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _is_complete(root: Path, asked: str, lists: dict[str, list[str]]) -> bool:

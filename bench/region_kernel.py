@@ -1,4 +1,4 @@
-"""Region pooling and region correlation (PRCM): eager, compiled eager, tiled and Triton, forward + backward.
+"""Region pooling and region correlation (PRCM): eager, compiled eager, tiled and Triton, forward, and forward + backward.
 
 GB/s count every input and output once (forward reads and writes them, backward does so again with the gradients);
 errors are RMS against float64 over its RMS, worst of the output and the gradients.
@@ -7,6 +7,7 @@ errors are RMS against float64 over its RMS, worst of the output and the gradien
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,10 @@ def step(op: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor) -> l
     """Output and the gradients of all inputs."""
     out = op(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+
+def forward(op: Callable[..., Tensor], constants: list[Tensor]) -> list[Tensor]:
+    return [op(*constants)]
 
 
 def worst_error(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -61,36 +66,40 @@ def main() -> None:
             wide = [value.detach().double().requires_grad_() for value in values]
             gradient = torch.randn(op(*leaves, backend="eager").shape, device=device, generator=generator).to(dtype)
             exact = step(functools.partial(op, backend="eager"), wide, gradient.double())
-            moved = 2 * (sum(value.nbytes for value in values) + gradient.nbytes)
-            for name in names:
+            moved = sum(value.nbytes for value in values) + gradient.nbytes
+            for name, backward in itertools.product(names, (False, True)):
                 run: Callable[..., Tensor] = functools.partial(op, backend=name.removeprefix("compiled "))
                 if name.startswith("compiled"):
                     run = torch.compile(run, dynamic=False)
-                call = functools.partial(step, run, leaves, gradient)
+                call: Callable[[], list[Tensor]] = functools.partial(step, run, leaves, gradient)
+                if not backward:
+                    constants = [leaf.detach() for leaf in leaves]
+                    call = functools.partial(forward, run, constants)
                 median, low, high = median_seconds(call, device, budget=3)
                 rows.append(
                     {
                         "size": f"{batch} x {height} x {width}",
                         "op": op.__name__,
+                        "pass": "forward + backward" if backward else "forward",
                         "backend": name,
                         "ms": median * 1e3,
                         "ms p20": low * 1e3,
                         "ms p80": high * 1e3,
                         "extra MiB": peak_extra_bytes(call, device) / 2**20,
-                        "GB/s": moved / median / 1e9,
-                        "error": worst_error(call(), exact),
+                        "GB/s": (2 if backward else 1) * moved / median / 1e9,
+                        "error": worst_error(call(), exact if backward else exact[:1]),
                     }
                 )
     described = machine(device)
     left_out = {} if device.type == "cuda" else {"triton": "needs a GPU"}
-    print_table(f"region ops, forward + backward, {described['device']}, {dtype}", rows)
+    print_table(f"region ops, {described['device']}, {dtype}", rows)
     for what, why in left_out.items():
         print(f"left out: {what}: {why}")
     target = folder(options.out, device)
     write_json(target / "region_kernel.json", described, rows, left_out=left_out)
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
-        groups.setdefault(f"{row['op']}\n{row['size']}", {})[row["backend"]] = row["ms"]
+        groups.setdefault(f"{row['op']}, {row['size']}\n{row['pass']}", {})[row["backend"]] = row["ms"]
     plot_bars(target / "region_kernel.png", f"Region ops, {described['device']}", "ms", groups)
 
 

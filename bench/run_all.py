@@ -48,8 +48,8 @@ class Bench(NamedTuple):
 COMPILED = ("eager", "compiled eager", "flex attention")
 BENCHES = {
     "affinity_kernel": Bench(70, "ms", "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
-    "region_kernel": Bench(30, "ms", "backend", ("triton",), COMPILED, ("op", "size")),
-    "loss_kernel": Bench(60, "ms", "backend", ("triton", "tiled"), COMPILED, ("case",)),
+    "region_kernel": Bench(30, "ms", "backend", ("triton",), COMPILED, ("op", "size", "pass")),
+    "loss_kernel": Bench(60, "ms", "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
     "superpixels": Bench(50, "total ms", "way", ("ours, cached",), ("released",), ("images",)),
     "data_pipeline": Bench(60, "images/s", "way", ("ours",), ("pillow",), ("what",)),
     "train_step": Bench(140, "images/s", "step", (), ("as released",)),

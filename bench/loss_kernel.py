@@ -1,4 +1,4 @@
-"""The losses from small CAMs: eager at full resolution, compiled eager, tiled and Triton, forward, and forward + backward.
+"""The losses from small CAMs: eager at full resolution, compiled eager, tiled and Triton, with and without backward.
 
 The released variant (both TCP terms, CPCR with OHEM, background suppression) on 20 classes, of which images have 1.56
 on average as in VOC; then a batch in which every image has 4, where the hardest errors have to be selected. Errors are

@@ -1,4 +1,4 @@
-"""Region pooling and region correlation (PRCM): eager, compiled eager, tiled and Triton, forward, and forward + backward.
+"""Region pooling and region correlation (PRCM): eager, compiled eager, tiled and Triton, with and without backward.
 
 GB/s count every input and output once (forward reads and writes them, backward does so again with the gradients);
 errors are RMS against float64 over its RMS, worst of the output and the gradients.

@@ -24,9 +24,14 @@ def write(folder: Path, step: int, *, model: dict[str, Any], optimizer: dict[str
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as file:
         torch.save({"step": step, "model": model, "optimizer": optimizer, "config": config}, file)
+    prune(folder)
+    return path
+
+
+def prune(folder: Path) -> None:
+    """Remove all but the newest ``KEPT``, as ``write`` does unless it is killed in between."""
     for old in existing(folder)[KEPT:]:
         old.unlink()
-    return path
 
 
 def existing(folder: Path) -> list[Path]:

@@ -27,9 +27,14 @@ def write(
     with replacing(path) as file:
         state = {"step": step, "model": model, "optimizer": optimizer, "scaler": scaler, "config": config}
         torch.save(state, file)
+    prune(folder)
+    return path
+
+
+def prune(folder: Path) -> None:
+    """Remove all but the newest ``KEPT``, as ``write`` does unless it is killed in between."""
     for old in existing(folder)[KEPT:]:
         old.unlink()
-    return path
 
 
 def existing(folder: Path) -> list[Path]:

@@ -227,6 +227,7 @@ def _open_run(config: Config, device: torch.device) -> None:
                 "Give this one another name, or delete that folder"
             )
     remove_partials(config.run, config.run / "checkpoints")
+    checkpoint.prune(config.run / "checkpoints")
     with replacing(path) as file:
         file.write(resolved.encode())
     environment = {

@@ -90,6 +90,16 @@ def test_a_run_trains_and_writes_what_it_should(tiny_config) -> None:
     assert train.run(settings).stat().st_mtime_ns == before  # a finished run is left alone
 
 
+def test_what_a_kill_between_two_files_left_is_removed(tiny_config) -> None:
+    settings = config.load(tiny_config())
+    train.run(settings)
+    folder = settings.run / "checkpoints"
+    for name in ("step-00000001.pt", ".step-00000006.pt.0123abcd.tmp"):
+        (folder / name).touch()
+    train.run(settings)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003.pt", "step-00000006.pt"]
+
+
 def test_the_loss_falls(tiny_config) -> None:
     settings = config.load(tiny_config(train={"batch": 4, "steps": 40, "log_every": 10, "lr": 0.02, "momentum": 0.9}))
     train.run(settings)

@@ -135,9 +135,14 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate)
     data = meter.timed(pipeline)
     gallery = None
-    if rank.first and shards is None and isinstance(network, Network):
-        shown = [(read_image(sample.image), sample.label) for sample in samples[:COUNT] if sample.label is not None]
-        gallery = Gallery(shown, config, network)
+    if rank.first and isinstance(network, Network):
+        first = samples[:COUNT]
+        contents = (
+            [None] * len(first) if shards is None else [content for content, *_ in shards.read(range(len(first)))]
+        )
+        images = [read_image(sample.image, content) for sample, content in zip(first, contents, strict=True)]
+        labels = [sample.label for sample in first if sample.label is not None]
+        gallery = Gallery(list(zip(images, labels, strict=True)), config, network)
 
     with meter, signals.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -37,12 +38,12 @@ FORMAT = 2
 BEGINNING = 4096  # bytes
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Decode an image as uint8 RGB (H, W, 3), turned upright by its EXIF tag; of 16 bits the upper 8 are taken.
+def read_image(path: Path, content: bytes | None = None) -> np.ndarray:
+    """Decode a file, or ``content`` that ``path`` names, as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
 
-    Raises UserError for a missing, truncated or otherwise unreadable file.
+    Of 16 bits the upper 8 are taken. Raises UserError for a missing, truncated or otherwise unreadable file.
     """
-    with opened(path) as image:
+    with opened(path, None if content is None else io.BytesIO(content)) as image:
         return upright(image)
 
 

@@ -169,7 +169,8 @@ def data(config: Config) -> Finding:
     from cpn_fast.pipelines.shards import training_list
 
     samples, shards = training_list(config)
-    load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
+    if shards is None:  # else the files may be elsewhere
+        load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
     tags = np.stack([sample.label for sample in samples if sample.label is not None])
     without = [name for name, count in zip(config.classes, tags.sum(0), strict=True) if count == 0]
     place = config.data.train_list if shards is None else shards.folder

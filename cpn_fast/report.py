@@ -49,7 +49,10 @@ def run(folder: Path) -> Path:
     page = Environment(autoescape=True, trim_blocks=True).from_string(
         files("cpn_fast").joinpath("report.html").read_text()
     )
-    images = len(training_list(config)[0])
+    if config.data.shards is None:
+        images = len(load_samples(config.data, config.classes, config.data.train_list, labels=False, masks=False))
+    else:
+        images = len(training_list(config)[0])
     html = page.render(
         name=config.name,
         subtitle=f"{config.method} with {config.model.backbone} on {images} images of {len(config.classes)} classes",

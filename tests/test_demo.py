@@ -11,7 +11,10 @@ from cpn_fast.cli import app
 
 
 def test_the_demo_leaves_runs_that_can_be_looked_at_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = ("train.steps=2", "train.batch=4", "train.log_every=1", "cam.scales=[1.0]")
+    short = (
+        *("train.steps=2", "train.batch=4", "train.log_every=1", "cam.scales=[1.0]"),
+        *(f"{stage}.train.{key}" for stage in ("affinity", "segment") for key in ("steps=1", "batch=4")),
+    )
     whole = demo._config
     monkeypatch.setattr(demo, "_config", lambda name, out, *overrides: whole(name, out, *overrides, *short))
     monkeypatch.setattr(demo, "generate", partial(demo.generate, train=8, val=2))
@@ -23,6 +26,7 @@ def test_the_demo_leaves_runs_that_can_be_looked_at_and_used(tmp_path: Path, mon
 
     said = cpn_fast("demo", "--out", tmp_path)
     assert all(row in said for row in demo.ROWS)
+    assert all(stage in said for stage in ("pseudo-masks", "segmenter and CRF"))
     assert (tmp_path / "demo.png").exists()
     assert f"Next: cpn-fast report {tmp_path / 'demo'}" in said
     cpn_fast("report", tmp_path / "demo")

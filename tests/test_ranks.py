@@ -210,10 +210,10 @@ import os, signal
 from cpn_fast import cli, train
 
 class Losing(train.GradientGuard):
-    def see(self, done, *others):
-        if done == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    def passes(self, step, *others):
+        if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().see(done, *others)
+        return super().passes(step, *others)
 
 train.GradientGuard = Losing
 cli.main()

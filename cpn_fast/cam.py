@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import overlay, write_mask
+from cpn_fast.models.backbone import Headed
 from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
@@ -51,17 +52,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     rank.wait()
     own = rank.share(samples)
     missing = [sample for sample in own if not _finished(folder, sample)]
-    batches = scaled_images(
-        missing,
-        scales=config.cam.scales,
-        mean=network.mean,
-        std=network.std,
-        batch=config.cam.batch,
-        pixels=config.cam.pixels,
-        device=device,
-        threads=config.train.data_threads,
-        fit=network.backbone.fit,
-    )
+    batches = images_for(network, missing, config, config.cam.scales)
     writers = config.train.data_threads
     with ThreadPoolExecutor(writers) as pool, Progress("cam", len(own), len(own) - len(missing)) as progress:
         writing: deque[Future[None]] = deque()
@@ -92,6 +83,23 @@ def load_network(config: Config, weights: Path) -> Network:
     network = build_network(config)
     load_into(network, to_network_keys(read_weights(weights)), source=weights)
     return fold(network.eval())
+
+
+def images_for(
+    network: Headed, samples: Sequence[Sample], config: Config, scales: Sequence[float], *, batch: int | None = None
+) -> Iterator[ScaledBatch]:
+    """``scaled_images`` as a network takes them, on its device: up to ``batch`` (``cam.batch``) at a time."""
+    return scaled_images(
+        samples,
+        scales=scales,
+        mean=network.mean,
+        std=network.std,
+        batch=batch or config.cam.batch,
+        pixels=config.cam.pixels,
+        device=next(network.parameters()).device,
+        threads=config.train.data_threads,
+        fit=network.backbone.fit,
+    )
 
 
 def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: Cam) -> list[Tensor]:

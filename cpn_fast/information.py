@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from cpn_fast.cam import load_network, summed_cams, tags
+from cpn_fast.cam import images_for, load_network, summed_cams, tags
 from cpn_fast.config import Config, Patches
 from cpn_fast.dataset import load_samples
 from cpn_fast.files import replacing
 from cpn_fast.masks import IGNORE, read_mask
 from cpn_fast.models.network import Network
 from cpn_fast.patches import complementary_pair, normalised_fill
-from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
+from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import segment_batch
 from cpn_fast.progress import Progress
 from cpn_fast.seeds import unit_scale
@@ -112,17 +112,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     network = load_network(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     settings = [(patches, count, Counts.none()) for patches, count in patch_sizes(config.patches)]
     generators = [torch.Generator(device).manual_seed(config.train.seed) for _ in settings]
-    batches = scaled_images(
-        samples,
-        scales=(1.0,),
-        mean=network.mean,
-        std=network.std,
-        batch=config.cam.batch,
-        pixels=config.cam.pixels,
-        device=device,
-        threads=config.train.data_threads,
-        fit=network.backbone.fit,
-    )
+    batches = images_for(network, samples, config, (1.0,))
     with Progress("information", len(samples)) as progress:
         for batch in batches:
             chosen = [samples[index] for index in batch.indices]

@@ -44,7 +44,7 @@ class Meter:
     """Means since the last line, written to metrics.jsonl and TensorBoard.
 
     Figures are copied to the host without waiting for them, and read when they must be there. Means are over all
-    processes; the first writes.
+    processes; the first writes. A continued run's first line, and its first mAP, cover what came since it continued.
     """
 
     def __init__(self, config: Config, batch: int, guard: GradientGuard, start: int, steps_per_epoch: int) -> None:

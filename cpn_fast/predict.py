@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpn_fast.cam import load_network, summed_cams
+from cpn_fast.cam import images_for, load_network, summed_cams
 from cpn_fast.config import Config, parse
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
@@ -26,7 +26,6 @@ from cpn_fast.kernels import pooled_logits
 from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.network import Network
-from cpn_fast.pipelines.inference import scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, unit_scale
@@ -82,17 +81,8 @@ class Model:
     ) -> Iterator[tuple[Path, Prediction]]:
         """As ``predict``, for many files, the largest first."""
         given = None if tags is None else self._indicator(tags)
-        batches = scaled_images(
-            [Sample(path.stem, path, None, None) for path in paths],
-            scales=self.config.cam.scales,
-            mean=self.network.mean,
-            std=self.network.std,
-            batch=1,
-            pixels=self.config.cam.pixels,
-            device=self.device,
-            threads=self.config.train.data_threads,
-            fit=self.network.backbone.fit,
-        )
+        samples = [Sample(path.stem, path, None, None) for path in paths]
+        batches = images_for(self.network, samples, self.config, self.config.cam.scales, batch=1)
         for batch in batches:
             with torch.inference_mode(), autocast(self.config.train.precision, self.device):
                 probabilities = self._probabilities(batch.scales)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from cpn_fast import ranks, train
 from cpn_fast.affinity import combined_labels, fitting_radius, pair_affinities, random_walk
+from cpn_fast.cam import images_for
 from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with_background, write_label_maps
 from cpn_fast.dataset import Sample, load_samples
@@ -37,7 +38,7 @@ from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
 from cpn_fast.models.folding import fold
-from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
+from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.progress import Progress, track
 from cpn_fast.seeds import Seed, read_seed
@@ -124,17 +125,7 @@ def walk(
     if not missing:
         return
     network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = scaled_images(
-        missing,
-        scales=(1.0,),
-        mean=network.mean,
-        std=network.std,
-        batch=config.cam.batch,
-        pixels=config.cam.pixels,
-        device=device,
-        threads=config.train.data_threads,
-        fit=network.backbone.fit,
-    )
+    batches = images_for(network, missing, config, (1.0,))
     pool: Executor
     progress = Progress("random walk", len(samples), len(samples) - len(missing))
     with process_pool(workers) if config.walk.crf else ThreadPoolExecutor(workers) as pool, progress:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpn_fast import ranks, train
+from cpn_fast.cam import images_for
 from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, dense_crf, process_pool
 from cpn_fast.dataset import Sample, check_files, load_samples
@@ -32,7 +33,7 @@ from cpn_fast.masks import write_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
-from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
+from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.progress import Progress
 from cpn_fast.step import autocast
@@ -103,17 +104,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     kinds = ("masks", "crf") if options.crf else ("masks",)
     own = rank.share(samples)
     missing = [sample for sample in own if not all(can_be_kept(folder / kind / f"{sample.id}.png") for kind in kinds)]
-    batches = scaled_images(
-        missing,
-        scales=options.scales,
-        mean=network.mean,
-        std=network.std,
-        batch=config.cam.batch,
-        pixels=config.cam.pixels,
-        device=rank.device,
-        threads=config.train.data_threads,
-        fit=network.backbone.fit,
-    )
+    batches = images_for(network, missing, config, options.scales)
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
     with ExitStack() as stack:
         pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))

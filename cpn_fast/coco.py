@@ -29,6 +29,7 @@ import yaml
 from pydantic import Field
 
 from cpn_fast.config import load
+from cpn_fast.dataset import raise_problems
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing
 from cpn_fast.images import MAX_PIXELS
@@ -268,13 +269,7 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
             problems[f"images missing in {folder}"].append(image.file_name)
         if image.width * image.height > MAX_PIXELS:
             problems["images too large to be decoded"].append(image.file_name)
-    lines = [
-        f"  {len(names)} {kind}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"
-        for kind, names in problems.items()
-        if names
-    ]
-    if lines:
-        raise UserError("\n".join([f"{path} has {len(tree.images)} images; found", *lines]))
+    raise_problems(f"{path} has {len(tree.images)} images", problems)
 
 
 def _agree(root: Path, masks: Path, classes: tuple[str, ...]) -> None:

@@ -58,7 +58,7 @@ def load_samples(
     """
     problems: dict[str, list[str]] = defaultdict(list)
     samples = _find(data, classes, list_path, labels, masks, problems)
-    _raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
+    raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
     return samples
 
 
@@ -73,7 +73,7 @@ def load_checked(
     samples = _find(data, classes, list_path, labels=True, masks=None, problems=problems)
     there = [sample for sample in samples if sample.image.exists()]
     _decode(there, workers, len(classes), verified, problems)
-    _raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
+    raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
     return samples
 
 
@@ -132,7 +132,7 @@ def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verifi
     """
     problems: dict[str, list[str]] = defaultdict(list)
     _decode(samples, workers, classes, verified, problems)
-    _raise_problems(f"{len(samples)} images checked", problems)
+    raise_problems(f"{len(samples)} images checked", problems)
 
 
 def _decode(
@@ -227,7 +227,8 @@ def _with_labels(
     return {id_: Sample(id_, old.image, old.mask, labels.get(id_)) for id_, old in samples.items()}
 
 
-def _raise_problems(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+def raise_problems(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise DatasetError with kind of problem -> names, if there are any."""
     lines = [
         f"  {len(names)} {kind}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"
         for kind, names in problems.items()

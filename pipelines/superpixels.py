@@ -82,7 +82,7 @@ def engine() -> str:
 
 
 class SuperpixelCache:
-    """The superpixels of a data set's images, one PNG per image id, in ``parent / slic-n200-c10-i10-v1``.
+    """The superpixels of a data set's images, one PNG per image id, in ``parent / slic-n200-c10-i10-v2``.
 
     PNGs have 8 bits where ``config.count`` is at most 256, otherwise 16 (``dtype``).
     """

@@ -16,24 +16,29 @@ import torch
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 
-KEPT = 2
-
 
 def write(
-    folder: Path, step: int, *, model: dict[str, Any], optimizer: dict[str, Any], scaler: dict[str, Any], config: str
+    folder: Path,
+    step: int,
+    *,
+    keep: int,
+    model: dict[str, Any],
+    optimizer: dict[str, Any],
+    scaler: dict[str, Any],
+    config: str,
 ) -> Path:
-    """Write ``step-NNNNNN.pt`` through a temporary name and remove all but the newest ``KEPT``."""
+    """Write ``step-NNNNNNNN.pt`` through a temporary name and remove all but the newest ``keep``."""
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as file:
         state = {"step": step, "model": model, "optimizer": optimizer, "scaler": scaler, "config": config}
         torch.save(state, file)
-    prune(folder)
+    prune(folder, keep)
     return path
 
 
-def prune(folder: Path) -> None:
-    """Remove all but the newest ``KEPT``, as ``write`` does unless it is killed in between."""
-    for old in existing(folder)[KEPT:]:
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep``, as ``write`` does unless it is killed in between."""
+    for old in existing(folder)[keep:]:
         old.unlink()
 
 

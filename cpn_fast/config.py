@@ -247,6 +247,9 @@ class Train(Section):
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Count = 500
     """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: Count = 2
+    """The newest that are kept, for a restart and, when there are more, for curves of mIoU against steps
+    (``cam --checkpoint``)."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:

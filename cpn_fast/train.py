@@ -163,6 +163,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
                 checkpoint.write(
                     config.run / "checkpoints",
                     done,
+                    keep=train.keep_checkpoints,
                     model=network.state_dict(),
                     optimizer=optimizer.state_dict(),
                     scaler=make_step.scaler.state_dict(),
@@ -232,7 +233,7 @@ def _open_run(config: Config, device: torch.device) -> None:
                 "Give this one another name, or delete that folder"
             )
     remove_partials(config.run, config.run / "checkpoints")
-    checkpoint.prune(config.run / "checkpoints")
+    checkpoint.prune(config.run / "checkpoints", config.train.keep_checkpoints)
     with replacing(path) as file:
         file.write(resolved.encode())
     environment = {
@@ -250,7 +251,7 @@ def _open_run(config: Config, device: torch.device) -> None:
 FREE = {"out", "cam", "evaluate", "crf", "affinity", "walk", "segment", "data.eval_list", "data.masks"} | {
     f"train.{key}"
     for key in (
-        *("log_every", "checkpoint_every", "data_threads", "nonfinite"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "data_threads", "nonfinite"),
         *("compile", "cuda_graph", "checkpoint_activations"),
     )
 }

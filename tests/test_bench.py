@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parent.parent / "bench"
+PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw", "scales": [0.5, 1.0]}}
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +78,24 @@ def test_a_training_step_is_measured_where_dali_is_missing(tmp_path: Path) -> No
     path.write_text("import sys; sys.modules['nvidia.dali'] = None; import train_step")
     outcome = run_all.run(path, [], 60, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert outcome.word == "done", outcome.why
+
+
+def test_real_images_scores_every_config_and_checkpoint(tiny_config, tmp_path: Path) -> None:
+    import real_images
+
+    validation = Path("ImageSets/Segmentation/val.txt")
+    paths = [tiny_config(name="cpn"), tiny_config(name="plain", **PLAIN)]
+    real_images.run(paths, ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
+    first = (tmp_path / "real_images.json").read_text()
+    found = json.loads(first)
+    assert [(row["config"], row["scales"]) for row in found["rows"]] == [
+        *(("cpn", scales) for scales in ("0.5, 1", "1")),
+        *(("plain", scales) for scales in ("0.5, 1", "1")),
+    ]
+    for config, points in found["curves"].items():
+        last = next(row for row in found["rows"] if row["config"] == config)
+        assert points.keys() == {"2", "4"}
+        assert points["4"] == last["validation, oracle"] >= last["validation"]
+    assert (tmp_path / "real_images.png").stat().st_size
+    real_images.run(paths, ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
+    assert (tmp_path / "real_images.json").read_text() == first

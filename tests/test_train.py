@@ -190,6 +190,15 @@ def images_of(settings, step: int) -> list[str]:
     return [samples[index].id for index in next(pipeline).indices]
 
 
+@pytest.mark.parametrize(("keep", "steps"), [(1, [6]), (2, [5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_the_newest_checkpoints_are_kept(keep: int, steps: list[int], tiny_config) -> None:
+    path = tiny_config(**PLAIN | {"train": {"checkpoint_every": 1, "keep_checkpoints": keep}})
+    settings = config.load(path)
+    train.run(settings)
+    kept = [checkpoint.read(path, torch.device("cpu")) for path in checkpoint.existing(settings.run / "checkpoints")]
+    assert [state["step"] for state in reversed(kept)] == steps
+
+
 def test_a_gradient_that_is_not_finite_stops_before_it_is_kept(tiny_config, monkeypatch) -> None:
     settings = config.load(tiny_config(train={"log_every": 5, "checkpoint_every": 3, "steps": 9}))
     with_a_bad_step(monkeypatch, 5)

@@ -10,46 +10,28 @@ Hours on a CPU, so it is not part of run_all.py; stopped, it goes on where it wa
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from timing import arguments, folder, machine, print_table, write_json
+from timing import arguments, folder, logged_rate, machine, print_table, write_json
 
-from cpn_fast import cam, checkpoint, evaluate, train
+from cpn_fast import checkpoint, evaluate, train
 from cpn_fast.config import Config, load
-from cpn_fast.dataset import load_samples
+from cpn_fast.reproduce import at_scale, scored_seeds
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("cam", "seam", "seam_prcm", "grid", "paper")
-
-
-def score(config: Config, weights: Path, list_path: Path, held_out: float | None = None) -> evaluate.Evaluation:
-    """Make what is missing of a list's seeds and score them."""
-    seeds = cam.run(config, weights, list_path) / "seeds"
-    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
-    name = str(list_path)
-    return evaluate.evaluate_cams(
-        samples, seeds, config.evaluate, config.classes, list_name=name, held_out=held_out, workers=2
-    )
-
-
-def named(config: Config, suffix: str, scales: tuple[float, ...]) -> Config:
-    """A run beside the config's own, for seeds of other weights or scales."""
-    options = config.cam.model_copy(update={"scales": scales})
-    return config.model_copy(update={"name": f"{config.name}-{suffix}", "cam": options})
 
 
 def seeds(config: Config, validation: Path) -> list[dict[str, Any]]:
     """Rows of the trained network at all scales and at one."""
     weights = train.run(config)
     rows = []
-    for config_ in (config, named(config, "scale-1", (1.0,))):
-        found = score(config_, weights, config_.data.train_list)
+    for config_ in (config, at_scale(config, 1.0)):
+        found = scored_seeds(config_, weights, config_.data.train_list)
         threshold = oracle_threshold(found)
-        held_out = score(config_, weights, validation, threshold)
+        held_out = scored_seeds(config_, weights, validation, threshold)
         rows.append(
             {
                 "config": config.name,
@@ -58,7 +40,7 @@ def seeds(config: Config, validation: Path) -> list[dict[str, Any]]:
                 "threshold": threshold,
                 "validation": 100 * float(held_out.fixed.mean_iou),
                 "validation, oracle": 100 * float(held_out.oracle.mean_iou),
-                "images/s": images_per_second(config),
+                "images/s": logged_rate(config.run),
             }
         )
     return rows
@@ -69,7 +51,8 @@ def curve(config: Config, validation: Path, end: float) -> dict[int, float]:
     found = {}
     *earlier, last = reversed(checkpoint.existing(config.run / "checkpoints"))
     for path in earlier:
-        scored = score(named(config, path.stem, config.cam.scales), path, validation)
+        beside = config.model_copy(update={"name": f"{config.name}-{path.stem}"})
+        scored = scored_seeds(beside, path, validation)
         found[step(path)] = 100 * float(scored.oracle.mean_iou)
     return found | {step(last): end}
 
@@ -82,12 +65,6 @@ def oracle_threshold(found: evaluate.Evaluation) -> float:
     (threshold,) = (result.threshold for result in found.results if result.kind == "oracle")
     assert threshold is not None
     return threshold
-
-
-def images_per_second(config: Config) -> float:
-    """The median of the run's log."""
-    lines = (config.run / "metrics.jsonl").read_text().splitlines()
-    return statistics.median(json.loads(line)["images_per_second"] for line in lines)
 
 
 def plot(path: Path, title: str, curves: dict[str, dict[int, float]]) -> None:

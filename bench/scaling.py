@@ -9,9 +9,7 @@ the whole pipeline. Rates are the medians of metrics.jsonl without its first lin
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from timing import arguments, folder, machine, plot_bars, print_table, write_json
+from timing import arguments, folder, logged_rate, machine, plot_bars, print_table, write_json
 
 from cpn_fast.demo_data import DEMO_CLASSES, generate
 
@@ -53,8 +51,7 @@ def rate(root: Path, processes: int, steps: int, gpu: bool) -> float:
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    lines = (root / "runs" / tree["name"] / "metrics.jsonl").read_text().splitlines()
-    return statistics.median(json.loads(line)["images_per_second"] for line in lines[2:])
+    return logged_rate(root / "runs" / tree["name"], skip=2)
 
 
 def main() -> None:

@@ -52,6 +52,12 @@ def median_seconds(
     return statistics.median(seconds), fifths[0], fifths[-1]
 
 
+def logged_rate(run: Path, skip: int = 0) -> float:
+    """Median images/s of a training run's metrics.jsonl, without its first ``skip`` lines."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return statistics.median(json.loads(line)["images_per_second"] for line in lines[skip:])
+
+
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Peak memory during a call beyond what was held before it.
 

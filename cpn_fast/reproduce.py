@@ -180,15 +180,26 @@ def _result(row: Row, base: Config, path: Path, overrides: list[str]) -> Result:
         return Result(None if value is None else 100 * value)
     weights = train.run(config)
     if row.scale is not None:
-        options = config.cam.model_copy(update={"scales": (row.scale,)})
-        config = config.model_copy(update={"name": f"{config.name}-scale-{row.scale:g}", "cam": options})
-    seeds = cam.run(config, weights) / "seeds"
-    samples = load_samples(config.data, config.classes, config.data.eval_list, labels=False, masks=True)
-    found = evaluate.evaluate_cams(
-        samples, seeds, config.evaluate, config.classes, list_name=str(config.data.eval_list), workers=2
-    )
+        config = at_scale(config, row.scale)
+    found = scored_seeds(config, weights, config.data.eval_list)
     measured = {"background": found.oracle.background_iou, "foreground": found.oracle.foreground_iou}
     return Result(100 * float(measured.get(row.measure, found.oracle.mean_iou)), found.curve)
+
+
+def at_scale(config: Config, scale: float) -> Config:
+    """The config of seeds of one scale alone, in a folder beside the run's own."""
+    options = config.cam.model_copy(update={"scales": (scale,)})
+    return config.model_copy(update={"name": f"{config.name}-scale-{scale:g}", "cam": options})
+
+
+def scored_seeds(config: Config, weights: Path, list_path: Path, held_out: float | None = None) -> evaluate.Evaluation:
+    """Make what is missing of a list's seeds and score them, at ``held_out`` too; the scores are not written."""
+    seeds = cam.run(config, weights, list_path) / "seeds"
+    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
+    name = str(list_path)
+    return evaluate.evaluate_cams(
+        samples, seeds, config.evaluate, config.classes, list_name=name, held_out=held_out, workers=2
+    )
 
 
 def seconds_of_patches(config: Config, images: int = 8) -> float:

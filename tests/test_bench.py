@@ -11,7 +11,6 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parent.parent / "bench"
-PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw", "scales": [0.5, 1.0]}}
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +83,13 @@ def test_real_images_scores_every_config_and_checkpoint(tiny_config, tmp_path: P
     import real_images
 
     validation = Path("ImageSets/Segmentation/val.txt")
-    paths = [tiny_config(name="cpn"), tiny_config(name="plain", **PLAIN)]
+    paths = [tiny_config(name="cpn"), tiny_config(name="seam", method="seam", model={"prcm": False})]
     real_images.run(paths, ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
     first = (tmp_path / "real_images.json").read_text()
     found = json.loads(first)
     assert [(row["config"], row["scales"]) for row in found["rows"]] == [
         *(("cpn", scales) for scales in ("0.5, 1", "1")),
-        *(("plain", scales) for scales in ("0.5, 1", "1")),
+        *(("seam", scales) for scales in ("0.5, 1", "1")),
     ]
     for config, points in found["curves"].items():
         last = next(row for row in found["rows"] if row["config"] == config)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import tarfile
 
 import numpy as np
@@ -13,6 +14,7 @@ from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import PALETTE, read_mask
 from cpn_fast.methods.segmentation import Segmentation
+from cpn_fast.models.backbone import Features
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.training import Batch
@@ -113,6 +115,18 @@ def test_every_convolution_trains_and_the_head_ten_times_as_fast() -> None:
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     assert trained == {id(p) for m in convolutions for p in m.parameters()}
+
+
+def test_a_new_segmenter_prefers_no_class(monkeypatch) -> None:
+    """Its first loss is that of a guess: a larger one sends gradients through the backbone that it does not survive."""
+    torch.manual_seed(0)
+    tree = {"name": "x", "data": {"root": "there"}, "train": {"steps": 1}, "model": {"backbone": "mobilenet_v2"}}
+    network = build_deeplab(config.parse(tree, "test")).train()
+    features = torch.randn(4, 1280, 13, 13).relu()
+    monkeypatch.setattr(network.backbone, "forward", lambda images: Features(images, images, features))
+    logits = network(torch.zeros(4, 3, 193, 193))
+    truth = torch.randint(21, (4, 13, 13))
+    assert abs(F.cross_entropy(logits, truth) - math.log(21)) < 0.2
 
 
 def test_logits_are_averaged_over_scales_and_flips() -> None:

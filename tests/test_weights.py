@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from cpn_fast import weights
@@ -472,6 +473,7 @@ def test_convert_overwrites_nothing_and_needs_a_known_suffix(tmp_path: Path) -> 
 # Real weights, where they are at hand
 
 IMAGENET = Path(__file__).parents[2] / "shared/weights/mobilenet_v2_imagenet.safetensors"
+VOC = Path(__file__).parents[2] / "shared/voc12mini/JPEGImages"
 
 
 @pytest.mark.skipif(not IMAGENET.is_file(), reason="the ImageNet weights are not part of the project")
@@ -480,3 +482,16 @@ def test_imagenet_weights_fit_mobilenet_but_for_its_classifier() -> None:
     loaded = load_into(backbone, read_weights(IMAGENET), source=IMAGENET, allow_unexpected=backbone.classifier)
     assert loaded.missing == []
     assert sorted(loaded.unexpected) == ["classifier.1.bias", "classifier.1.weight"]
+
+
+@pytest.mark.skipif(not (IMAGENET.is_file() and VOC.is_dir()), reason="needs real weights and images")
+def test_mobilenet_s_inner_features_are_as_large_as_the_image_beside_them() -> None:
+    backbone = build_backbone(Model(backbone="mobilenet_v2", stride=16))
+    load_into(backbone, read_weights(IMAGENET), source=IMAGENET, allow_unexpected=backbone.classifier)
+    for path in sorted(VOC.iterdir())[:3]:
+        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB").resize((225, 225)))).permute(2, 0, 1)
+        images = ((pixels - backbone.mean[0]) / backbone.std[0])[None]
+        with torch.no_grad():
+            features = backbone(images)
+        for inner in (features.low, features.middle):
+            assert 0.25 < inner.square().mean().sqrt() / images.square().mean().sqrt() < 2

@@ -13,7 +13,11 @@ from cpn_fast.config import Model, Rgb
 
 
 class Features(NamedTuple):
-    """Maps (N, C, h, w) of one size: each side of the input ceil-halved three times."""
+    """Maps (N, C, h, w) of one size: each side of the input ceil-halved three times.
+
+    low and middle are to be about as large as the normalised image, which enters PCM and PRCM beside them. PRCM's
+    logits go with their square: ten times as large, its softmax over pixels is a hard maximum, and SEAM* diverges.
+    """
 
     low: Tensor
     middle: Tensor

@@ -21,10 +21,8 @@ _BLOCKS = (
     (6, 320, 1),
 )  # fmt: skip
 _LOW, _MIDDLE = 6, 13  # the last blocks of 32 and 96 channels
-INNER_SCALE = 0.1
-"""Brings low and middle, sums that nothing normalises (rms 5.8 and 3.9 with ImageNet's weights), to the size of the
-image beside them (0.55). PRCM's logits go with the square: unscaled, its softmax over pixels is a hard maximum, whose
-gradients make training diverge."""
+# Brings them, sums that nothing normalises (rms 5.8 and 3.9 with ImageNet's weights), to the size of the image (0.55).
+_INNER_SCALE = 0.1
 
 
 class MobileNetV2(Backbone):
@@ -60,7 +58,7 @@ class MobileNetV2(Backbone):
                 inner.append(x)
         # At output stride 16 the low features are larger than the others.
         low, middle = (F.interpolate(f, x.shape[2:], mode="bilinear", align_corners=True) for f in inner)
-        return Features(INNER_SCALE * low, INNER_SCALE * middle, x)
+        return Features(_INNER_SCALE * low, _INNER_SCALE * middle, x)
 
     def fit(self, size: int) -> int:
         """Nearest 32k + 1: every side is then odd, so that the symmetric padding is TensorFlow's 'same' padding."""

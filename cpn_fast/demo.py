@@ -19,7 +19,7 @@ from cpn_fast.masks import write_gallery
 ROWS = {
     "plain CAM": ("demo_cam",),
     "CPN": ("demo",),
-    "CPN, refined map": ("demo", "name=demo_refined", "cam.map=refined"),
+    "CPN, raw map": ("demo", "name=demo_raw", "cam.map=raw", "cam.mask_threshold=0.25"),
 }
 """Row of the table -> config, and what is changed in it for seeds alone."""
 

@@ -174,6 +174,15 @@ def test_features_have_three_ceil_halvings_and_the_stated_channels(name: str, si
     assert [tuple(feature.shape) for feature in features] == [(2, c, h, w) for c in backbone.channels]
 
 
+def test_narrow_s_inner_features_are_about_as_large_as_the_image_beside_them() -> None:
+    torch.manual_seed(0)
+    images = 2 * torch.rand(2, 3, 64, 96) - 1
+    with torch.no_grad():
+        features = build_backbone(Model(backbone="narrow"))(images)
+    for inner in (features.low, features.middle):
+        assert 0.25 < inner.square().mean().sqrt() / images.square().mean().sqrt() < 2
+
+
 @pytest.mark.parametrize("name", ["mobilenet_v2", "narrow"])
 def test_features_stay_channels_last_and_equal_the_contiguous_ones(name: str) -> None:
     torch.manual_seed(0)

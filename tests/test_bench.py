@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpn_fast.config import load
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -98,3 +100,20 @@ def test_real_images_scores_every_config_and_checkpoint(tiny_config, tmp_path: P
     assert (tmp_path / "real_images.png").stat().st_size
     real_images.run(paths, ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
     assert (tmp_path / "real_images.json").read_text() == first
+
+
+def test_features_show_how_prcm_s_softmax_hardens_with_their_size(tiny_config, small_run: Path) -> None:
+    import features
+
+    settings = load(tiny_config())
+    weights = small_run / "model.safetensors"
+    small, large = features.run(settings, [weights], [0.1, 10.0], 3, torch.device("cpu"))
+    assert small["weights"] == "small/model.safetensors"
+    for name in ("low", "middle"):
+        assert large[name] == pytest.approx(100 * small[name])
+    assert (small["image"], small["zero"]) == (large["image"], large["zero"])
+    assert small["spread"] < large["spread"]
+    assert small["share"] < 0.5 < large["share"]
+    plain = load(tiny_config(method="cam", model={"pcm": False, "prcm": False}, cam={"map": "raw"}))
+    (row,) = features.run(plain, [weights], [1.0], 3, torch.device("cpu"))
+    assert (row["spread"], row["share"]) == (None, None)

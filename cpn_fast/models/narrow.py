@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from cpn_fast.models.backbone import Backbone, Features
 
+_INNER_SCALE = 0.2  # of unit variance in every channel, they would make PRCM's softmax a hard maximum
+
 
 class Narrow(Backbone):
     """Residual net of 263,824 parameters.
@@ -37,7 +39,7 @@ class Narrow(Backbone):
             low = self.through(block, low)
         middle = self.through(self.middle, low)
         # Features after a ReLU point the same way everywhere; affinities are to tell what differs within an image.
-        low, inner = (F.group_norm(x, x.shape[1]) for x in (low, middle))
+        low, inner = (_INNER_SCALE * F.group_norm(x, x.shape[1]) for x in (low, middle))
         return Features(low, inner, self.through(self.last, middle))
 
 

@@ -132,4 +132,5 @@ def test_walked_scores_equal_the_released_steps(tiny_config) -> None:
         ).to_dense()
         walked = pooled.flatten(1) @ torch.linalg.matrix_power(matrix, 2**settings.walk.logt).T
         expected = F.interpolate(walked.view(1, -1, 8, 12), (64, 96), mode="bilinear")[0]
-        np.testing.assert_allclose(own, expected[[0, *(1 + seed.classes)]], rtol=0, atol=1e-5)
+        # An affinity's rounding is raised to beta and to the walk's steps: eps * 8 * 64.
+        np.testing.assert_allclose(own, expected[[0, *(1 + seed.classes)]], rtol=6e-5, atol=1e-7)

@@ -2,8 +2,8 @@
 
     python bench/features.py CONFIG --set data.root=FOLDER [--weights FILE ...] [--times FACTOR ...]
 
-Takes the first images of the training list at scale 1 through the config's network with each of the weights (by default
-model.weights; heads that a file lacks are random, of train.seed), with the inner features times each factor.
+Takes the first 64 images of the training list at scale 1 through the config's network with each of the weights (by
+default model.weights; heads that a file lacks are random, of train.seed), with the inner features times each factor.
 
   image, low, middle   root of the mean square of what enters PCM and PRCM, and of the features behind low and middle
   zero                 share of zeros among the backbone's last features
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from timing import arguments, folder, machine, print_table, write_json
 from torch import Tensor
@@ -31,6 +30,8 @@ from cpn_fast.kernels import region_correlation
 from cpn_fast.models.backbone import Features
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.train import start_from
+
+IMAGES = 64
 
 
 @contextmanager
@@ -62,8 +63,8 @@ def measure(network: Network, samples: list[Sample], config: Config, times: floa
     hook = network.backbone.register_forward_hook(enlarge)
     with seen_by_prcm() as (spreads, shares), torch.inference_mode():
         for batch in images_for(network, samples, config, (1.0,), batch=1):
-            labels = np.stack([tags(samples[index]) for index in batch.indices])
-            network(batch.scales[0], torch.from_numpy(labels).to(batch.scales[0]))
+            (index,), (images,) = batch.indices, batch.scales
+            network(images, torch.from_numpy(tags(samples[index])[None].copy()).to(images))
     hook.remove()
     mean = {name: sum(values) / len(values) for name, values in sizes.items()}
     return {
@@ -94,13 +95,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--weights", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--times", nargs="+", type=float, default=[1.0], metavar="FACTOR")
-    parser.add_argument("--images", type=int, default=64, metavar="COUNT")
     options = parser.parse_args()
     config = load(options.config, options.overrides)
     weights = options.weights or [config.model.weights]
     if None in weights:
         parser.error("no weights: give --weights FILE, or set model.weights")
-    rows = run(config, weights, options.times, options.images, options.device)
+    rows = run(config, weights, options.times, IMAGES, options.device)
     write_json(folder(options.out, options.device) / "features.json", machine(options.device), rows)
     print_table(f"Features of {config.name}", rows)
 

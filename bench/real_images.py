@@ -1,16 +1,19 @@
 """How good the methods' seeds are on real images, at the end and on the way there: README's "On real images".
 
-    python bench/real_images.py [CONFIG ...] --set data.root=FOLDER [--every STEPS] [--validation LIST]
+    python bench/real_images.py [CONFIG ...] --set data.root=FOLDER [--seeds N ...] [--every STEPS] [--validation LIST]
 
-Trains every config (by default configs/voc_mini*.yaml), or continues or takes what is in its run's folder, and scores
-seeds at the best threshold of the training list: of that list, at all scales of the config and at scale 1 alone, and
-of the validation list at the same threshold. The curve has the validation list's own best threshold at each checkpoint.
-Hours on a CPU, so it is not part of run_all.py; stopped, it goes on where it was.
+Trains every config (by default configs/voc_mini*.yaml) with each of --seeds (train.seed), or continues or takes what is
+in a run's folder, which is the config's own for seed 0 and NAME_seedN for others. Scores the CAM seeds at the best
+threshold of the training list: of that list, at all scales of the config and at scale 1 alone, and of the validation
+list at the same threshold. Prints means and spreads (sample standard deviations) over --seeds. The curve has the
+validation list's own best threshold at each checkpoint. Hours on a CPU, so it is not part of run_all.py; stopped, it
+goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,12 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("cam", "seam", "seam_prcm", "grid", "paper")
 
 
-def seeds(config: Config, validation: Path) -> list[dict[str, Any]]:
-    """Rows of the trained network at all scales and at one."""
+SCORES = ("train", "threshold", "validation", "validation, oracle")
+"""What a run is measured by: mIoU (%) of its CAM seeds, and the threshold that is best for the training list."""
+
+
+def scores(config: Config, validation: Path) -> list[dict[str, Any]]:
+    """Rows of one trained network at all scales and at one."""
     weights = train.run(config)
     rows = []
     for config_ in (config, at_scale(config, 1.0)):
@@ -34,7 +41,7 @@ def seeds(config: Config, validation: Path) -> list[dict[str, Any]]:
         held_out = scored_seeds(config_, weights, validation, threshold)
         rows.append(
             {
-                "config": config.name,
+                "seed": config.train.seed,
                 "scales": ", ".join(f"{scale:g}" for scale in config_.cam.scales),
                 "train": 100 * float(found.oracle.mean_iou),
                 "threshold": threshold,
@@ -61,52 +68,97 @@ def step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
+def spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation (None of one run) over the runs of each config and set of scales."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["config"], row["scales"]), []).append(row)
+    found = []
+    for (name, scales), runs in groups.items():
+        summary: dict[str, Any] = {"config": name, "scales": scales, "seeds": len(runs)}
+        for key in SCORES:
+            values = [run[key] for run in runs]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            summary[key] = {"mean": statistics.mean(values), "spread": deviation}
+        found.append(summary)
+    return found
+
+
+def written(summary: dict[str, Any]) -> dict[str, Any]:
+    """The same for a reader: 38.51 ± 0.25."""
+
+    def text(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return f"{value['mean']:.2f}" + ("" if value["spread"] is None else f" ± {value['spread']:.2f}")
+
+    return {key: text(value) for key, value in summary.items()}
+
+
 def oracle_threshold(found: evaluate.Evaluation) -> float:
     (threshold,) = (result.threshold for result in found.results if result.kind == "oracle")
     assert threshold is not None
     return threshold
 
 
-def plot(path: Path, title: str, curves: dict[str, dict[int, float]]) -> None:
+def plot(path: Path, title: str, curves: dict[str, dict[int, dict[int, float]]]) -> None:
+    """Mean over the seeds of each config, and the range between them: ``curves[config][seed][step]``."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, points in curves.items():
-        axes.plot(list(points), list(points.values()), "o-", label=name)
+    for name, of_seeds in curves.items():
+        points = list(of_seeds.values())
+        steps = sorted(set[int].intersection(*(set(own) for own in points)))
+        values = [[own[at] for own in points] for at in steps]
+        (line,) = axes.plot(steps, [statistics.mean(v) for v in values], "o-", label=f"{name} ({len(points)})")
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
     axes.set(xlabel="optimiser steps", ylabel="validation mIoU of seeds at their best threshold, %", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(title="config (seeds)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def run(configs: Iterable[Path], overrides: list[str], every: int, validation: Path, out: Path, about: Any) -> None:
+def run(
+    configs: Iterable[Path],
+    seeds: Sequence[int],
+    overrides: list[str],
+    every: int,
+    validation: Path,
+    out: Path,
+    about: Any,
+) -> None:
     rows: list[dict[str, Any]] = []
-    curves: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, dict[int, float]]] = {}
     for path in configs:
         steps = [f"train.checkpoint_every={every}", "train.keep_checkpoints=1000"]
-        config = load(path, [*overrides, *steps])
-        own = seeds(config, validation)
-        rows += own
-        curves[config.name] = curve(config, validation, own[0]["validation, oracle"])
-        write_json(out / "real_images.json", about, rows, curves=curves)
-        plot(out / "real_images.png", "Seeds of real images", curves)
-    print_table("mIoU of seeds on real images, %", rows)
+        base = load(path, [*overrides, *steps])
+        for seed in seeds:
+            name = f"{base.name}_seed{seed}" if seed else base.name
+            config = load(path, [*overrides, *steps, f"train.seed={seed}", f"name={name}"])
+            own = scores(config, validation)
+            rows += [{"config": base.name, **row} for row in own]
+            curves.setdefault(base.name, {})[seed] = curve(config, validation, own[0]["validation, oracle"])
+            write_json(out / "real_images.json", about, rows, spread=spread(rows), curves=curves)
+            plot(out / "real_images.png", "Seeds of real images", curves)
+    print_table("mIoU of CAM seeds on real images, %", [written(summary) for summary in spread(rows)])
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="train.seed; default 0")
     parser.add_argument("--every", type=int, default=1000, metavar="STEPS", help="between checkpoints; default 1000")
     parser.add_argument("--validation", type=Path, default=Path("ImageSets/Segmentation/val.txt"), metavar="LIST")
     options = parser.parse_args()
     configs = options.configs or [CONFIGS / f"voc_mini{name}.yaml" for name in ("", *(f"_{name}" for name in NAMES))]
     about = machine(options.device)
-    run(configs, options.overrides, options.every, options.validation, folder(options.out, options.device), about)
+    out = folder(options.out, options.device)
+    run(configs, options.seeds, options.overrides, options.every, options.validation, out, about)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
 from cpn_fast.seeds import Seed, read_seed, unit_scale, write_seed
-from cpn_fast.step import autocast
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 

@@ -223,8 +223,9 @@ class Train(Section):
     weight_decay: NotNegative = 5e-4
     """L2 on weights, not on biases."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Autocast of the forward pass; null is bf16 on CUDA, fp32 on CPU. ``fp16`` scales the loss: a step at which it
-    overflows is skipped and the scale halved, which is no fault until the scale is down to 1."""
+    """Autocast of the forward pass; null is bf16 where the device computes it itself (CUDA from sm_80, CPUs with
+    AVX512-BF16, AMX or ARM's bf16), else fp32. ``fp16`` scales the loss: a step at which it overflows is skipped and
+    the scale halved, which is no fault until the scale is down to 1."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do at a step whose gradient is not finite: ``stop`` the run, or ``skip`` the step (its gradient counts as
     zero). Its images are written to ``nonfinite.json`` in the run's folder."""

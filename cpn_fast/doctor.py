@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cpn_fast
+from cpn_fast import precision
 from cpn_fast.config import Config
 from cpn_fast.errors import UserError
 
@@ -79,7 +80,9 @@ def python() -> Finding:
 
 
 def pytorch() -> Finding:
-    found = f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {capability}, which trains in "
+    found += f"{precision.default(torch.device('cpu'))} unless told otherwise"
     if _driver() and torch.version.cuda is None:
         return Finding("slow", f"{found}; a CPU build beside an NVIDIA driver", "pip install --force-reinstall torch")
     return Finding("ok", found)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cpn_fast.config import Config
 from cpn_fast.models.network import Network
-from cpn_fast.step import autocast
+from cpn_fast.precision import autocast
 
 COUNT, SIDE = 4, 160
 """Images, and pixels of a picture's side."""

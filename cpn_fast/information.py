@@ -31,9 +31,9 @@ from cpn_fast.models.network import Network
 from cpn_fast.patches import complementary_pair, normalised_fill
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import segment_batch
+from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
 from cpn_fast.seeds import unit_scale
-from cpn_fast.step import autocast
 
 SUPERPIXELS = (5, 50, 200, 500, 1000)
 """Superpixels asked for per image."""

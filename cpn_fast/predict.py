@@ -27,9 +27,9 @@ from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.network import Network
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.precision import autocast
 from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, unit_scale
-from cpn_fast.step import autocast
 
 PRESENT = 0.5
 """A class counts as present from this probability on, where no tags are given."""

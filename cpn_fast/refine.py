@@ -40,9 +40,9 @@ from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
 from cpn_fast.models.folding import fold
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress, track
 from cpn_fast.seeds import Seed, read_seed
-from cpn_fast.step import autocast
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 

@@ -35,8 +35,8 @@ from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
-from cpn_fast.step import autocast
 from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 POSSIBLE = 0.01

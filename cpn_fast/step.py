@@ -22,6 +22,7 @@ from cpn_fast.finite import gradient_norm
 from cpn_fast.methods import Method
 from cpn_fast.models.backbone import Headed
 from cpn_fast.pipelines.training import Batch
+from cpn_fast.precision import autocast
 from cpn_fast.ranks import Rank
 
 WARM_UP = 3
@@ -194,14 +195,6 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's own rate times a factor."""
     for group in optimizer.param_groups:
         group["lr"].fill_(group["base_lr"] * factor)
-
-
-def autocast(precision: str | None, device: torch.device) -> Any:
-    """The forward pass's autocast: bf16 on CUDA and none on CPU unless ``precision`` says otherwise."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[
-        precision or ("bf16" if device.type == "cuda" else "fp32")
-    ]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def averaging(network: nn.Module) -> DistributedDataParallel:

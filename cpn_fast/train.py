@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 import cpn_fast
-from cpn_fast import checkpoint, ranks, signals
+from cpn_fast import checkpoint, precision, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
@@ -242,6 +242,7 @@ def _open_run(config: Config, device: torch.device) -> None:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
+        "precision": config.train.precision or precision.default(device),
     }
     with replacing(config.run / "environment.json") as file:
         file.write(json.dumps(environment, indent=2).encode() + b"\n")

@@ -30,7 +30,7 @@ def small_run(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "augment": {"long_side": [64, 96], "crop": 64},
             "model": {"backbone": "narrow"},
             "superpixels": {"count": 30},
-            "train": {"batch": 4, "steps": 2, "log_every": 1, "data_threads": 1},
+            "train": {"batch": 4, "steps": 2, "log_every": 1, "data_threads": 1, "precision": "fp32"},
             "cam": {"scales": [0.5, 1.0]},
         },
         "small_run",
@@ -54,7 +54,14 @@ def tiny_config(small_voc: Path, tmp_path: Path):
             "superpixels": {"count": 30},
             "augment": {"long_side": [64, 96], "crop": 64},
             "model": {"backbone": "narrow"},
-            "train": {"batch": 2, "steps": 6, "log_every": 2, "checkpoint_every": 3, "data_threads": 1},
+            "train": {
+                "batch": 2,
+                "steps": 6,
+                "log_every": 2,
+                "checkpoint_every": 3,
+                "data_threads": 1,
+                "precision": "fp32",
+            },
             "cam": {"scales": [0.5, 1.0], "batch": 2},
         }
         for key, value in changes.items():

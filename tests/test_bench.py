@@ -81,25 +81,50 @@ def test_a_training_step_is_measured_where_dali_is_missing(tmp_path: Path) -> No
     assert outcome.word == "done", outcome.why
 
 
-def test_real_images_scores_every_config_and_checkpoint(tiny_config, tmp_path: Path) -> None:
+def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_path: Path, capsys) -> None:
     import real_images
 
     validation = Path("ImageSets/Segmentation/val.txt")
-    paths = [tiny_config(name="cpn"), tiny_config(name="seam", method="seam", model={"prcm": False})]
-    real_images.run(paths, ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
-    first = (tmp_path / "real_images.json").read_text()
-    found = json.loads(first)
-    assert [(row["config"], row["scales"]) for row in found["rows"]] == [
-        *(("cpn", scales) for scales in ("0.5, 1", "1")),
-        *(("seam", scales) for scales in ("0.5, 1", "1")),
+    paths = [
+        tiny_config(name="cpn"),
+        tiny_config(name="cam", method="cam", model={"pcm": False, "prcm": False}, cam={"map": "raw"}),
     ]
-    for config, points in found["curves"].items():
-        last = next(row for row in found["rows"] if row["config"] == config)
+    runs = {("cpn", 0): "cpn", ("cpn", 3): "cpn_seed3", ("cam", 0): "cam", ("cam", 3): "cam_seed3"}
+
+    def run() -> str:
+        real_images.run(paths, [0, 3], ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
+        return (tmp_path / "real_images.json").read_text()
+
+    first = run()
+    found = json.loads(first)
+    assert [(row["config"], row["seed"], row["scales"]) for row in found["rows"]] == [
+        (*run, scales) for run in runs for scales in ("0.5, 1", "1")
+    ]
+    for (config, seed), name in runs.items():
+        assert load(tmp_path / "runs" / name / "config.yaml").train.seed == seed
+        points = found["curves"][config][str(seed)]
+        last = next(row for row in found["rows"] if (row["config"], row["seed"]) == (config, seed))
         assert points.keys() == {"2", "4"}
         assert points["4"] == last["validation, oracle"] >= last["validation"]
+
+    summary = next(row for row in found["spread"] if (row["config"], row["scales"]) == ("cpn", "1"))
+    one, other = (row["train"] for row in found["rows"] if (row["config"], row["scales"]) == ("cpn", "1"))
+    assert one != other
+    assert summary["seeds"] == 2
+    assert summary["train"]["mean"] == pytest.approx((one + other) / 2)
+    assert summary["train"]["spread"] == pytest.approx(abs(one - other) / 2**0.5)
+    assert f"{(one + other) / 2:.2f} ± {abs(one - other) / 2**0.5:.2f}" in capsys.readouterr().out
     assert (tmp_path / "real_images.png").stat().st_size
-    real_images.run(paths, ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
-    assert (tmp_path / "real_images.json").read_text() == first
+    assert run() == first
+
+
+def test_one_run_has_no_spread() -> None:
+    import real_images
+
+    row = {"config": "cpn", "seed": 0, "scales": "1", "train": 40.0, "threshold": 0.5, "validation": 39.0}
+    (summary,) = real_images.spread([row | {"validation, oracle": 39.5}])
+    assert summary["train"] == {"mean": 40.0, "spread": None}
+    assert real_images.written(summary)["train"] == "40.00"
 
 
 def test_features_show_how_prcm_s_softmax_hardens_with_their_size(tiny_config, small_run: Path) -> None:

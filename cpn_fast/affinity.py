@@ -76,8 +76,9 @@ def combined_labels(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def cell_labels(labels: Tensor) -> Tensor:
     """``combined_labels`` on the feature grid: integers (N, H, W), padding -1 -> int64 (N, H / 8, W / 8), rounded up.
 
-    As in the released code, which pools the scores of each alpha, the cells are decided for either alpha by itself: a
-    class that most of a cell is sure of, else background if half of the cell is sure of it, else IGNORE.
+    A cell is background if half of it is surely that, else the class that most of it is surely, else IGNORE. The
+    released code averages the CRF's scores over a cell, for either alpha by itself, and takes the larger one, but
+    scores of an image are megabytes, and masks of which one wins are kilobytes.
     """
     below, right = (-side % STRIDE for side in labels.shape[1:])
     labels = F.pad(labels.long(), (0, right, 0, below), value=-1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ from cpn_fast import ranks
 from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, replacing
+from cpn_fast.files import claim, read_json, replacing
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.backbone import Headed
@@ -37,8 +39,8 @@ from cpn_fast.weights import load_into, read_weights, to_network_keys
 def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     """Write ``seeds/ID.npz``, ``masks/ID.png`` and ``overlays/ID.jpg`` for a list; returns their folder.
 
-    Finished images are kept when the weights and the settings are the same, and made again when they are not. Under
-    torchrun each process makes its share of the list.
+    Finished images are kept when the weights and the settings are the same, and made again when they are not; another
+    ``cam.mask_threshold`` only draws masks and overlays anew. Under torchrun each process makes its share of the list.
     """
     rank = ranks.join()
     device = rank.device
@@ -49,13 +51,19 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     folder = config.run / "cams" / list_path.stem
     if rank.first:
         claim(folder, _made_by(config, weights))
+        _forget_other_pictures(folder, config.cam.mask_threshold)
     rank.wait()
     own = rank.share(samples)
-    missing = [sample for sample in own if not _finished(folder, sample)]
+    missing, undrawn = [], []
+    for sample in own:
+        if not _finished(folder, sample):
+            missing.append(sample)
+        elif not _drawn(folder, sample):
+            undrawn.append(sample)
     batches = images_for(network, missing, config, config.cam.scales)
     writers = config.train.data_threads
     with ThreadPoolExecutor(writers) as pool, Progress("cam", len(own), len(own) - len(missing)) as progress:
-        writing: deque[Future[None]] = deque()
+        writing: deque[Future[None]] = deque(pool.submit(_redraw, folder, sample, config) for sample in undrawn)
         for batch in batches:
             chosen = [missing[i] for i in batch.indices]
             labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
@@ -150,13 +158,21 @@ def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
 def _write(folder: Path, sample: Sample, cam: Tensor, config: Config) -> None:
     """In a thread, so that neither the GPU nor the loop that feeds it waits for files."""
     seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
+    _draw(folder, sample, seed, config)
+    write_seed(folder / "seeds" / f"{sample.id}.npz", seed)  # last: its presence says that the image is done
+
+
+def _redraw(folder: Path, sample: Sample, config: Config) -> None:
+    _draw(folder, sample, read_seed(folder / "seeds" / f"{sample.id}.npz"), config)
+
+
+def _draw(folder: Path, sample: Sample, seed: Seed, config: Config) -> None:
     mask = seed.mask(config.cam.mask_threshold)
     write_mask(folder / "masks" / f"{sample.id}.png", mask)
     picture = overlay(read_image(sample.image), mask, config.classes)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     with replacing(folder / "overlays" / f"{sample.id}.jpg") as file:
         file.write(jpeg.tobytes())
-    write_seed(folder / "seeds" / f"{sample.id}.npz", seed)  # last: its presence says that the image is done
 
 
 def _finished(folder: Path, sample: Sample) -> bool:
@@ -168,9 +184,25 @@ def _finished(folder: Path, sample: Sample) -> bool:
     except UserError:
         print(f"Warning: {path} is damaged and made again", file=sys.stderr)
         return False
-    if not np.array_equal(seed.classes, np.flatnonzero(tags(sample))):  # its tags were changed since
-        return False
-    return can_be_kept(folder / "masks" / f"{sample.id}.png")
+    return np.array_equal(seed.classes, np.flatnonzero(tags(sample)))  # else its tags were changed since
+
+
+def _drawn(folder: Path, sample: Sample) -> bool:
+    return can_be_kept(folder / "masks" / f"{sample.id}.png") and (folder / "overlays" / f"{sample.id}.jpg").exists()
+
+
+def _forget_other_pictures(folder: Path, threshold: float) -> None:
+    """Remove masks and overlays of another background threshold than this; the seeds do not depend on it."""
+    note, drawn_with = folder / "pictures.json", {"mask_threshold": threshold}
+    try:
+        if read_json(note) == drawn_with:
+            return
+    except (OSError, ValueError):  # none yet, or a damaged one
+        pass
+    for name in ("masks", "overlays"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with replacing(note) as file:
+        file.write(json.dumps(drawn_with).encode())
 
 
 def _made_by(config: Config, weights: Path) -> dict[str, Any]:
@@ -178,5 +210,5 @@ def _made_by(config: Config, weights: Path) -> dict[str, Any]:
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "classes": list(config.classes),
         "model": config.model.model_dump(mode="json"),
-        "cam": config.cam.model_dump(mode="json", exclude={"batch"}),
+        "cam": config.cam.model_dump(mode="json", exclude={"batch", "pixels", "mask_threshold"}),
     }

@@ -306,6 +306,15 @@ class Crf(Section):
     workers: Count | None = None
     """Processes; null is one for each core."""
 
+    @model_validator(mode="after")
+    def _alphas_are_in_order(self) -> Self:
+        if self.low_alpha > self.high_alpha:
+            raise ValueError(
+                f"low_alpha is {self.low_alpha:g}, more than high_alpha, {self.high_alpha:g}: swap them. The low one "
+                "gives background the larger score, (1 - max cam) ** alpha, and a class that still wins is certain"
+            )
+        return self
+
 
 class AffinityAugment(Augment):
     """Keys of ``augment``."""

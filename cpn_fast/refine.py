@@ -7,13 +7,14 @@ Its parts read each other's files, in ``refine`` in the run's folder:
 - ``affinity``: AffinityNet's training run;
 - ``masks``: the pseudo-masks, seeds that walked along AffinityNet's affinities.
 
-A part is skipped when it is finished and what it was made of is unchanged, made again when that changed, and continued
-in the middle when it was interrupted.
+A part is skipped when it is finished and what it was made of is unchanged, made again when that changed (tags and
+settings of AffinityNet's training among it), and continued in the middle when it was interrupted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -27,12 +28,12 @@ from torch.nn import functional as F
 
 from cpn_fast import ranks, train
 from cpn_fast.affinity import combined_labels, fitting_radius, pair_affinities, random_walk
-from cpn_fast.cam import images_for
+from cpn_fast.cam import images_for, tags
 from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with_background, write_label_maps
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim
+from cpn_fast.files import claim, read_json, replacing
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.affinity import Affinity
@@ -58,6 +59,8 @@ def run(config: Config) -> Path:
     seeds, origin = _seeds(config, samples)
     folder = config.run / "refine"
 
+    listed = _remember_tags(folder, samples) if rank.first else ""
+    rank.wait()
     digests = []
     for name, alpha in (("crf-low", config.crf.low_alpha), ("crf-high", config.crf.high_alpha)):
         made_by = {"seeds": origin, "alpha": alpha, "parameters": config.crf.parameters}
@@ -67,8 +70,10 @@ def run(config: Config) -> Path:
     labels = _claim(rank, folder / "labels", {"low": digests[0], "high": digests[1]})
     write_labels(own, folder / "crf-low", folder / "crf-high", folder / "labels")
     rank.wait()
-    _claim(rank, folder / "affinity", {"labels": labels, "radius": config.affinity.radius})
-    weights = train.fit(affinity_config(config), Affinity)
+    settings = affinity_config(config)
+    made_by = {"labels": labels, "tags": listed, "radius": config.affinity.radius, "config": train.decisive(settings)}
+    _claim(rank, folder / "affinity", made_by)
+    weights = train.fit(settings, Affinity)
     made_by = {
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "seeds": origin,
@@ -199,6 +204,24 @@ def _seeds(config: Config, samples: Sequence[Sample]) -> tuple[Path, str]:
     if not manifest.exists():
         raise UserError(f"{manifest}: expected beside the seeds, which `cpn-fast cam` makes, and not found")
     return folder / "seeds", hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+
+def _remember_tags(folder: Path, samples: Sequence[Sample]) -> str:
+    """Remove what was made of images whose tags were others; returns a digest of the list and its tags."""
+    path = folder / "tags.json"
+    now = {sample.id: np.flatnonzero(tags(sample)).tolist() for sample in samples}
+    try:
+        before = read_json(path)
+    except (OSError, ValueError):
+        before = None
+    if before != now:
+        known = before if isinstance(before, dict) else {}
+        for id_ in (id_ for id_, own in now.items() if known.get(id_) != own):
+            for part in ("crf-low", "crf-high", "labels", "masks"):
+                (folder / part / f"{id_}.png").unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(now).encode())
+    return hashlib.sha256(json.dumps(now).encode()).hexdigest()
 
 
 def _claim(rank: ranks.Rank, folder: Path, made_by: dict[str, object]) -> str:

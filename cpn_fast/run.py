@@ -11,6 +11,7 @@ from rich.table import Table
 from cpn_fast import cam, evaluate, ranks, refine, segment, train
 from cpn_fast.config import Config
 from cpn_fast.dataset import load_samples
+from cpn_fast.pipelines.shards import training_list
 
 
 class Stage(NamedTuple):
@@ -31,6 +32,8 @@ def run(config: Config) -> list[Stage]:
     lists = config.data
     for list_path, labels in ((lists.train_list, True), (lists.eval_list, True), (config.segment.eval_list, False)):
         load_samples(lists, config.classes, list_path, labels=labels, masks=False)  # what is missing shows before hours
+    if ranks.join().first and (config.run / "model.safetensors").is_file():  # else training compares them
+        train.remember_list(config.run, training_list(config)[0], begins=False)
     weights = train.run(config)
     seeds = cam.run(config, weights) / "seeds"
     stages = [Stage("seeds, oracle threshold", lists.eval_list, score(config, lists.eval_list, cams=seeds))]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import remove_partials, replacing
+from cpn_fast.files import read_json, remove_partials, replacing
 from cpn_fast.finite import GradientGuard
 from cpn_fast.gallery import COUNT, Gallery
 from cpn_fast.meter import Meter
@@ -73,6 +75,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         return final
 
     samples, shards = training_list(config, decode=rank.first)
+    if rank.first:
+        remember_list(config.run, samples, begins=state is None)
     torch.manual_seed(train.seed)
     method = build(config)
     network = method.network
@@ -226,7 +230,7 @@ def _open_run(config: Config, device: torch.device) -> None:
     path = config.run / "config.yaml"
     if path.exists() and (config.run / "metrics.jsonl").exists():  # else nothing was trained, as with missing weights
         old = configs.dump(configs.load(path))  # keys that are newer than the run have their defaults
-        differing = _differences(yaml.safe_load(old), yaml.safe_load(resolved))
+        differing = _differences(_decisive(yaml.safe_load(old)), _decisive(yaml.safe_load(resolved)))
         if differing:
             raise UserError(
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
@@ -258,11 +262,47 @@ FREE = {"out", "cam", "evaluate", "crf", "affinity", "walk", "segment", "data.ev
 }
 
 
+def decisive(config: Config) -> dict[str, Any]:
+    """What the weights of a sound run depend on: the config, as plain values, without what is FREE."""
+    return _decisive(yaml.safe_load(configs.dump(config)))
+
+
+def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None:
+    """Note in a run's folder which images and tags it ``begins`` with; warn on stderr if it began with others."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.id.encode() + b"\0")
+        digest.update(b"" if sample.label is None else np.packbits(sample.label).tobytes())
+    now, path = {"images": len(samples), "sha256": digest.hexdigest()}, run / "list.json"
+    if begins:
+        with replacing(path) as file:
+            file.write(json.dumps(now).encode())
+        return
+    try:
+        before = read_json(path)
+    except (OSError, ValueError):  # lost, or of a version that did not note it
+        return
+    if before != now:
+        print(
+            f"Warning: {run} was trained on another list or other tags ({path.name}), and what it learned is kept: to "
+            "train on what the list is now, give the run another name or delete its folder",
+            file=sys.stderr,
+        )
+
+
+def _decisive(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        name: _decisive(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if prefix + name not in FREE
+    }
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name in sorted(old.keys() | new.keys()):
         key, a, b = prefix + name, old.get(name), new.get(name)
-        if a == b or key in FREE:
+        if a == b:
             continue
         keys += _differences(a, b, key + ".") if isinstance(a, dict) and isinstance(b, dict) else [key]
     return keys

@@ -121,8 +121,8 @@ def test_labels_are_what_both_alphas_are_sure_of() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
-def test_cell_labels_pool_each_alpha_as_released(height, width, seed) -> None:
-    """One foreground class; the released code pools both alphas' scores, here one-hot, and then combines them."""
+def test_cell_labels_are_the_released_ones_for_one_class_and_certain_scores(height, width, seed) -> None:
+    """The released code pools scores of either alpha and combines the winners; certain scores are one-hot."""
     rng = np.random.default_rng(seed)
     coarse = rng.random((2, 5, 5)).repeat(8, 1).repeat(8, 2)[:, :height, :width] + rng.normal(
         0, 0.3, (2, height, width)

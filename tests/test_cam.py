@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,35 @@ def test_other_weights_or_settings_make_new_seeds(trained, tiny_config) -> None:
     before = read_seed(path).cam
     cam.run(settings.model_copy(update={"cam": settings.cam.model_copy(update={"scales": (1.5,)})}), weights)
     assert not np.array_equal(before, read_seed(path).cam)
+
+
+def test_another_threshold_draws_anew_and_makes_no_seeds(trained, monkeypatch) -> None:
+    settings, weights = trained
+    folder = cam.run(settings, weights)
+
+    def stamps(name: str) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (folder / name).iterdir()}
+
+    def never(*arguments) -> None:
+        raise AssertionError("the network is not needed")
+
+    monkeypatch.setattr(cam, "summed_cams", never)
+    seeds, manifest = stamps("seeds"), (folder / "made_by.json").read_bytes()
+    path = min((folder / "masks").iterdir())
+    assert (read_mask(path) > 0).any()
+    cam.run(settings.model_copy(update={"cam": settings.cam.model_copy(update={"mask_threshold": 1.0})}), weights)
+    assert not (read_mask(path) > 0).any()
+    assert stamps("seeds") == seeds
+    assert (folder / "made_by.json").read_bytes() == manifest
+
+    masks = stamps("masks")
+    path.unlink()
+    (folder / "overlays" / f"{path.stem}.jpg").unlink()
+    cam.run(settings.model_copy(update={"cam": settings.cam.model_copy(update={"mask_threshold": 1.0})}), weights)
+    again = stamps("masks")
+    assert {name for name in masks if again[name] != masks[name]} == {path.name}
+    assert again.keys() == masks.keys()
+    assert {Path(name).stem for name in masks} == {Path(name).stem for name in stamps("overlays")}
 
 
 class Painter(torch.nn.Module):

@@ -52,6 +52,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
         (MINIMAL + "model: {backbone: vgg}\n", "model.backbone: Input should be 'resnet38d', 'mobil"),
         (MINIMAL + "superpixels: {compactness: 20000}\n", "superpixels.compactness"),
         (MINIMAL + "patches: {grid_sizes: []}\n", "grid_sizes is empty"),
+        (MINIMAL + "crf: {low_alpha: 24, high_alpha: 4}\n", "low_alpha is 24, more than high_alpha, 4: swap them"),
         (MINIMAL + "train: {epochs: 1, lr: .nan}\n", "train.lr"),
         ("- a\n- b\n", "expected keys and values, found list"),
         ("a: [\n", "not readable as YAML"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,50 @@ def test_an_interrupted_stage_continues(seeded, capfd) -> None:
             assert after[name][1] == before[name][1]
     untouched = {name for name in before if name.endswith(".png") and name not in lost}
     assert {name: after[name] for name in untouched} == {name: before[name] for name in untouched}
+
+
+def test_other_tags_of_an_image_make_its_files_and_affinity_net_anew(seeded, tmp_path: Path) -> None:
+    samples = load_samples(seeded.data, seeded.classes, seeded.data.train_list, labels=True, masks=False)
+    named = {sample.id: [seeded.classes[k] for k in np.flatnonzero(sample.label)] for sample in samples}
+    source = tmp_path / "tags.json"
+    settings = seeded.model_copy(update={"data": seeded.data.model_copy(update={"labels": source})})
+    weights = seeded.run / "model.safetensors"
+
+    def run() -> dict[str, tuple[int, bytes]]:
+        source.write_text(json.dumps(named))
+        cam.run(settings, weights, settings.data.train_list)
+        return contents(refine.run(settings).parent)
+
+    before = run()
+    changed = samples[0].id
+    named[changed] = [next(name for name in seeded.classes if name not in named[changed])]
+    after = run()
+    for part in ("crf-low", "crf-high", "labels", "masks"):
+        allowed = {0, IGNORE, 1 + seeded.classes.index(named[changed][0])}
+        assert set(np.unique(read_mask(settings.run / "refine" / part / f"{changed}.png"))) <= allowed
+    old = {name for name in before if name.endswith(".png") and not name.startswith("masks/")}
+    assert {name for name in old if after[name][0] != before[name][0]} == {
+        f"{part}/{changed}.png" for part in ("crf-low", "crf-high", "labels")
+    }
+    assert after["affinity/metrics.jsonl"][0] != before["affinity/metrics.jsonl"][0]
+    named.popitem()
+    with pytest.raises(UserError, match="ids without labels"):
+        run()
+
+
+def test_other_settings_of_its_training_make_affinity_net_anew(seeded) -> None:
+    before = contents(refine.run(seeded).parent)
+
+    def run(**changes) -> dict[str, tuple[int, bytes]]:
+        train_ = seeded.affinity.train.model_copy(update=changes)
+        section = seeded.affinity.model_copy(update={"train": train_})
+        return contents(refine.run(seeded.model_copy(update={"affinity": section})).parent)
+
+    weights = "affinity/model.safetensors"
+    assert run(log_every=1)[weights] == before[weights]
+    after = run(steps=3)
+    assert after[weights][1] != before[weights][1]
+    assert {name for name in before if name.startswith(("crf", "labels")) and after[name] != before[name]} == set()
 
 
 def test_missing_seeds_name_the_command(seeded) -> None:

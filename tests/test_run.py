@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,27 @@ def test_run_does_every_stage_and_then_nothing_twice(tiny_config, capsys) -> Non
     again = stamps(settings.run)
     changed = {name for name in first if again[name] != first[name]}
     assert changed == {f"segment/val/{kind}/{lost.name}" for kind in ("masks", "crf")}
+
+
+def test_a_finished_run_whose_list_or_tags_changed_says_so_and_is_kept(
+    tiny_config, small_voc, capsys, tmp_path
+) -> None:
+    data = shutil.copytree(small_voc, tmp_path / "voc")
+    settings = config.load(tiny_config(**CHAIN | {"data": {**CHAIN["data"], "root": str(data)}}))
+    run.run(settings)
+    weights = (settings.run / "model.safetensors").stat().st_mtime_ns
+    assert "Warning" not in capsys.readouterr().err
+
+    listed = data / settings.data.train_list
+    ids = listed.read_text().splitlines()
+    listed.write_text("\n".join(ids[:-1]))
+    run.run(settings)
+    assert f"{settings.run} was trained on another list or other tags" in capsys.readouterr().err
+    assert (settings.run / "model.safetensors").stat().st_mtime_ns == weights
+
+    listed.write_text("\n".join(ids))
+    run.run(settings)
+    assert "Warning" not in capsys.readouterr().err
 
 
 def test_a_list_that_only_the_last_stage_needs_is_missed_before_the_first(tiny_config) -> None:

@@ -255,7 +255,10 @@ def reproduce(
     from cpn_fast import reproduce
 
     if commands:
-        print("\n".join(reproduce.commands(name, config, overrides)))
+        for line in reproduce.commands(name, config, overrides):
+            print(line)
+            progress.tell("command", command=line)
+        _done("reproduce")
         return
     picture = reproduce.run(name, config, overrides)
     print(f"Curves are in {picture}, figures in the .json beside it")

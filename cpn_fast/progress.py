@@ -5,6 +5,7 @@ Standard output is for results; progress goes to standard error: bars on a termi
 
 - ``{"event": "progress", "stage": "cam", "done": 3, "total": 10, "note": ""}``, at most one a second and stage, its
   first and last included;
+- ``{"event": "command", "command": "cpn-fast train ..."}`` for each that ``reproduce --commands`` prints;
 - at the end ``{"event": "done", "command": ...}`` with files and figures, or ``error`` or ``stopped`` with ``message``.
 """
 

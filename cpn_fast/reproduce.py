@@ -2,12 +2,18 @@
 
 ``RUNS`` says what is trained, ``TABLES`` what is shown of it beside the paper's figure. Runs are named after the
 config, shared between tables, and continued or left alone when they are there.
+
+The other methods are not CPN with some keys changed: each has a config of its own, such as ``voc_seam.yaml`` beside
+``voc.yaml``. That file is what a user trains without ``reproduce``, so it is what is run here too, and its finished run
+is taken. Where there is none, overrides of the base make up the method as it was released.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
+import statistics
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -30,22 +37,43 @@ from cpn_fast.pipelines.superpixels import segment_batch
 from cpn_fast.pipelines.training import TrainingPipeline
 
 CPN = "cpn"
-RUNS: dict[str, tuple[str, ...]] = {
-    CPN: (),
-    "cam": ("method=cam", "model.pcm=false", "model.prcm=false", "cam.map=raw"),
-    "seam": ("method=seam", "model.prcm=false"),
-    "seam-prcm": ("method=seam",),
-    "tcp": ("model.prcm=false", "loss.cpcr=0"),
-    "cpcr": ("model.prcm=false", "loss.hard_share=1"),
-    "ohem": ("model.prcm=false",),
-    **{f"hide-{share}": (f"patches.hide={share}",) for share in (0.1, 0.2, 0.3, 0.4, 0.5)},
-    **{f"superpixels-{count}": (f"superpixels.count={count}",) for count in (5, 50, 100, 200, 500, 1000, 8000)},
+
+
+class Run(NamedTuple):
+    overrides: tuple[str, ...] = ()
+    """What makes it this run, whatever else is set."""
+    method: str = ""
+    """It starts from BASE_METHOD.yaml where that is beside BASE.yaml, and otherwise from the base."""
+    released: tuple[str, ...] = ()
+    """What the base may have otherwise, and the released method had so; for a start from the base."""
+
+
+# All that SEAM reads and CPN's recipes differ in. Its scale, lengths and rates are the base's: they go with the images.
+_RELEASED_SEAM = (
+    *("train.batch=8", "train.momentum=0.0005"),
+    *("model.pcm=true", "model.pcm_norm=l2", "model.pcm_sum=column", "model.mask_absent=false"),
+    *("model.prcm_relu=true", "model.prcm_scale=classes", "model.prcm_keys=reread"),
+    *("loss.background_suppression=1", "loss.normalise=min-max", "loss.hard_share=0.2"),
+    "cam.map=refined",
+)
+_COUNTS = (5, 50, 100, 200, 500, 1000, 8000)
+_GRIDS = ((4, 7), (14, 28), (28, 56), (56, 112), (112, 224), (224, 448))
+RUNS: dict[str, Run] = {
+    CPN: Run(),
+    "cam": Run(("method=cam", "model.pcm=false", "model.prcm=false", "cam.map=raw"), "cam"),
+    "seam": Run(("method=seam", "model.prcm=false"), "seam", _RELEASED_SEAM),
+    "seam-prcm": Run(("method=seam", "model.prcm=true"), "seam_prcm", _RELEASED_SEAM),
+    "tcp": Run(("model.prcm=false", "loss.cpcr=0")),
+    "cpcr": Run(("model.prcm=false", "loss.hard_share=1")),
+    "ohem": Run(("model.prcm=false",)),
+    **{f"hide-{share}": Run((f"patches.hide={share}",)) for share in (0.1, 0.2, 0.3, 0.4, 0.5)},
+    **{f"superpixels-{count}": Run((f"superpixels.count={count}",)) for count in _COUNTS},
     **{
-        f"grid-{a}-{b}": ("patches.kind=grid", "patches.share=patches", f"patches.grid_sizes=[{a}, {b}]")
-        for a, b in ((4, 7), (14, 28), (28, 56), (56, 112), (112, 224), (224, 448))
+        f"grid-{a}-{b}": Run(("patches.kind=grid", "patches.share=patches", f"patches.grid_sizes=[{a},{b}]"), "grid")
+        for a, b in _GRIDS
     },
 }
-"""Name -> overrides of the config, which is CPN's own run."""
+"""By name; CPN's own is the base's. Overrides have no spaces: ``commands`` prints them."""
 
 Measure = Literal["seeds", "background", "foreground", "pseudo-masks", "segmenter", "segmenter and CRF", "seconds"]
 
@@ -61,6 +89,8 @@ class Row(NamedTuple):
     measure: Measure = "seeds"
     scale: float | None = None
     """The only scale of its CAMs; None: those of the config."""
+    over: tuple[int, ...] = ()
+    """What a figure draws it over: superpixels asked for, or sides of grid cells in pixels."""
 
 
 _METHODS = (
@@ -102,13 +132,13 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("segmenter and CRF, val", CPN, 67.8, "segmenter and CRF"),
     ),
     "fig6": tuple(
-        Row(f"{count} superpixels", f"superpixels-{count}", {200: 57.43, 8000: 55.79}.get(count))
-        for count in (5, 50, 100, 200, 500, 1000, 8000)
+        Row(f"{count} superpixels", f"superpixels-{count}", {200: 57.43, 8000: 55.79}.get(count), over=(count,))
+        for count in _COUNTS
     ),
     "fig7": (
         *(
-            Row(f"grid {a}, {b}", f"grid-{a}-{b}", {4: 55.67, 56: 57.07, 224: 55.80}.get(a))
-            for a, b in ((4, 7), (14, 28), (28, 56), (56, 112), (112, 224), (224, 448))
+            Row(f"grid {a}, {b}", f"grid-{a}-{b}", {4: 55.67, 56: 57.07, 224: 55.80}.get(a), over=(a, b))
+            for a, b in _GRIDS
         ),
         Row("superpixels", CPN, 57.43),
         Row("seconds an image, superpixels", CPN, 1.45, "seconds"),
@@ -116,6 +146,9 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
 }
 """The paper's figures: train mIoU of seeds at the oracle threshold, but where a row measures something else."""
+
+OVER = {"fig6": "superpixels asked for", "fig7": "sides of grid cells, px"}
+"""What a figure draws mIoU over."""
 
 
 class Result(NamedTuple):
@@ -125,16 +158,27 @@ class Result(NamedTuple):
     """Of seeds."""
 
 
+class Plan(NamedTuple):
+    """A run as a command line starts it."""
+
+    file: Path
+    overrides: list[str]
+    config: Config
+
+
 def run(name: str, path: Path, overrides: list[str]) -> Path:
     """Do or finish what a table needs, print it, and write NAME.json and NAME.png; returns the picture's path."""
     base = _base(name, path, overrides)
     rows = TABLES[name]
-    results = [_result(row, base, path, overrides) for row in rows]
+    plans = {row.run: plan(row.run, base, path, overrides) for row in rows}
+    measure = _Measured()
+    results = [measure(row, plans[row.run].config) for row in rows]
     folder = base.out / f"{base.name}-reproduce"
     if ranks.join().first:
         _print(name, base, rows, results)
+        tree = [_as_tree(row, plans[row.run], result) for row, result in zip(rows, results, strict=True)]
         with replacing(folder / f"{name}.json") as file:
-            file.write(json.dumps([_as_tree(*pair) for pair in zip(rows, results, strict=True)], indent=1).encode())
+            file.write(json.dumps(tree, indent=1).encode())
         with replacing(folder / f"{name}.png") as file:
             _plot(name, rows, results).savefig(file, format="png", dpi=110)
     return folder / f"{name}.png"
@@ -149,10 +193,9 @@ def commands(name: str, path: Path, overrides: list[str]) -> list[str]:
     chains = {row.run for row in TABLES[name] if row.measure in CHAIN}
     lines: dict[str, None] = {}
     for key in dict.fromkeys(row.run for row in TABLES[name] if row.measure != "seconds"):
-        config = run_config(key, base, path, overrides)
-        own = [] if config is base else [*RUNS[key], f"name={config.name}"]
-        options = [word for override in [*overrides, *own] for word in ("--set", override)]
-        lines[shlex.join(["cpn-fast", "run" if key in chains else "train", str(path), *options])] = None
+        planned = plan(key, base, path, overrides)
+        options = [word for override in planned.overrides for word in ("--set", override)]
+        lines[shlex.join(["cpn-fast", "run" if key in chains else "train", str(planned.file), *options])] = None
     return list(lines)
 
 
@@ -165,25 +208,51 @@ def _base(name: str, path: Path, overrides: list[str]) -> Config:
     return base
 
 
-def run_config(key: str, base: Config, path: Path, overrides: list[str]) -> Config:
-    """The config of one of ``RUNS``, called ``BASE-KEY``; the base itself where that changes nothing."""
-    variant = load(path, [*overrides, *RUNS[key]])
-    return base if variant == base else variant.model_copy(update={"name": f"{base.name}-{key}"})
+def plan(key: str, base: Config, path: Path, overrides: list[str]) -> Plan:
+    """One of ``RUNS``, called ``BASE-KEY``; where its overrides change nothing in its file, that file's own run."""
+    run = RUNS[key]
+    file, given = path, [*run.released, *overrides]
+    beside = path.with_name(f"{path.stem}_{run.method}{path.suffix}")
+    if run.method and beside.is_file():
+        file, given = beside, overrides
+    own = load(file, given)
+    different = [section for section in ("data", "classes") if getattr(own, section) != getattr(base, section)]
+    if different:
+        raise UserError(
+            f"{file}: {' and '.join(different)} differ from {path}'s, and reproduce takes the one for the "
+            f"{run.method} of the other: make them equal, or rename one of the files"
+        )
+    variant = load(file, [*given, *run.overrides])
+    if variant != own:
+        name = f"{base.name}-{key}"
+    elif file != path and own.name == base.name:  # as after --set name=...
+        name = f"{base.name}_{run.method}"
+    else:
+        return Plan(file, given, own)
+    overrides = [*given, *run.overrides, f"name={name}"]
+    return Plan(file, overrides, variant.model_copy(update={"name": name}))
 
 
-def _result(row: Row, base: Config, path: Path, overrides: list[str]) -> Result:
-    config = run_config(row.run, base, path, overrides)
-    if row.measure == "seconds":
-        return Result(seconds_of_patches(config))
-    if row.measure in CHAIN:
-        value = {found.name: found.miou for found in chain.run(config)}.get(row.measure)
-        return Result(None if value is None else 100 * value)
-    weights = train.run(config)
-    if row.scale is not None:
-        config = at_scale(config, row.scale)
-    found = scored_seeds(config, weights, config.data.eval_list)
-    measured = {"background": found.oracle.background_iou, "foreground": found.oracle.foreground_iou}
-    return Result(100 * float(measured.get(row.measure, found.oracle.mean_iou)), found.curve)
+class _Measured:
+    """Values of rows. A run that several of them show is opened once, which reads its checkpoints, and scored once."""
+
+    def __init__(self) -> None:
+        self.weights = functools.cache(train.run)
+        self.stages = functools.cache(chain.run)
+        self.seeds = functools.cache(scored_seeds)
+
+    def __call__(self, row: Row, config: Config) -> Result:
+        if row.measure == "seconds":
+            return Result(seconds_of_patches(config))
+        if row.measure in CHAIN:
+            value = {found.name: found.miou for found in self.stages(config)}.get(row.measure)
+            return Result(None if value is None else 100 * value)
+        weights = self.weights(config)
+        if row.scale is not None:
+            config = at_scale(config, row.scale)
+        found = self.seeds(config, weights, config.data.eval_list)
+        measured = {"background": found.oracle.background_iou, "foreground": found.oracle.foreground_iou}
+        return Result(100 * float(measured.get(row.measure, found.oracle.mean_iou)), found.curve)
 
 
 def at_scale(config: Config, scale: float) -> Config:
@@ -202,8 +271,11 @@ def scored_seeds(config: Config, weights: Path, list_path: Path, held_out: float
     )
 
 
-def seconds_of_patches(config: Config, images: int = 8) -> float:
-    """Seconds to split an augmented training image into a pair on one core, superpixels made on the crop."""
+def seconds_of_patches(config: Config, images: int = 8, times: int = 5) -> float:
+    """Seconds to split an augmented training image into a pair on one core, superpixels made on the crop.
+
+    The median of ``times`` batches of ``images`` after one that is not counted: the first call sets things up.
+    """
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     batch = next(
         TrainingPipeline(
@@ -218,13 +290,23 @@ def seconds_of_patches(config: Config, images: int = 8) -> float:
         )
     )
     pixels = batch.images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    began = time.perf_counter()
-    superpixels = None
-    if config.patches.kind == "superpixel":
-        superpixels = torch.from_numpy(segment_batch(pixels, config.superpixels, 1))
-    limit = config.superpixels.count
-    complementary_pair(batch.images, superpixels, config.patches, None, torch.Generator(), patch_limit=limit)
-    return (time.perf_counter() - began) / len(batch.images)
+
+    def split() -> float:
+        began = time.perf_counter()
+        superpixels = None
+        if config.patches.kind == "superpixel":
+            superpixels = torch.from_numpy(segment_batch(pixels, config.superpixels, 1))
+        limit = config.superpixels.count
+        complementary_pair(batch.images, superpixels, config.patches, None, torch.Generator(), patch_limit=limit)
+        return time.perf_counter() - began
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        split()
+        return statistics.median(split() for _ in range(times)) / len(batch.images)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _print(name: str, base: Config, rows: tuple[Row, ...], results: list[Result]) -> None:
@@ -235,38 +317,72 @@ def _print(name: str, base: Config, rows: tuple[Row, ...], results: list[Result]
     Console().print(table)
 
 
-def _as_tree(row: Row, result: Result) -> dict[str, Any]:
-    tree = {**row._asdict(), "overrides": RUNS[row.run], "ours": result.value}
+def _as_tree(row: Row, planned: Plan, result: Result) -> dict[str, Any]:
+    tree = {**row._asdict(), "config": str(planned.file), "overrides": planned.overrides, "ours": result.value}
     if result.curve is not None:
         tree["thresholds"] = result.curve.thresholds.tolist()
         tree["mean_iou"] = result.curve.scores.mean_iou.tolist()
     return tree
 
 
+Shown = list[tuple[Row, Result]]
+
+
 def _plot(name: str, rows: tuple[Row, ...], results: list[Result]) -> Figure:
-    """Ours beside the paper's, and mIoU against the background threshold for rows that have seeds."""
+    """Ours beside the paper's; a figure's curve; and mIoU against the background threshold for rows that have seeds."""
     shown = [(row, result) for row, result in zip(rows, results, strict=True) if row.measure != "seconds"]
-    figure = Figure((12, 1.5 + 0.32 * max(8, len(shown))), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = [_plot_rows]
+    if name in OVER:
+        panels.append(_plot_over)
+    if any(result.curve is not None for _, result in shown):
+        panels.append(_plot_thresholds)
+    figure = Figure((6 * len(panels), 1.5 + 0.32 * max(8, len(shown))), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes, name, shown)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _plot_rows(axes: Axes, name: str, shown: Shown) -> None:
     places = np.arange(len(shown))
-    for label, marker, values in (
-        ("paper", "D", [row.paper for row, _ in shown]),
-        ("ours", "o", [result.value for _, result in shown]),
-    ):
-        left.plot([np.nan if v is None else v for v in values], places, marker, label=label)
-    left.set_yticks(places, [row.name for row, _ in shown])
-    left.invert_yaxis()
-    left.grid(alpha=0.3)
-    left.set(xlabel="IoU, % (seeds: at the oracle threshold)", title=name)
-    left.legend()
-    right.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
+    for whose, marker, values in _both(shown):
+        axes.plot(values, places, marker, label=whose)
+    axes.set_yticks(places, [row.name for row, _ in shown])
+    axes.invert_yaxis()
+    axes.set(xlabel="IoU, % (seeds: at the oracle threshold)", title=name)
+    axes.legend()
+
+
+def _plot_over(axes: Axes, name: str, shown: Shown) -> None:
+    """mIoU over the counts or, at the geometric mean of their sides, the sets of grids; other rows are level lines."""
+    swept = [(row, result) for row, result in shown if row.over]
+    places = [statistics.geometric_mean(row.over) for row, _ in swept]
+    for whose, marker, values in _both(swept):
+        (line,) = axes.plot(places, values, f"{marker}-" if whose == "ours" else marker, label=whose)
+        for row, result in shown:
+            level = result.value if whose == "ours" else row.paper
+            if not row.over and level is not None:
+                axes.axhline(level, color=line.get_color(), ls="--", label=f"{row.name}, {whose}")
+    axes.set_xscale("log")
+    axes.set_xticks(places, [", ".join(map(str, row.over)) for row, _ in swept])
+    axes.minorticks_off()
+    axes.set(xlabel=OVER[name], ylabel="train mIoU at the oracle threshold, %")
+    axes.legend()
+
+
+def _plot_thresholds(axes: Axes, name: str, shown: Shown) -> None:
+    axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
     curves = {(row.run, row.scale): (row.name, result.curve) for row, result in shown if result.curve is not None}
     for label, curve in curves.values():
-        right.plot(curve.thresholds, 100 * curve.scores.mean_iou, label=label)
-    right.set(xlabel="background threshold", ylabel="train mIoU, %")
-    right.grid(alpha=0.3)
-    if right.lines:
-        right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    else:
-        figure.delaxes(right)
-    return figure
+        axes.plot(curve.thresholds, 100 * curve.scores.mean_iou, label=label)
+    axes.set(xlabel="background threshold", ylabel="train mIoU, %")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _both(shown: Shown) -> tuple[tuple[str, str, list[float]], ...]:
+    """Whose, a marker, and values, NaN where there is none."""
+    paper, ours = [row.paper for row, _ in shown], [result.value for _, result in shown]
+    return tuple(
+        (whose, marker, [np.nan if value is None else value for value in values])
+        for whose, marker, values in (("paper", "D", paper), ("ours", "o", ours))
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cpn_fast import cli, progress
+from cpn_fast import cli, progress, reproduce
 from cpn_fast.progress import Progress, track
 
 
@@ -74,6 +74,11 @@ def test_programs_get_json_alone(tiny_config, capfd, monkeypatch) -> None:
     (event,) = map(json.loads, capfd.readouterr().out.splitlines())
     assert event["event"] == "error"
     assert "did you mean epochs?" in event["message"]
+    assert not run(monkeypatch, "--json", "reproduce", "table4", "--config", path, "--commands")
+    *commands, last = map(json.loads, capfd.readouterr().out.splitlines())
+    assert last == {"event": "done", "command": "reproduce"}
+    assert [event["event"] for event in commands] == 5 * ["command"]
+    assert [event["command"] for event in commands] == reproduce.commands("table4", path, [])
     assert run(monkeypatch, "--json", "--quiet", "train", path)
     assert sys.stdout is not sys.stderr
 

@@ -219,12 +219,15 @@ def segment(
     from cpn_fast.config import load
 
     settings = load(config, overrides)
+    if submission:
+        segment.check_submission(submission)  # training takes hours
     weights = segment.run(settings, masks or settings.run / "refine" / "masks")
     folder = segment.segment(settings, weights, list_file)
     best = folder / ("crf" if settings.segment.crf else "masks")
     print(f"Weights are in {weights}, masks in {best}")
     if submission:
-        print(f"{segment.write_submission(best, submission)} masks are packed in {submission}")
+        packed = segment.write_submission(settings, best, submission, list_file)
+        print(f"{packed} masks are packed in {submission}")
     listed = list_file or settings.segment.eval_list
     then = _command("evaluate", config, "--masks", best, "--list", listed, overrides=overrides)
     _done("segment", next=then, weights=weights, masks=best)

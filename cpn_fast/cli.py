@@ -170,7 +170,10 @@ def predict(
         list[Path],
         typer.Argument(metavar="IMAGE...", help="JPEG or PNG files, or folders of them.", show_default=False),
     ],
-    model: Annotated[Path, typer.Option(help="A run's folder, or its weights.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Option(help="A run's folder, its segmenter's (RUN/segment/deeplab), or weights.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for masks, overlays and JSON.")] = Path("predictions"),
     tags: Annotated[
         str | None, typer.Option(help="What the images show, as in 'dog;person'; otherwise the model finds out.")
@@ -183,7 +186,7 @@ def predict(
     count, blank = predict.run(model, images, out, names)
     print(f"Overlays, masks and JSON of {count} images are in {out}")
     if blank:
-        print(f"In {blank} no class has a probability of {predict.PRESENT} (see the JSON); --tags names what is there")
+        print(blank)
     _done("predict", folder=out)
 
 
@@ -217,15 +220,21 @@ def segment(
     """Train the DeepLab segmenter on pseudo-masks of the training list, then segment another list. No tags needed."""
     from cpn_fast import segment
     from cpn_fast.config import load
+    from cpn_fast.dataset import load_samples
 
     settings = load(config, overrides)
+    listed = list_file or settings.segment.eval_list
+    # Before training, which takes hours:
+    load_samples(settings.data, settings.classes, listed, labels=False, masks=False)
+    if submission:
+        segment.check_submission(submission)
     weights = segment.run(settings, masks or settings.run / "refine" / "masks")
     folder = segment.segment(settings, weights, list_file)
     best = folder / ("crf" if settings.segment.crf else "masks")
     print(f"Weights are in {weights}, masks in {best}")
     if submission:
-        print(f"{segment.write_submission(best, submission)} masks are packed in {submission}")
-    listed = list_file or settings.segment.eval_list
+        packed = segment.write_submission(settings, best, submission, list_file)
+        print(f"{packed} masks are packed in {submission}")
     then = _command("evaluate", config, "--masks", best, "--list", listed, overrides=overrides)
     _done("segment", next=then, weights=weights, masks=best)
 
@@ -305,6 +314,8 @@ def convert(
     from cpn_fast import predict
 
     model = predict.load(source, "cpu")
+    if not isinstance(model, predict.CamModel):
+        raise UserError(f"{source}: a segmenter; .pt2 is written of the run that it belongs to, as in runs/voc")
     model.export(destination)
     print(f"{destination}: probabilities, cams = torch.export.load({str(destination)!r}).module()(images, tags)")
     print(f"images: RGB from 0 to 255, float32 (N, 3, H, W); tags: 0 or 1, float32 (N, {len(model.classes)})")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,15 +81,20 @@ def is_disk_full(error: BaseException | None) -> bool:
 def claim(folder: Path, made_by: dict[str, Any]) -> str:
     """Make a folder whose files all come of ``made_by`` (plain values), emptying it when it holds those of another.
 
-    ``made_by.json`` in it remembers that. Returns a digest of ``made_by`` for what is made of these files in turn.
+    ``made_by.json`` in it remembers that, and what has changed since is said on stderr. Returns a digest of
+    ``made_by`` for what is made of these files in turn.
     """
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
     try:
-        same = read_json(manifest) == json.loads(text)
+        before = read_json(manifest)
     except (OSError, ValueError):  # none, or a damaged one
-        same = False
-    if not same:
+        before = None
+    now = json.loads(text)
+    if before != now:
+        if isinstance(before, dict):
+            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            print(f"{folder} is made anew, for these have changed: {', '.join(changed)}", file=sys.stderr)
         if folder.exists():
             shutil.rmtree(folder)
         with replacing(manifest) as file:

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpn_fast.cam import images_for, load_network, summed_cams
+from cpn_fast.cam import images_for, summed_cams
 from cpn_fast.config import Config, parse
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
@@ -25,37 +25,43 @@ from cpn_fast.files import replacing
 from cpn_fast.kernels import pooled_logits
 from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import overlay, write_mask
-from cpn_fast.models.network import Network
+from cpn_fast.models.backbone import Headed
+from cpn_fast.models.deeplab import DeepLab, build_deeplab
+from cpn_fast.models.folding import fold
+from cpn_fast.models.network import Network, build_network
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, unit_scale
+from cpn_fast.segment import class_probabilities, mask_of
+from cpn_fast.weights import load_into, read_weights, to_network_keys
 
 PRESENT = 0.5
-"""A class counts as present from this probability on, where no tags are given."""
+"""A class counts as present from this probability on, where ``CamModel`` is given no tags."""
 
 
 class Prediction(NamedTuple):
     """What a network sees in one image."""
 
     probabilities: dict[str, float]
-    """Class name -> probability that the image shows it, for all classes."""
+    """Class name -> probability that the image shows it (a segmenter's: of its likeliest pixel), for all classes."""
     seed: Seed
-    """Scores of the classes that were given as tags or found."""
+    """Scores (of a segmenter: probabilities) of the classes that were given as tags or found."""
     mask: np.ndarray
     """uint8 (H, W): 0 background, i + 1 for ``Model.classes[i]``."""
 
 
+Net = TypeVar("Net", bound=Headed)
+
+
 class Model:
-    """A trained network with its config; images go through the same steps as in ``cpn-fast cam``."""
+    """A trained network with its config: a ``CamModel`` or a ``Segmenter``."""
 
-    def __init__(self, config: Config, network: Network, device: torch.device) -> None:
-        self.config, self.network, self.device = config, network, device
+    blank: str
+    """What it means that no class was found in an image."""
 
-    def with_map(self, map: Literal["refined", "raw"]) -> Model:
-        """The same network, whose ``map`` becomes the seed (``cam.map``)."""
-        cam = self.config.cam.model_copy(update={"map": map})
-        return Model(self.config.model_copy(update={"cam": cam}), self.network, self.device)
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -65,7 +71,8 @@ class Model:
         """Segment one image: a file, or uint8 RGB (H, W, 3).
 
         tags: names of the classes that it shows, as at training; None takes those whose probability is at least
-        ``PRESENT``. Raises UserError for a missing or damaged file and for a tag that is no class.
+        ``PRESENT``. A segmenter takes no tags. Raises UserError for a missing or damaged file and for a tag that is no
+        class.
         """
         if not isinstance(image, np.ndarray):
             return next(self.predict_files([Path(image)], tags))[1]
@@ -80,6 +87,52 @@ class Model:
         self, paths: Sequence[Path], tags: Sequence[str] | None = None
     ) -> Iterator[tuple[Path, Prediction]]:
         """As ``predict``, for many files, the largest first."""
+        raise NotImplementedError
+
+
+class Segmenter(Model):
+    """DeepLab, which needs no tags; images go through the same steps as in ``cpn-fast segment``, CRF included."""
+
+    blank = "no pixel is of a class"
+
+    def __init__(self, config: Config, network: DeepLab) -> None:
+        super().__init__(config)
+        self.network = network
+
+    def predict_files(
+        self, paths: Sequence[Path], tags: Sequence[str] | None = None
+    ) -> Iterator[tuple[Path, Prediction]]:
+        if tags is not None:
+            raise UserError(
+                "tags were given, and the model is a segmenter, which finds the classes itself: leave them out"
+            )
+        samples = [Sample(path.stem, path, None, None) for path in paths]
+        for batch in images_for(self.network, samples, self.config, self.config.segment.scales, batch=1):
+            path = paths[batch.indices[0]]
+            (probabilities,) = class_probabilities(self.network, batch, self.config)
+            mask = mask_of(probabilities, path, self.config.segment.crf)
+            found = np.setdiff1d(mask, 0).astype(np.int64)
+            scores = dict(zip(self.classes, probabilities[1:].max((1, 2)).tolist(), strict=True))
+            yield path, Prediction(scores, Seed(found - 1, probabilities[found]), mask)
+
+
+class CamModel(Model):
+    """A network of CPN, SEAM or the plain CAM; images go through the same steps as in ``cpn-fast cam``."""
+
+    blank = f"no class has a probability of {PRESENT} (see the JSON); --tags names what is there"
+
+    def __init__(self, config: Config, network: Network, device: torch.device) -> None:
+        super().__init__(config)
+        self.network, self.device = network, device
+
+    def with_map(self, map: Literal["refined", "raw"]) -> CamModel:
+        """The same network, whose ``map`` becomes the seed (``cam.map``)."""
+        cam = self.config.cam.model_copy(update={"map": map})
+        return CamModel(self.config.model_copy(update={"cam": cam}), self.network, self.device)
+
+    def predict_files(
+        self, paths: Sequence[Path], tags: Sequence[str] | None = None
+    ) -> Iterator[tuple[Path, Prediction]]:
         given = None if tags is None else self._indicator(tags)
         samples = [Sample(path.stem, path, None, None) for path in paths]
         batches = images_for(self.network, samples, self.config, self.config.cam.scales, batch=1)
@@ -136,7 +189,7 @@ class Model:
 
 
 class _Graph(nn.Module):
-    """What ``Model.export`` writes."""
+    """What ``CamModel.export`` writes."""
 
     mean: Tensor
     std: Tensor
@@ -163,8 +216,9 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     >>> prediction = model.predict("photo.jpg", ["dog", "person"])  # without the names it finds out itself
     >>> prediction.mask, prediction.probabilities["dog"]  # uint8 (H, W), from 0 to 1
 
-    path: a run's folder, or a file of weights with the run's ``config.yaml`` beside it or one folder up (where a
-    checkpoint's is). device: by default CUDA where there is one. Raises UserError if either file is missing or damaged.
+    path: the folder of a run or of its segmenter (``RUN/segment/deeplab``), or a file of weights with its
+    ``config.yaml`` beside it or one folder up (where a checkpoint's is). device: by default CUDA where there is one.
+    Raises UserError if either file is missing or damaged.
     """
     path = Path(path)
     weights = path / "model.safetensors" if path.is_dir() else path
@@ -182,15 +236,27 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         raise UserError(f"{source}: not readable as YAML: {error}") from None
     config = parse(tree, str(source))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = load_network(config, weights).to(place)
-    return Model(config, network.to(memory_format=torch.channels_last), place)  # type: ignore[call-overload]
+    tensors = to_network_keys(read_weights(weights))
+
+    def loaded(network: Net) -> Net:
+        load_into(network, tensors, source=weights)
+        return fold(network.eval()).to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    if "cls_conv.weight" in tensors:
+        return Segmenter(config, loaded(build_deeplab(config)))
+    if "f8_5.weight" in tensors:
+        raise UserError(
+            f"{weights}: AffinityNet's weights, which tell what belongs together and know no classes; give the folder "
+            "of the run, or of its segmenter (RUN/segment/deeplab)"
+        )
+    return CamModel(config, loaded(build_network(config)), place)
 
 
-def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> tuple[int, int]:
+def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> tuple[int, str]:
     """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``.
 
-    A folder stands for the JPEG and PNG files in it. Returns the number of images, and of those in which no class was
-    found.
+    A folder stands for the JPEG and PNG files in it. Returns the number of images, and a sentence on those in which no
+    class was found, empty if there are none.
     """
     blank = 0
     images = [file for path in images for file in (_images_in(path) if path.is_dir() else [path])]
@@ -210,7 +276,7 @@ def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | No
             summary = {"image": str(image), **_summary(trained, prediction)}
             file.write(json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
         blank += not len(prediction.seed.classes)
-    return len(images), blank
+    return len(images), f"In {blank} {trained.blank}" if blank else ""
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -221,6 +287,8 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
+    # The segmenter's background is a class like the others.
+    threshold = {"background_score": model.config.cam.mask_threshold} if isinstance(model, CamModel) else {}
     areas = np.bincount(prediction.mask.ravel(), minlength=1 + len(model.classes)) / prediction.mask.size
     return {
         "classes": {
@@ -232,5 +300,5 @@ def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
             for index in prediction.seed.classes.tolist()
         },
         "probabilities": {name: round(value, 4) for name, value in prediction.probabilities.items()},
-        "background_score": model.config.cam.mask_threshold,
+        **threshold,
     }

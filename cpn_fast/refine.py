@@ -71,8 +71,8 @@ def run(config: Config) -> Path:
     write_labels(own, folder / "crf-low", folder / "crf-high", folder / "labels")
     rank.wait()
     settings = affinity_config(config)
-    made_by = {"labels": labels, "tags": listed, "radius": config.affinity.radius, "config": train.decisive(settings)}
-    _claim(rank, folder / "affinity", made_by)
+    made_by = {"labels": labels, "tags": listed, "radius": config.affinity.radius}
+    _claim(rank, folder / "affinity", made_by | train.decisive(settings))
     weights = train.fit(settings, Affinity)
     made_by = {
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),

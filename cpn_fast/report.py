@@ -24,7 +24,7 @@ from cpn_fast.files import read_json, read_metrics, replacing
 from cpn_fast.masks import GalleryRow, cam_overlay, gallery, read_mask, tinted
 from cpn_fast.pipelines.shards import training_list
 from cpn_fast.pipelines.superpixels import read_image
-from cpn_fast.predict import Model
+from cpn_fast.predict import CamModel, Model, Segmenter
 from cpn_fast.predict import load as load_model
 from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
@@ -46,6 +46,7 @@ def run(folder: Path) -> Path:
     model = load_model(folder) if (folder / "model.safetensors").is_file() else None
     found = sorted(folder.glob("evaluation/*/*/evaluation.json"))
     evaluations = [_evaluation(path, config, model) for path in found]
+    trained = "segmenter" if isinstance(model, Segmenter) else config.method
     page = Environment(autoescape=True, trim_blocks=True).from_string(
         files("cpn_fast").joinpath("report.html").read_text()
     )
@@ -55,9 +56,10 @@ def run(folder: Path) -> Path:
         images = len(training_list(config)[0])
     html = page.render(
         name=config.name,
-        subtitle=f"{config.method} with {config.model.backbone} on {images} images of {len(config.classes)} classes",
+        subtitle=f"{trained} with {config.model.backbone} on {images} images of {len(config.classes)} classes",
         folder=folder,
         evaluations=evaluations,
+        part_of=folder.absolute().parents[1] if isinstance(model, Segmenter) else None,
         trainings=[
             _training(path, folder) for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/*/metrics.jsonl")))
         ],
@@ -261,7 +263,7 @@ def _pictures(sample: Sample, mask: np.ndarray, model: Model | None) -> tuple[li
     assert sample.mask is not None
     image, truth = read_image(sample.image), read_mask(sample.mask)
     pictures = {"image": image, "ground truth": tinted(image, truth)}
-    if model is not None and sample.label is not None:
+    if isinstance(model, CamModel) and sample.label is not None:
         tags = [name for name, present in zip(model.classes, sample.label, strict=True) if present]
         for name, seed in _cams(model, sample.image, tags).items():
             pictures[name] = cam_overlay(image, seed.cam.max(0, initial=0))
@@ -269,7 +271,7 @@ def _pictures(sample: Sample, mask: np.ndarray, model: Model | None) -> tuple[li
     return sorted({*np.unique(truth).tolist(), *np.unique(mask).tolist()} - {0, 255}), pictures
 
 
-def _cams(model: Model, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
+def _cams(model: CamModel, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
     maps: dict[str, Literal["refined", "raw"]] = {"plain CAM": "raw"}
     if model.config.model.pcm or model.config.model.prcm:
         maps["refined CAM"] = "refined"

@@ -43,13 +43,14 @@ POSSIBLE = 0.01
 """A class whose probability is nowhere above this is left out of the CRF, whose time grows with their number."""
 SUBMISSION = "results/VOC2012/Segmentation/comp6_test_cls"
 """Where VOC's evaluation server looks for masks in an archive."""
+SUBMISSION_SUFFIXES = (".tar.gz", ".tgz")
 
 
 def run(config: Config, masks: Path) -> Path:
     """Train the segmenter on ``masks/ID.png`` of ``data.train_list``, or continue; returns the file of its weights.
 
-    A finished run is left alone while the masks are the same, and made anew when they are not. Raises UserError for
-    masks that are missing or do not fit their images.
+    A finished run is left alone while masks and settings are the same, and made anew when they are not. Raises
+    UserError for masks that are missing or do not fit their images.
     """
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     samples = [dataclasses.replace(sample, mask=masks / f"{sample.id}.png") for sample in samples]
@@ -62,7 +63,8 @@ def run(config: Config, masks: Path) -> Path:
     settings = deeplab_config(config)
     rank = ranks.join()
     if rank.first:
-        claim(settings.run, {"masks_sha256": _digest(samples), "bn_momentum": config.segment.bn_momentum})
+        made_by = {"masks_sha256": _digest(samples), "bn_momentum": config.segment.bn_momentum}
+        claim(settings.run, made_by | train.decisive(settings))
     rank.wait()
     workers, verified = settings.train.data_threads, settings.run / "masks.json"
     check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
@@ -111,10 +113,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
         progress = stack.enter_context(Progress("segment", len(own), len(own) - len(missing)))
         writing: deque[Future[None]] = deque()
         for batch in batches:
-            with torch.inference_mode(), autocast(config.train.precision, rank.device):
-                logits = mean_logits(network, batch, flip=options.flip, pixels=config.cam.pixels)
-            for index, scores in zip(batch.indices, logits, strict=True):
-                probabilities = scores.softmax(0).cpu().numpy()
+            for index, probabilities in zip(batch.indices, class_probabilities(network, batch, config), strict=True):
                 writing.append(pool.submit(_write, folder, missing[index], probabilities, options.crf))
                 while len(writing) > 2 * workers:  # bounds what waits in memory
                     writing.popleft().result()
@@ -124,6 +123,14 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
             progress.advance()
     rank.wait()
     return folder
+
+
+def class_probabilities(network: DeepLab, batch: ScaledBatch, config: Config) -> list[np.ndarray]:
+    """Softmax of the mean logits, float32 (1 + classes, H, W) an image; class 0 is background."""
+    options = config.segment
+    with torch.inference_mode(), autocast(options.train.precision, batch.scales[0].device):
+        logits = mean_logits(network, batch, flip=options.flip, pixels=config.cam.pixels)
+    return [scores.softmax(0).cpu().numpy() for scores in logits]
 
 
 def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int) -> Tensor:
@@ -147,20 +154,48 @@ def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int
 
 
 def _write(folder: Path, sample: Sample, probabilities: np.ndarray, crf: CrfName | None) -> None:
-    write_mask(folder / "masks" / f"{sample.id}.png", probabilities.argmax(0).astype(np.uint8))
+    write_mask(folder / "masks" / f"{sample.id}.png", mask_of(probabilities, sample.image, None))
     if crf is not None:
-        values = np.flatnonzero(probabilities.max((1, 2)) > POSSIBLE).astype(np.uint8)
-        refined = dense_crf(read_image(sample.image), probabilities[values], PARAMETERS[crf])
-        write_mask(folder / "crf" / f"{sample.id}.png", values[refined.argmax(0)])
+        write_mask(folder / "crf" / f"{sample.id}.png", mask_of(probabilities, sample.image, crf))
 
 
-def write_submission(masks: Path, path: Path) -> int:
-    """Pack a folder of masks as VOC's evaluation server takes them, a .tar.gz; returns how many there are."""
-    files = sorted(masks.glob("*.png"))
+def mask_of(probabilities: np.ndarray, image: Path, crf: CrfName | None) -> np.ndarray:
+    """uint8 (H, W): the most probable class of each pixel, after the CRF if one is named."""
+    if crf is None:
+        return probabilities.argmax(0).astype(np.uint8)
+    values = np.flatnonzero(probabilities.max((1, 2)) > POSSIBLE).astype(np.uint8)
+    refined = dense_crf(read_image(image), probabilities[values], PARAMETERS[crf])
+    return values[refined.argmax(0)]
+
+
+def check_submission(path: Path) -> None:
+    """Raise UserError for a file name that does not tell what ``write_submission`` writes."""
+    if not path.name.endswith(SUBMISSION_SUFFIXES):
+        raise UserError(
+            f"--submission {path}: expected a name that ends in {' or '.join(SUBMISSION_SUFFIXES)}, the archive "
+            f"that is written, found {path.suffix or 'no ending'}"
+        )
+
+
+def write_submission(config: Config, masks: Path, path: Path, list_path: Path | None = None) -> int:
+    """Pack a list's masks as VOC's evaluation server takes them, a .tar.gz; returns how many there are.
+
+    What else is in the folder, as from a list that was longer once, stays out. Raises UserError if a mask is missing.
+    """
+    check_submission(path)
+    list_path = list_path or config.segment.eval_list
+    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
+    missing = [sample.id for sample in samples if not (masks / f"{sample.id}.png").is_file()]
+    if missing:
+        raise UserError(
+            f"{masks}: {len(missing)} of the {len(samples)} images of {list_path} have no mask there "
+            f"({', '.join(missing[:3])}{' ...' * (len(missing) > 3)}). `cpn-fast segment CONFIG --list {list_path}` "
+            "makes what is missing"
+        )
     with replacing(path) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for mask in files:
-            archive.add(mask, f"{SUBMISSION}/{mask.name}")
-    return len(files)
+        for sample in samples:
+            archive.add(masks / f"{sample.id}.png", f"{SUBMISSION}/{sample.id}.png")
+    return len(samples)
 
 
 def _digest(samples: Sequence[Sample]) -> str:

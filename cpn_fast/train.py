@@ -230,7 +230,8 @@ def _open_run(config: Config, device: torch.device) -> None:
     path = config.run / "config.yaml"
     if path.exists() and (config.run / "metrics.jsonl").exists():  # else nothing was trained, as with missing weights
         old = configs.dump(configs.load(path))  # keys that are newer than the run have their defaults
-        differing = _differences(_decisive(yaml.safe_load(old)), _decisive(yaml.safe_load(resolved)))
+        before, now = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(resolved))
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differing:
             raise UserError(
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
@@ -263,8 +264,8 @@ FREE = {"out", "cam", "evaluate", "crf", "affinity", "walk", "segment", "data.ev
 
 
 def decisive(config: Config) -> dict[str, Any]:
-    """What the weights of a sound run depend on: the config, as plain values, without what is FREE."""
-    return _decisive(yaml.safe_load(configs.dump(config)))
+    """Key (``train.lr``) -> plain value of all in a config that the weights of a sound run depend on."""
+    return _flat(yaml.safe_load(configs.dump(config)))
 
 
 def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None:
@@ -290,22 +291,11 @@ def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None
         )
 
 
-def _decisive(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    return {
-        name: _decisive(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in tree.items()
-        if prefix + name not in FREE
-    }
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name in sorted(old.keys() | new.keys()):
-        key, a, b = prefix + name, old.get(name), new.get(name)
-        if a == b:
-            continue
-        keys += _differences(a, b, key + ".") if isinstance(a, dict) and isinstance(b, dict) else [key]
-    return keys
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in ((prefix + name, value) for name, value in tree.items() if prefix + name not in FREE):
+        found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return found
 
 
 def _is_complete(weights: Path) -> bool:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from cpn_fast import cam, evaluate, train
+from cpn_fast import cam, evaluate, segment, train
 from cpn_fast.config import parse
 from cpn_fast.demo_data import DEMO_CLASSES, generate
+from cpn_fast.masks import IGNORE, read_mask, write_mask
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +41,41 @@ def small_run(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     seeds = cam.run(settings, train.run(settings), val) / "seeds"
     evaluate.run(settings, cams=seeds, masks=None, list_path=val, threshold_from=None)
     return settings.run
+
+
+@pytest.fixture(scope="session")
+def small_segmenter(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``RUN/segment/deeplab`` of a segmenter that has seen the ground truth; its validation masks are in
+    ``RUN/segment/val``. Read only.
+    """
+    masks = tmp_path_factory.mktemp("masks")
+    for path in (small_voc / "SegmentationClass").iterdir():
+        mask = read_mask(path).copy()
+        kept = np.zeros(mask.shape, bool)
+        kept[::4, ::4] = True
+        mask[(mask == 0) & ~kept] = IGNORE  # on all of the background, so few steps would find nothing else
+        write_mask(masks / path.name, mask)
+    settings = parse(
+        {
+            "name": "small",
+            "out": str(tmp_path_factory.mktemp("segmented")),
+            "classes": list(DEMO_CLASSES),
+            "data": {"root": str(small_voc), "train_list": "ImageSets/Segmentation/train.txt"},
+            "model": {"backbone": "narrow"},
+            "train": {"steps": 1},
+            "crf": {"workers": 1},
+            "segment": {
+                "augment": {"crop": 96},
+                "train": {"batch": 4, "steps": 40, "lr": 0.01, "data_threads": 1, "precision": "fp32"},
+                "bn_momentum": 0.1,
+                "scales": [0.5, 1.0],
+            },
+        },
+        "small_segmenter",
+    )
+    weights = segment.run(settings, masks)
+    segment.segment(settings, weights)
+    return weights.parent
 
 
 @pytest.fixture

@@ -28,6 +28,72 @@ def test_shipped_configs_load_and_survive_a_round_trip(path: Path, write) -> Non
     assert config.load(write(config.dump(loaded))) == loaded
 
 
+# The released values, by section of the survey of the released code that they come from.
+STAGES = {
+    "crf": {"parameters": "seam-labels", "low_alpha": 4, "high_alpha": 24},  # 5.2, 6.2: SEAM's
+    "affinity": {
+        "radius": 5,  # 6.1
+        "augment": {  # 6.2 and 4: crop, flip, jitter, and no rescaling
+            "scale": (1, 1),
+            "crop": 448,
+            "flip": 0.5,
+            "brightness": 0.3,
+            "contrast": 0.3,
+            "saturation": 0.3,
+            "hue": 0.1,
+        },
+        # 6.2 and 1.4: SEAM's rate; weight decay in momentum's place
+        "train": {
+            "batch": 8,
+            "accumulate": 1,
+            "epochs": 8,
+            "steps": None,
+            "lr": 0.01,
+            "power": 0.9,
+            "momentum": 0.0005,
+            "weight_decay": 0.0005,
+        },
+    },
+    "walk": {"alpha": 6, "beta": 8, "logt": 6, "crf": None},  # 6.3: SEAM's; 5.2: its CRF is switched off
+    "segment": {  # 7
+        "augment": {  # hue by 10 of 180, saturation and value by 10 of 255
+            "scale": (0.5, 1.5),
+            "crop": 448,
+            "flip": 0.5,
+            "brightness": 0.04,
+            "contrast": 0,
+            "saturation": 0.04,
+            "hue": 0.056,
+        },
+        "train": {
+            "batch": 10,
+            "accumulate": 1,
+            "epochs": None,
+            "steps": 20_000,
+            "lr": 0.001,
+            "power": 0.9,
+            "momentum": 0.9,
+            "weight_decay": 0.0005,
+        },
+        "bn_momentum": 0.0003,
+        "scales": (0.5, 0.75, 1, 1.25, 1.5, 1.75),
+        "flip": True,
+        "crf": "segmentation",
+    },
+}
+
+
+@pytest.mark.parametrize("source", ["defaults", "voc.yaml"])
+def test_later_stages_are_the_released_ones(source: str, write) -> None:
+    shipped = Path(__file__).parent.parent / "configs" / source
+    settings = config.load(write(MINIMAL) if source == "defaults" else shipped).model_dump()
+
+    def same_keys(tree: dict, expected: dict) -> dict:
+        return {key: same_keys(tree[key], e) if isinstance(e, dict) else tree[key] for key, e in expected.items()}
+
+    assert same_keys(settings, STAGES) == STAGES
+
+
 def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
     path = write("name: x\ndata: {root: there, imags: a}\ntrain: {epochs: 2, lr: -1}\nmetod: cpn\n")
     with pytest.raises(UserError) as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -19,9 +21,11 @@ from cpn_fast.cli import app
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask
+from cpn_fast.models.affinity_net import build_affinity_net
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import PRESENT
 from cpn_fast.seeds import STEPS, read_seed
+from cpn_fast.weights import to_released_keys
 
 
 @pytest.fixture
@@ -140,6 +144,70 @@ assert "cpn_fast" not in sys.modules
         torch.testing.assert_close(maps, large[1][:, 1:] * tags[:, :, None, None], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=r"exists already"):
         model.export(path)
+
+
+def test_the_segmenter_of_a_run_segments_photos_as_its_stage_does(small_segmenter: Path, tmp_path: Path) -> None:
+    """Scales, flip and CRF included; it needs no tags."""
+    settings = config.load(small_segmenter / "config.yaml")
+    samples = load_samples(settings.data, settings.classes, settings.segment.eval_list, labels=False, masks=False)
+    images, out = [str(sample.image) for sample in samples], tmp_path / "out"
+    arguments = ["predict", *images, "--model", str(small_segmenter), "--out", str(out)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    model, found = cpn_fast.load(small_segmenter), set()
+    for sample in samples:
+        mask = read_mask(out / f"{sample.id}_mask.png")
+        staged = {
+            kind: read_mask(small_segmenter.parent / "val" / kind / f"{sample.id}.png") for kind in ("masks", "crf")
+        }
+        assert (mask == staged["crf"]).mean() > 0.999
+        assert (mask == staged["masks"]).mean() < 0.99
+        assert Image.open(out / f"{sample.id}_overlay.png").mode == "RGB"
+        summary = json.loads((out / f"{sample.id}.json").read_text())
+        values = [entry["mask_value"] for entry in summary["classes"].values()]
+        assert values == sorted({*mask.ravel().tolist()} - {0})
+        assert [settings.classes[value - 1] for value in values] == list(summary["classes"])
+        for entry in summary["classes"].values():
+            assert entry["area"] == pytest.approx((mask == entry["mask_value"]).mean(), abs=1e-4)
+        assert list(summary["probabilities"]) == list(settings.classes)
+        assert "background_score" not in summary
+        prediction = model.predict(read_image(sample.image))
+        assert np.array_equal(prediction.mask, mask)
+        assert (prediction.seed.classes + 1).tolist() == values
+        for index, scores in zip(prediction.seed.classes, prediction.seed.cam, strict=True):
+            assert scores.max() == pytest.approx(prediction.probabilities[settings.classes[index]])
+        found.update(values)
+    assert len(found) > 1  # otherwise this shows nothing
+
+    checkpoint = next((small_segmenter / "checkpoints").glob("*.pt"))
+    assert np.array_equal(
+        cpn_fast.load(checkpoint).predict(samples[0].image).mask, model.predict(samples[0].image).mask
+    )
+
+
+def test_an_image_without_classes_is_said_and_a_tiny_one_is_segmented(small_segmenter: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(small_segmenter, tmp_path / "deeplab", ignore=shutil.ignore_patterns("checkpoints"))
+    weights = load_file(model / "model.safetensors")
+    weights["cls_conv.bias"][0] = 1e3  # background everywhere
+    save_file(weights, model / "model.safetensors")
+    Image.new("RGB", (3, 2)).save(tmp_path / "tiny.png")
+    arguments = ["predict", str(tmp_path / "tiny.png"), "--model", str(model), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "In 1 no pixel is of a class" in result.output
+    assert read_mask(tmp_path / "out/tiny_mask.png").tolist() == [[0] * 3] * 2
+
+
+def test_what_the_parts_of_a_run_cannot_do_is_said(small_segmenter: Path, samples, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a segmenter, which finds the classes itself: leave them out"):
+        cpn_fast.load(small_segmenter).predict(samples[0].image, ["fish"])
+    result = CliRunner().invoke(app, ["convert", str(small_segmenter), str(tmp_path / "model.pt2")])
+    assert re.search(r"deeplab: a segmenter; \.pt2 is written of the run", str(result.exception))
+    settings = config.load(small_segmenter / "config.yaml")
+    shutil.copy(small_segmenter / "config.yaml", tmp_path)
+    affinity = to_released_keys(build_affinity_net(settings.model).state_dict())
+    save_file({key: tensor.contiguous() for key, tensor in affinity.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"AffinityNet's weights, which .* give the folder of the run"):
+        cpn_fast.load(tmp_path)
 
 
 def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None:

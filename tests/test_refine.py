@@ -128,7 +128,7 @@ def test_other_tags_of_an_image_make_its_files_and_affinity_net_anew(seeded, tmp
         run()
 
 
-def test_other_settings_of_its_training_make_affinity_net_anew(seeded) -> None:
+def test_other_settings_of_its_training_make_affinity_net_anew(seeded, capsys) -> None:
     before = contents(refine.run(seeded).parent)
 
     def run(**changes) -> dict[str, tuple[int, bytes]]:
@@ -138,7 +138,9 @@ def test_other_settings_of_its_training_make_affinity_net_anew(seeded) -> None:
 
     weights = "affinity/model.safetensors"
     assert run(log_every=1)[weights] == before[weights]
+    assert "anew" not in capsys.readouterr().err
     after = run(steps=3)
+    assert "affinity is made anew, for these have changed: train.steps" in capsys.readouterr().err
     assert after[weights][1] != before[weights][1]
     assert {name for name in before if name.startswith(("crf", "labels")) and after[name] != before[name]} == set()
 

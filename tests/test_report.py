@@ -135,6 +135,17 @@ def test_parts_that_were_trained_have_their_curves_and_half_a_line_is_no_obstacl
     assert len(pictures(html)) == 8 + 4
 
 
+def test_a_segmenter_has_a_page_that_names_the_report_of_its_run(small_segmenter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_segmenter, tmp_path / "small/segment/deeplab")
+    result = CliRunner().invoke(app, ["report", str(folder)], catch_exceptions=False)
+    assert result.exit_code == 0
+    html = (folder / "report.html").read_text()
+    assert "segmenter with narrow on 12 images of 5 classes" in html
+    assert f"<code>cpn-fast report {tmp_path / 'small'}</code>" in html
+    assert "--cams" not in html
+    assert len(pictures(html)) == 4  # curves
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.yaml in it; give the folder of a run"):
         report.run(tmp_path)

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from cpn_fast import config, evaluate, segment
+from cpn_fast.cli import app
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import PALETTE, read_mask
@@ -47,14 +52,14 @@ def test_from_masks_to_a_score(settings, small_voc, tmp_path) -> None:
             settings, cams=None, masks=folder / kind, list_path=settings.segment.eval_list, threshold_from=None
         )
         assert 0 < scores.results[0].scores.mean_iou < 1
-    assert segment.write_submission(folder / "crf", tmp_path / "voc.tar.gz") == len(samples)
+    assert segment.write_submission(settings, folder / "crf", tmp_path / "voc.tar.gz") == len(samples)
     with tarfile.open(tmp_path / "voc.tar.gz") as archive:
         inside = f"results/VOC2012/Segmentation/comp6_test_cls/{samples[0].id}.png"
         image = Image.open(archive.extractfile(inside))
     assert image.mode == "P"
     assert np.array_equal(np.array(image.getpalette()).reshape(-1, 3), PALETTE)
 
-    # Finished parts are left alone; lost images are made again; other masks train anew.
+    # Finished parts are left alone; lost images are made again; other masks or settings train anew.
     lost, kept = (folder / "crf" / f"{sample.id}.png" for sample in samples[:2])
     before = weights.stat().st_mtime_ns, kept.stat().st_mtime_ns
     lost.unlink()
@@ -68,7 +73,11 @@ def test_from_masks_to_a_score(settings, small_voc, tmp_path) -> None:
         mask = read_mask(sample.mask)
         Image.fromarray(np.where(mask == 1, 255, mask).astype(np.uint8)).save(other / f"{sample.id}.png")  # gray
     segment.run(settings, other)
-    assert weights.stat().st_mtime_ns != before[0]
+    second = weights.stat().st_mtime_ns
+    assert second != before[0]
+    train_ = settings.segment.train.model_copy(update={"lr": 0.5})
+    segment.run(settings.model_copy(update={"segment": settings.segment.model_copy(update={"train": train_})}), other)
+    assert weights.stat().st_mtime_ns != second
 
 
 def test_masks_that_are_missing_or_do_not_fit_are_named(settings, small_voc, tmp_path) -> None:
@@ -78,6 +87,70 @@ def test_masks_that_are_missing_or_do_not_fit_are_named(settings, small_voc, tmp
         Image.fromarray(read_mask(path)[1:]).save(tmp_path / path.name)
     with pytest.raises(UserError, match="another size than their image"):
         segment.run(settings, tmp_path)
+
+
+def test_a_submission_holds_the_masks_of_its_list_and_no_other(settings, small_voc, tmp_path) -> None:
+    masks, path = tmp_path / "masks", tmp_path / "comp6.tgz"
+    shutil.copytree(small_voc / "SegmentationClass", masks)  # of training images too
+    ids = (small_voc / VAL).read_text().split()
+    assert segment.write_submission(settings, masks, path) == len(ids) == 4
+    with tarfile.open(path, "r:gz") as archive:
+        assert sorted(Path(name).stem for name in archive.getnames()) == sorted(ids)
+    fewer = tmp_path / "fewer.txt"
+    fewer.write_text(f"{ids[2]}\n")
+    assert segment.write_submission(settings, masks, path, fewer) == 1
+    with tarfile.open(path) as archive:
+        assert [Path(name).stem for name in archive.getnames()] == ids[2:3]
+    before = path.read_bytes()
+    (masks / f"{ids[1]}.png").unlink()
+    with pytest.raises(UserError, match=rf"masks: 1 of the 4 images of .*val\.txt have no mask there \({ids[1]}\)"):
+        segment.write_submission(settings, masks, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["comp6.zip", "comp6.tar", "comp6"])
+def test_a_submission_of_another_kind_is_refused_before_training(tiny_config, small_voc, tmp_path, name) -> None:
+    path = tiny_config(segment=SMALL)
+    arguments = ["segment", str(path), "--masks", str(small_voc / "SegmentationClass")]
+    result = CliRunner().invoke(app, [*arguments, "--submission", str(tmp_path / name)])
+    assert isinstance(result.exception, UserError)
+    assert re.search(rf"{name}: expected a name that ends in \.tar\.gz or \.tgz, .* found ", str(result.exception))
+    assert not config.load(path).run.exists()
+
+
+def test_a_missing_list_is_missed_before_training(tiny_config, small_voc) -> None:
+    path = tiny_config(segment=SMALL)
+    arguments = ["segment", str(path), "--masks", str(small_voc / "SegmentationClass")]
+    result = CliRunner().invoke(app, [*arguments, "--list", "ImageSets/Segmentation/vall.txt"])
+    assert re.search(r"vall\.txt: no such list. Did you mean .*val\.txt", str(result.exception))
+    assert not config.load(path).run.exists()
+
+
+@pytest.mark.parametrize("crf", [None, "segmentation"])
+def test_masks_have_the_values_of_their_classes_where_one_between_is_impossible(tmp_path, crf) -> None:
+    """The CRF gets the possible classes alone and numbers them from 0."""
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:, 20:40], image[:, 40:] = 120, 240
+    Image.fromarray(image).save(tmp_path / "a.png")
+    truth = np.repeat([0, 1, 4], 20)[None].repeat(40, 0)
+    probabilities = np.where(np.arange(5)[:, None, None] == truth, 0.9, 0.04).astype(np.float32)
+    probabilities[2:4] = segment.POSSIBLE  # at most: classes 2 and 3 are left out
+    assert np.array_equal(segment.mask_of(probabilities, tmp_path / "a.png", crf), truth)
+
+
+def test_inference_has_the_precision_of_its_own_training(tiny_config) -> None:
+    """Not that of CPN's, which the run's key ``train`` is about."""
+    seen = []
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return images
+
+    batch = ScaledBatch([0], (8, 8), [torch.zeros(1, 3, 8, 8)])
+    for own, other in (("bf16", "fp32"), ("fp32", "bf16")):
+        changes = {"segment": {"train": {"precision": own}}, "train": {"precision": other}}
+        segment.class_probabilities(network, batch, config.load(tiny_config(**changes)))
+    assert seen == [True, False]
 
 
 def method(settings) -> Segmentation:
@@ -102,6 +175,49 @@ def test_loss_is_the_mean_cross_entropy_of_what_is_labelled(settings) -> None:
     assert gradient[0, :, 1, 1].abs().max() == 0  # padding
     nothing = torch.full_like(truth, 255)
     assert trained.losses([logits], trained.views(batch(nothing), torch.Generator())).total == 0
+
+
+def test_the_head_is_the_released_one() -> None:
+    """Reference 7: 3x3 with dilation 12 to 512, no bias, BN, ReLU; 1x1 512, BN, ReLU; dropout 0.5; 1x1 with bias."""
+    tree = {"name": "x", "data": {"root": "there"}, "train": {"steps": 1}}
+    with torch.device("meta"):
+        large = build_deeplab(config.parse(tree, "test"))
+    assert {
+        name: tuple(value.shape) for name, value in large.named_parameters() if not name.startswith("backbone")
+    } == {
+        "conv_fov.weight": (512, 4096, 3, 3),
+        "bn_fov.weight": (512,),
+        "bn_fov.bias": (512,),
+        "conv_fov2.weight": (512, 512, 1, 1),
+        "bn_fov2.weight": (512,),
+        "bn_fov2.bias": (512,),
+        "cls_conv.weight": (21, 512, 1, 1),
+        "cls_conv.bias": (21,),
+    }
+    assert (large.bn_fov.momentum, large.bn_fov2.momentum) == (0.0003, 0.0003)
+    assert large.dropout1.p == 0.5
+
+    torch.manual_seed(0)
+    network = build_deeplab(config.parse({**tree, "model": {"backbone": "narrow"}}, "test")).eval()
+    for convolution in (network.conv_fov, network.conv_fov2):  # Kaiming's deviation by fan-out
+        fan_out = 512 * convolution.kernel_size[0] ** 2
+        assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+    for norm in (network.bn_fov, network.bn_fov2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    own = network.state_dict()
+
+    def normalised(x: torch.Tensor, name: str) -> torch.Tensor:
+        mean, variance = (own[f"{name}.running_{part}"][:, None, None] for part in ("mean", "var"))
+        return (x - mean) / (variance + 1e-5).sqrt()  # factors start at 1 and 0, and stay there
+
+    images = torch.randn(1, 3, 120, 136)  # 15 x 17 cells, beyond the reach of 12
+    with torch.no_grad():
+        x = network.backbone(images).last
+        x = F.conv2d(x, own["conv_fov.weight"], padding=12, dilation=12)
+        x = F.conv2d(normalised(x, "bn_fov").relu(), own["conv_fov2.weight"])
+        x = F.conv2d(normalised(x, "bn_fov2").relu(), own["cls_conv.weight"], own["cls_conv.bias"])
+        torch.testing.assert_close(network(images), x, rtol=1e-4, atol=1e-5)
 
 
 def test_every_convolution_trains_and_the_head_ten_times_as_fast() -> None:

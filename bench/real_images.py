@@ -7,7 +7,8 @@ in a run's folder, which is the config's own for seed 0 and NAME_seedN for other
 threshold of the training list: of that list, at all scales of the config and at scale 1 alone, and of the validation
 list at the same threshold. Prints means and spreads (sample standard deviations) over --seeds. The curve has the
 validation list's own best threshold at each checkpoint. Hours on a CPU, so it is not part of run_all.py; stopped, it
-goes on where it was.
+goes on where it was. The JSON in --out keeps the configs and seeds that are not measured this time, each row with its
+machine and precision: so they may be measured one after the other, and on several machines.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from timing import arguments, folder, logged_rate, machine, print_table, write_j
 
 from cpn_fast import checkpoint, evaluate, train
 from cpn_fast.config import Config, load
+from cpn_fast.files import read_json
 from cpn_fast.reproduce import at_scale, scored_seeds
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -31,8 +33,8 @@ SCORES = ("train", "threshold", "validation", "validation, oracle")
 """What a run is measured by: mIoU (%) of its CAM seeds, and the threshold that is best for the training list."""
 
 
-def scores(config: Config, validation: Path) -> list[dict[str, Any]]:
-    """Rows of one trained network at all scales and at one."""
+def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of one trained network at all scales and at one; ``about`` the machine."""
     weights = train.run(config)
     rows = []
     for config_ in (config, at_scale(config, 1.0)):
@@ -48,6 +50,8 @@ def scores(config: Config, validation: Path) -> list[dict[str, Any]]:
                 "validation": 100 * float(held_out.fixed.mean_iou),
                 "validation, oracle": 100 * float(held_out.oracle.mean_iou),
                 "images/s": logged_rate(config.run),
+                "device": about["device"],
+                "precision": read_json(config.run / "environment.json")["precision"],
             }
         )
     return rows
@@ -95,6 +99,18 @@ def written(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: text(value) for key, value in summary.items()}
 
 
+def earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[int, dict[int, float]]]]:
+    """Rows and curves of a JSON that this script wrote; none without it."""
+    if not path.exists():
+        return [], {}
+    tree = read_json(path)
+    curves = {
+        config: {int(seed): {int(at): miou for at, miou in points.items()} for seed, points in of_seeds.items()}
+        for config, of_seeds in tree["curves"].items()
+    }
+    return tree["rows"], curves
+
+
 def oracle_threshold(found: evaluate.Evaluation) -> float:
     (threshold,) = (result.threshold for result in found.results if result.kind == "oracle")
     assert threshold is not None
@@ -129,17 +145,17 @@ def run(
     every: int,
     validation: Path,
     out: Path,
-    about: Any,
+    about: dict[str, Any],
 ) -> None:
-    rows: list[dict[str, Any]] = []
-    curves: dict[str, dict[int, dict[int, float]]] = {}
+    rows, curves = earlier(out / "real_images.json")
     for path in configs:
         steps = [f"train.checkpoint_every={every}", "train.keep_checkpoints=1000"]
         base = load(path, [*overrides, *steps])
         for seed in seeds:
             name = f"{base.name}_seed{seed}" if seed else base.name
             config = load(path, [*overrides, *steps, f"train.seed={seed}", f"name={name}"])
-            own = scores(config, validation)
+            own = scores(config, validation, about)
+            rows = [row for row in rows if (row["config"], row["seed"]) != (base.name, seed)]
             rows += [{"config": base.name, **row} for row in own]
             curves.setdefault(base.name, {})[seed] = curve(config, validation, own[0]["validation, oracle"])
             write_json(out / "real_images.json", about, rows, spread=spread(rows), curves=curves)

@@ -115,7 +115,13 @@ def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_pa
     assert summary["train"]["spread"] == pytest.approx(abs(one - other) / 2**0.5)
     assert f"{(one + other) / 2:.2f} ± {abs(one - other) / 2**0.5:.2f}" in capsys.readouterr().out
     assert (tmp_path / "real_images.png").stat().st_size
-    assert run() == first
+
+    # What is measured again takes its place, and the rest stays.
+    real_images.run(paths[1:], [3], ["train.steps=4"], 2, validation, tmp_path, {"device": "another CPU"})
+    again = json.loads((tmp_path / "real_images.json").read_text())
+    devices = {(row["config"], row["seed"]): row["device"] for row in again["rows"]}
+    assert devices == dict.fromkeys(runs, "CPU") | {("cam", 3): "another CPU"}
+    assert (again["curves"], again["spread"]) == (found["curves"], found["spread"])
 
 
 def test_one_run_has_no_spread() -> None:

@@ -156,7 +156,8 @@ def test_missing_seeds_name_the_command(seeded) -> None:
 
 def test_walked_scores_equal_the_released_steps(tiny_config) -> None:
     """Sides that are multiples of 8, where no padding is needed; images with different numbers of classes."""
-    settings = config.load(tiny_config(walk={"beta": 2.0}))  # with 8 this untrained network's affinities vanish
+    changes = {"walk": {"beta": 2.0}, "affinity": {"train": {"steps": 1, "precision": "fp32"}}}
+    settings = config.load(tiny_config(**changes))  # with beta 8 this untrained network's affinities vanish
     torch.manual_seed(0)
     network = build_affinity_net(settings.model).eval()
     rng = np.random.default_rng(0)

@@ -85,17 +85,14 @@ def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_pa
     import real_images
 
     validation = Path("ImageSets/Segmentation/val.txt")
-    paths = [
-        tiny_config(name="cpn"),
-        tiny_config(name="cam", method="cam", model={"pcm": False, "prcm": False}, cam={"map": "raw"}),
-    ]
-    runs = {("cpn", 0): "cpn", ("cpn", 3): "cpn_seed3", ("cam", 0): "cam", ("cam", 3): "cam_seed3"}
+    paths = [tiny_config(name="cpn"), tiny_config(name="seam", method="seam", model={"prcm": False})]
+    runs = {("cpn", 0): "cpn", ("cpn", 3): "cpn_seed3", ("seam", 0): "seam", ("seam", 3): "seam_seed3"}
 
-    def run() -> str:
+    def measured() -> str:
         real_images.run(paths, [0, 3], ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
         return (tmp_path / "real_images.json").read_text()
 
-    first = run()
+    first = measured()
     found = json.loads(first)
     assert [(row["config"], row["seed"], row["scales"]) for row in found["rows"]] == [
         (*run, scales) for run in runs for scales in ("0.5, 1", "1")
@@ -115,12 +112,13 @@ def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_pa
     assert summary["train"]["spread"] == pytest.approx(abs(one - other) / 2**0.5)
     assert f"{(one + other) / 2:.2f} ± {abs(one - other) / 2**0.5:.2f}" in capsys.readouterr().out
     assert (tmp_path / "real_images.png").stat().st_size
+    assert measured() == first
 
     # What is measured again takes its place, and the rest stays.
     real_images.run(paths[1:], [3], ["train.steps=4"], 2, validation, tmp_path, {"device": "another CPU"})
     again = json.loads((tmp_path / "real_images.json").read_text())
     devices = {(row["config"], row["seed"]): row["device"] for row in again["rows"]}
-    assert devices == dict.fromkeys(runs, "CPU") | {("cam", 3): "another CPU"}
+    assert devices == dict.fromkeys(runs, "CPU") | {("seam", 3): "another CPU"}
     assert (again["curves"], again["spread"]) == (found["curves"], found["spread"])
 
 

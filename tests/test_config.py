@@ -28,12 +28,12 @@ def test_shipped_configs_load_and_survive_a_round_trip(path: Path, write) -> Non
     assert config.load(write(config.dump(loaded))) == loaded
 
 
-# The released values, by section of the survey of the released code that they come from.
+# The values of SEAM's released code, which CPN's later stages are.
 STAGES = {
-    "crf": {"parameters": "seam-labels", "low_alpha": 4, "high_alpha": 24},  # 5.2, 6.2: SEAM's
+    "crf": {"parameters": "seam-labels", "low_alpha": 4, "high_alpha": 24},
     "affinity": {
-        "radius": 5,  # 6.1
-        "augment": {  # 6.2 and 4: crop, flip, jitter, and no rescaling
+        "radius": 5,
+        "augment": {  # crop, flip, jitter, and no rescaling
             "scale": (1, 1),
             "crop": 448,
             "flip": 0.5,
@@ -42,7 +42,7 @@ STAGES = {
             "saturation": 0.3,
             "hue": 0.1,
         },
-        # 6.2 and 1.4: SEAM's rate; weight decay in momentum's place
+        # its weight decay is in momentum's place
         "train": {
             "batch": 8,
             "accumulate": 1,
@@ -54,8 +54,8 @@ STAGES = {
             "weight_decay": 0.0005,
         },
     },
-    "walk": {"alpha": 6, "beta": 8, "logt": 6, "crf": None},  # 6.3: SEAM's; 5.2: its CRF is switched off
-    "segment": {  # 7
+    "walk": {"alpha": 6, "beta": 8, "logt": 6, "crf": None},  # its CRF is switched off
+    "segment": {
         "augment": {  # hue by 10 of 180, saturation and value by 10 of 255
             "scale": (0.5, 1.5),
             "crop": 448,

@@ -178,7 +178,7 @@ def test_loss_is_the_mean_cross_entropy_of_what_is_labelled(settings) -> None:
 
 
 def test_the_head_is_the_released_one() -> None:
-    """Reference 7: 3x3 with dilation 12 to 512, no bias, BN, ReLU; 1x1 512, BN, ReLU; dropout 0.5; 1x1 with bias."""
+    """SEAM's: 3x3 with dilation 12 to 512, no bias, BN, ReLU; 1x1 512, BN, ReLU; dropout 0.5; 1x1 with bias."""
     tree = {"name": "x", "data": {"root": "there"}, "train": {"steps": 1}}
     with torch.device("meta"):
         large = build_deeplab(config.parse(tree, "test"))

@@ -7,7 +7,7 @@ images and superpixels are random and ready. The released loader hides patches i
 of them the second row is where it starts from.
 
 All rows give the same loss and gradients for the same patches without dropout; that is checked first. FLOPs are those
-of the convolutions, forward and backward, counted by torch; MFU is their rate over that of a large matrix product in
+of the convolutions, forward and backward; MFU is their rate over that of a large matrix product in
 the same run (bf16 on a GPU, the faster of fp32 and bf16 on a CPU). On a CPU one thread computes, and all seconds are
 those it was busy, so that other work on the machine counts little. On a GPU ResNet38d runs at 448 px, in the last row
 with four times the images; on a CPU MobileNetV2 at 225 px. The last row's profile is written beside the figures.
@@ -43,7 +43,7 @@ from timing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from cpn_fast.config import Model, Patches
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
@@ -304,12 +304,19 @@ def check(data: Data, backbone: str) -> dict[str, float]:
     return found
 
 
-def convolution_flops(step: Step) -> int:
+def convolution_flops(step: Callable[[], object]) -> int:
     """Of one step, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    ours = {torch.ops.aten.convolution_backward: backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         step()
     counts = counter.get_flop_counts()["Global"]
     return sum(count for operation, count in counts.items() if "convolution" in str(operation))
+
+
+def backward_flops(gradient: list[int], images: list[int], weight: list[int], *options: Any, out_shape: Any) -> int:
+    """As many as the forward pass for each gradient wanted. torch counts a depthwise weight's as if it were dense."""
+    *_, (of_images, of_weight, _) = options
+    return (of_images + of_weight) * conv_flop_count(images, weight, gradient)
 
 
 def step_seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float, float]:

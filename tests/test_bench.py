@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from cpn_fast.config import load
 
@@ -70,6 +72,22 @@ def test_the_released_step_and_ours_agree() -> None:
 
     found = train_step.check(train_step.generated(2, 65, torch.device("cpu")), "narrow")
     assert all(error < 1e-3 for error in found.values()), found
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_a_convolution_costs_as_much_again_for_each_of_its_gradients(groups) -> None:
+    import train_step
+
+    images = torch.randn(2, 8, 15, 13)
+    weight = torch.randn(8, 8 // groups, 3, 3, requires_grad=True)
+    forward = 2 * (2 * 8 * 8 * 7) * 9 * 8 // groups  # a multiplication and an addition for each tap of each output
+
+    def counted(images: torch.Tensor) -> int:
+        convolve = functools.partial(F.conv2d, images, weight, stride=2, padding=1, groups=groups)
+        return train_step.convolution_flops(lambda: convolve().sum().backward())
+
+    assert counted(images) == 2 * forward
+    assert counted(images.requires_grad_()) == 3 * forward
 
 
 def test_a_training_step_is_measured_where_dali_is_missing(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from collections import deque
@@ -22,7 +21,7 @@ from cpn_fast import ranks
 from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, read_json, replacing
+from cpn_fast.files import claim, read_note, replacing, write_json
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.backbone import Headed
@@ -194,15 +193,11 @@ def _drawn(folder: Path, sample: Sample) -> bool:
 def _forget_other_pictures(folder: Path, threshold: float) -> None:
     """Remove masks and overlays of another background threshold than this; the seeds do not depend on it."""
     note, drawn_with = folder / "pictures.json", {"mask_threshold": threshold}
-    try:
-        if read_json(note) == drawn_with:
-            return
-    except (OSError, ValueError):  # none yet, or a damaged one
-        pass
+    if read_note(note) == drawn_with:
+        return
     for name in ("masks", "overlays"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    with replacing(note) as file:
-        file.write(json.dumps(drawn_with).encode())
+    write_json(note, drawn_with)
 
 
 def _made_by(config: Config, weights: Path) -> dict[str, Any]:

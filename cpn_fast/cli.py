@@ -31,7 +31,7 @@ ListFile = Annotated[
     Path | None, typer.Option("--list", help="A list of images instead of data.eval_list.", show_default=False)
 ]
 
-# Stages are imported in their commands: --help should not wait for torch.
+# Stages are imported in their commands, after the config is read: neither --help nor a misspelt key waits for torch.
 
 
 @app.callback()
@@ -88,10 +88,12 @@ def shards(
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Train, or continue a run that was interrupted."""
-    from cpn_fast import train
     from cpn_fast.config import load
 
-    weights = train.run(load(config, overrides))
+    settings = load(config, overrides)
+    from cpn_fast import train
+
+    weights = train.run(settings)
     metrics = weights.parent / "metrics.jsonl"
     print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
     then = _command("cam", config, "--checkpoint", weights, overrides=overrides)
@@ -108,7 +110,6 @@ def cam(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Make CAM seeds, masks and overlays for a list of tagged images."""
-    from cpn_fast import cam
     from cpn_fast.config import load
 
     settings = load(config, overrides)
@@ -117,6 +118,8 @@ def cam(
         weights /= "model.safetensors"
     if checkpoint is None and not weights.is_file():
         raise UserError(f"{weights}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
+    from cpn_fast import cam
+
     folder = cam.run(settings, weights, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
     listed = ("--list", list_file) if list_file else ()
@@ -136,10 +139,11 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Score seeds (every background threshold at once) or masks against the ground truth."""
-    from cpn_fast import evaluate
     from cpn_fast.config import load
 
     settings = load(config, overrides)
+    from cpn_fast import evaluate
+
     found = evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
     figures = [
         {"kind": kind, "threshold": threshold, "mean_iou": float(scores.mean_iou)}
@@ -156,10 +160,12 @@ def information(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Count the seeds that the sum of a complementary pair's CAMs adds over the plain CAM, by size of patch."""
-    from cpn_fast import information
     from cpn_fast.config import load
 
-    picture = information.run(load(config, overrides), checkpoint, list_file)
+    settings = load(config, overrides)
+    from cpn_fast import information
+
+    picture = information.run(settings, checkpoint, list_file)
     print(f"Curves are in {picture}, figures in the .json beside it")
     _done("information", picture=picture, figures=picture.with_suffix(".json"))
 
@@ -193,10 +199,11 @@ def predict(
 @app.command()
 def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Refine the training list's seeds to pseudo-masks: CRF, AffinityNet, random walk. Finished parts are kept."""
-    from cpn_fast import refine
     from cpn_fast.config import load
 
     settings = load(config, overrides)
+    from cpn_fast import refine
+
     masks = refine.run(settings)
     print(f"Pseudo-masks are in {masks}")
     then = _command("evaluate", config, "--masks", masks, "--list", settings.data.train_list, overrides=overrides)
@@ -218,7 +225,6 @@ def segment(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Train the DeepLab segmenter on pseudo-masks of the training list, then segment another list. No tags needed."""
-    from cpn_fast import segment
     from cpn_fast.config import load
     from cpn_fast.dataset import load_samples
 
@@ -226,6 +232,8 @@ def segment(
     listed = list_file or settings.segment.eval_list
     # Before training, which takes hours:
     load_samples(settings.data, settings.classes, listed, labels=False, masks=False)
+    from cpn_fast import segment
+
     if submission:
         segment.check_submission(submission)
     weights = segment.run(settings, masks or settings.run / "refine" / "masks")
@@ -242,10 +250,11 @@ def segment(
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """All stages: train, cam, refine, segment, with scores. Finished work is skipped, interrupted work continued."""
-    from cpn_fast import run
     from cpn_fast.config import load
 
     settings = load(config, overrides)
+    from cpn_fast import run
+
     stages = run.run(settings)
     results = [{"name": name, "list": path, "mean_iou": miou} for name, path, miou in stages]
     _done("run", next=_command("report", settings.run), results=results)

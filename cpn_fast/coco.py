@@ -31,7 +31,7 @@ from pydantic import Field
 from cpn_fast.config import load
 from cpn_fast.dataset import raise_problems
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, replacing
+from cpn_fast.files import claim, read_note, replacing, write_json
 from cpn_fast.images import MAX_PIXELS
 from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import IGNORE, write_mask
@@ -142,8 +142,7 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-    with replacing(root / TAGS) as file:
-        file.write(json.dumps(tags, ensure_ascii=False, indent=0).encode())
+    write_json(root / TAGS, tags, indent=0)
     with replacing(root / list_path) as file:
         for image in shown:
             file.write(f"/{IMAGES / name}/{image.file_name} /{MASKS / name}/{image.stem}.png\n".encode())
@@ -277,8 +276,13 @@ def _agree(root: Path, masks: Path, classes: tuple[str, ...]) -> None:
     if masks.exists() and not (masks / "made_by.json").is_file():
         raise UserError(f"{masks}: it is there already and not of cpn-fast import-coco: move it, or rename the JSON")
     for manifest in sorted((root / MASKS).glob("*/made_by.json")):
-        found = json.loads(manifest.read_text()).get("classes")
-        if manifest.parent != masks and found != list(classes):
+        if manifest.parent == masks:
+            continue
+        note = read_note(manifest)
+        found = note.get("classes") if isinstance(note, dict) else None
+        if not isinstance(found, list):
+            raise UserError(f"{manifest}: damaged: delete {manifest.parent} and import this list again")
+        if found != list(classes):
             raise UserError(
                 f"{manifest.parent} was imported with {len(found)} classes ({', '.join(found[:3])} ...), this JSON has "
                 f"{len(classes)} ({', '.join(classes[:3])} ...): give lists of other classes a folder of their own"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import os
 import re
 from collections import defaultdict
@@ -18,7 +17,7 @@ from PIL import ExifTags
 
 from cpn_fast.config import Data
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, replacing
+from cpn_fast.files import read_json, write_json
 from cpn_fast.images import UnreadableImage, opened
 from cpn_fast.labels import IMAGE_SUFFIXES, LabelError, read_labels
 from cpn_fast.masks import IGNORE, read_mask
@@ -157,8 +156,7 @@ def _decode(
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the rest
             if verified and passed:
-                with replacing(verified) as file:
-                    file.write(json.dumps(sorted(known | passed), indent=0).encode())
+                write_json(verified, sorted(known | passed), indent=0)
 
 
 # Lists

@@ -50,6 +50,21 @@ def read_json(path: Path) -> Any:
         raise ValueError("brackets within brackets without end") from None
 
 
+def read_note(path: Path) -> Any:
+    """What a JSON file remembers; None of a file that is missing or damaged, for it remembers nothing."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, tree: Any, *, indent: int | None = None) -> None:
+    """Raises UserError if the disk is full. Names of files need not be text: what is none is escaped."""
+    text = json.dumps(tree, ensure_ascii=False, indent=indent) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to the first that is torn (a killed run's last one) or damaged."""
     lines: list[dict[str, Any]] = []
@@ -86,11 +101,7 @@ def claim(folder: Path, made_by: dict[str, Any]) -> str:
     """
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
-    try:
-        before = read_json(manifest)
-    except (OSError, ValueError):  # none, or a damaged one
-        before = None
-    now = json.loads(text)
+    before, now = read_note(manifest), json.loads(text)
     if before != now:
         if isinstance(before, dict):
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

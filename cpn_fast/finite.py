@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, replacing
+from cpn_fast.files import read_json, write_json
 from cpn_fast.ranks import Rank
 
 FILE = "nonfinite.json"
@@ -49,9 +48,7 @@ class GradientGuard:
             return False
         images = list(chain(*self.rank.gather([self.ids[i] for i in indices])))
         if self.rank.first:
-            with replacing(self.path) as file:
-                found = {"step": step, "images": images}
-                file.write(json.dumps([*_earlier(self.path), found], indent=1).encode())
+            write_json(self.path, [*_earlier(self.path), {"step": step, "images": images}], indent=1)
         if self.mode == "stop":
             raise UserError(
                 f"the gradient of step {step} is not finite; its images are {', '.join(images[:8])} "

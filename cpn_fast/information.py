@@ -10,7 +10,6 @@ class says whether what is added is worth having.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from cpn_fast.cam import images_for, load_network, summed_cams, tags
 from cpn_fast.config import Config, Patches
 from cpn_fast.dataset import load_samples
-from cpn_fast.files import replacing
+from cpn_fast.files import replacing, write_json
 from cpn_fast.masks import IGNORE, read_mask
 from cpn_fast.models.network import Network
 from cpn_fast.patches import complementary_pair, normalised_fill
@@ -211,8 +210,7 @@ def _write(rows: Sequence[Row], config: Config, list_path: Path) -> Path:
             for row in rows
         ],
     }
-    with replacing(path) as file:
-        file.write(json.dumps(tree).encode())
+    write_json(path, tree)
     picture = path.with_suffix(".png")
     with replacing(picture) as file:
         _plot(rows, config).savefig(file, format="png", dpi=110)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from cpn_fast.cam import images_for, summed_cams
 from cpn_fast.config import Config, parse
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import replacing, write_json
 from cpn_fast.kernels import pooled_logits
 from cpn_fast.labels import IMAGE_SUFFIXES
 from cpn_fast.masks import overlay, write_mask
@@ -272,9 +271,8 @@ def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | No
         write_mask(out / f"{image.stem}_mask.png", prediction.mask)
         with replacing(out / f"{image.stem}_overlay.png") as file:
             Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
-        with replacing(out / f"{image.stem}.json") as file:
-            summary = {"image": str(image), **_summary(trained, prediction)}
-            file.write(json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+        summary = {"image": str(image), **_summary(trained, prediction)}
+        write_json(out / f"{image.stem}.json", summary, indent=2)
         blank += not len(prediction.seed.classes)
     return len(images), f"In {blank} {trained.blank}" if blank else ""
 

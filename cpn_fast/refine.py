@@ -33,7 +33,7 @@ from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with_background, write_label_maps
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, read_json, replacing
+from cpn_fast.files import claim, read_note, write_json
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.affinity import Affinity
@@ -210,17 +210,13 @@ def _remember_tags(folder: Path, samples: Sequence[Sample]) -> str:
     """Remove what was made of images whose tags were others; returns a digest of the list and its tags."""
     path = folder / "tags.json"
     now = {sample.id: np.flatnonzero(tags(sample)).tolist() for sample in samples}
-    try:
-        before = read_json(path)
-    except (OSError, ValueError):
-        before = None
+    before = read_note(path)
     if before != now:
         known = before if isinstance(before, dict) else {}
         for id_ in (id_ for id_, own in now.items() if known.get(id_) != own):
             for part in ("crf-low", "crf-high", "labels", "masks"):
                 (folder / part / f"{id_}.png").unlink(missing_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(now).encode())
+        write_json(path, now)
     return hashlib.sha256(json.dumps(now).encode()).hexdigest()
 
 

@@ -11,7 +11,6 @@ is taken. Where there is none, overrides of the base make up the method as it wa
 from __future__ import annotations
 
 import functools
-import json
 import shlex
 import statistics
 import time
@@ -31,7 +30,7 @@ from cpn_fast import run as chain
 from cpn_fast.config import Config, load
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import replacing, write_json
 from cpn_fast.patches import complementary_pair
 from cpn_fast.pipelines.superpixels import segment_batch
 from cpn_fast.pipelines.training import TrainingPipeline
@@ -177,8 +176,7 @@ def run(name: str, path: Path, overrides: list[str]) -> Path:
     if ranks.join().first:
         _print(name, base, rows, results)
         tree = [_as_tree(row, plans[row.run], result) for row, result in zip(rows, results, strict=True)]
-        with replacing(folder / f"{name}.json") as file:
-            file.write(json.dumps(tree, indent=1).encode())
+        write_json(folder / f"{name}.json", tree, indent=1)
         with replacing(folder / f"{name}.png") as file:
             _plot(name, rows, results).savefig(file, format="png", dpi=110)
     return folder / f"{name}.png"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -25,7 +24,7 @@ from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, remove_partials, replacing
+from cpn_fast.files import read_note, remove_partials, replacing, write_json
 from cpn_fast.finite import GradientGuard
 from cpn_fast.gallery import COUNT, Gallery
 from cpn_fast.meter import Meter
@@ -249,8 +248,7 @@ def _open_run(config: Config, device: torch.device) -> None:
         "threads": torch.get_num_threads(),
         "precision": config.train.precision or precision.default(device),
     }
-    with replacing(config.run / "environment.json") as file:
-        file.write(json.dumps(environment, indent=2).encode() + b"\n")
+    write_json(config.run / "environment.json", environment, indent=2)
 
 
 # What may change between two starts of one run: nothing that the weights of a sound run depend on.
@@ -276,14 +274,8 @@ def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None
         digest.update(b"" if sample.label is None else np.packbits(sample.label).tobytes())
     now, path = {"images": len(samples), "sha256": digest.hexdigest()}, run / "list.json"
     if begins:
-        with replacing(path) as file:
-            file.write(json.dumps(now).encode())
-        return
-    try:
-        before = read_json(path)
-    except (OSError, ValueError):  # lost, or of a version that did not note it
-        return
-    if before != now:
+        write_json(path, now)
+    elif read_note(path) not in (None, now):  # earlier versions noted nothing
         print(
             f"Warning: {run} was trained on another list or other tags ({path.name}), and what it learned is kept: to "
             "train on what the list is now, give the run another name or delete its folder",

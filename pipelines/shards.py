@@ -27,7 +27,7 @@ from cpn_fast import ranks
 from cpn_fast.config import Config, Superpixels
 from cpn_fast.dataset import Sample, check_files, load_checked, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import read_note, replacing, write_json
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.progress import track
@@ -194,16 +194,14 @@ def _tags(samples: Sequence[Sample], classes: Sequence[str]) -> bytes:
 
 def _claim(folder: Path, made_by: dict[str, Any], tags: bytes) -> None:
     manifest = folder / "shards.json"
-    found = json.loads(manifest.read_text()) if manifest.exists() else None
-    if found != made_by and folder.exists() and any(folder.iterdir()):
+    if read_note(manifest) != made_by and folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"{folder}: expected an empty folder or unfinished shards of this list and these settings, found something "
             "else. Name another folder, or empty it"
         )
     with replacing(folder / "tags.csv") as file:
         file.write(tags)
-    with replacing(manifest) as file:
-        file.write(json.dumps(made_by, indent=2).encode())
+    write_json(manifest, made_by, indent=2)
 
 
 def _add(archive: tarfile.TarFile, name: str, path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import io
-import json
 import os
 import sys
 import zlib
@@ -30,7 +29,7 @@ from cpn_fast import ranks
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, remove_partials, replacing
+from cpn_fast.files import read_json, remove_partials, replacing, write_json
 from cpn_fast.images import is_whole_png, opened
 from cpn_fast.progress import track
 
@@ -157,8 +156,7 @@ class SuperpixelCache:
             return
         if any(self.folder.glob("*.png")):
             raise UserError(f"{self.folder}: expected manifest.json beside the PNGs, found none. Delete the folder")
-        with replacing(self.folder / "manifest.json") as file:
-            file.write(json.dumps(self.made_by, indent=2).encode())
+        write_json(self.folder / "manifest.json", self.made_by, indent=2)
 
     def _make(self, samples: list[Sample], workers: int) -> int:
         pool = ThreadPoolExecutor(workers)

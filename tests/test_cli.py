@@ -12,47 +12,56 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cpn_fast import cli
 from cpn_fast.cli import app
 
 
-def cpn_fast(*arguments: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "cpn_fast", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def entered(monkeypatch, capsys):
+    """The entry point in this process, which has imported everything; what it says, and that no more is raised."""
+
+    def enter(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["cpn-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        message = ended.value.code if isinstance(ended.value.code, str) else ""  # Python prints it and exits with 1
+        said = message + "".join(capsys.readouterr())
+        assert (1 if message else ended.value.code or 0) == code, said
+        return said
+
+    return enter
 
 
-def test_from_images_and_tags_to_a_score(tiny_config) -> None:
+def test_from_images_and_tags_to_a_score(tiny_config, entered) -> None:
     path = tiny_config(cam={"map": "refined"})
     runs = path.parent / "runs"
-    assert "cpn-fast train" in cpn_fast("superpixels", path)
-    missing = cpn_fast("cam", path, code=1)
+    assert "cpn-fast train" in entered("superpixels", path)
+    missing = entered("cam", path, code=1)
     assert "model.safetensors: no such file; `cpn-fast train" in missing
-    cpn_fast("train", path, "--set", "model.weights=nowhere.pth", code=1)  # keeps no other config from the folder
+    entered("train", path, "--set", "model.weights=nowhere.pth", code=1)  # keeps no other config from the folder
     override = ("--set", "train.data_threads=2")
-    said = cpn_fast("train", path, *override)
+    said = entered("train", path, *override)
     weights = runs / "tiny" / "model.safetensors"
     assert f"Next: cpn-fast cam {path} --checkpoint {weights} --set train.data_threads=2" in said
     val = Path("ImageSets/Segmentation/val.txt")
-    cpn_fast("cam", path)
-    cpn_fast("cam", path, "--checkpoint", runs / "tiny/checkpoints/step-00000006.pt", "--list", val)
-    assert "did you mean" in cpn_fast("evaluate", path, "--cams", runs / "tiny/cams/train", code=1)
-    said = cpn_fast("evaluate", path, "--cams", runs / "tiny/cams/train/seeds")
+    entered("cam", path)
+    entered("cam", path, "--checkpoint", runs / "tiny/checkpoints/step-00000006.pt", "--list", val)
+    assert "did you mean" in entered("evaluate", path, "--cams", runs / "tiny/cams/train", code=1)
+    said = entered("evaluate", path, "--cams", runs / "tiny/cams/train/seeds")
     assert "oracle" in said
     assert f"Next: cpn-fast report {runs / 'tiny'}" in said
-    assert str(runs / "tiny") in cpn_fast("report", runs, code=1)
+    assert str(runs / "tiny") in entered("report", runs, code=1)
     held_out = next((runs / "tiny").rglob("evaluation.json"))
     curve = json.loads(held_out.read_text())
     assert curve
     seeds = runs / "tiny/cams/val/seeds"
-    cpn_fast("evaluate", path, "--cams", seeds, "--list", val, "--threshold-from", held_out)
-    cpn_fast("evaluate", path, "--masks", runs / "tiny/cams/val/masks", "--list", val)
+    entered("evaluate", path, "--cams", seeds, "--list", val, "--threshold-from", held_out)
+    entered("evaluate", path, "--masks", runs / "tiny/cams/val/masks", "--list", val)
     for form in ("cpn", "seam", "irn"):
-        assert "4 seeds" in cpn_fast("export", seeds, path.parent / form, "--form", form)
+        assert "4 seeds" in entered("export", seeds, path.parent / form, "--form", form)
     released = path.parent / "released.pth"
-    cpn_fast("convert", weights, released)
-    cpn_fast("cam", path, "--checkpoint", released)
+    entered("convert", weights, released)
+    entered("cam", path, "--checkpoint", released)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +81,18 @@ def test_from_images_and_tags_to_a_score(tiny_config) -> None:
         (["convert", "nowhere.params", "x.safetensors"], "nowhere.params"),
     ],
 )
-def test_what_a_user_can_mend_is_said_without_a_traceback(arguments, message, tiny_config) -> None:
+def test_what_a_user_can_mend_is_said(arguments, message, tiny_config, entered) -> None:
     path = tiny_config()
     code = 2 if message in ("'train'", "--set") else 1  # the command line itself is wrong
-    output = cpn_fast(*[path if argument == "CONFIG" else argument for argument in arguments], code=code)
-    assert message in output
-    assert "Traceback" not in output
+    assert message in entered(*[path if argument == "CONFIG" else argument for argument in arguments], code=code)
+
+
+def test_a_process_says_it_on_stderr_without_a_traceback_and_exits_with_1() -> None:
+    command = [sys.executable, "-m", "cpn_fast", "train", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: nowhere.yaml: no such config")
+    assert "Traceback" not in done.stderr
 
 
 COMMANDS = [command.callback.__name__.replace("_", "-") for command in app.registered_commands if command.callback]

@@ -157,6 +157,10 @@ def test_a_second_import_adds_a_list_and_a_repeated_one_keeps_its_masks(
     other.write_text(json.dumps({"images": [image], "annotations": [object_], "categories": categories}))
     with pytest.raises(UserError, match=r"part was imported with 3 classes \(person, hot dog, toothbrush \.\.\.\)"):
         coco.run(other, tmp_path / "photos", root)
+    (note,) = root.glob("*/part/made_by.json")
+    note.write_text(note.read_text()[:9])
+    with pytest.raises(UserError, match=r"made_by\.json: damaged: delete \S+part and import this list again"):
+        coco.run(other, tmp_path / "photos", root)
 
 
 def test_a_changed_json_makes_its_masks_anew(source: Path, tree: dict[str, Any], tmp_path: Path) -> None:

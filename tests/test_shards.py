@@ -145,6 +145,9 @@ def test_a_folder_with_something_else_is_left_alone(loose, cache, folder, tmp_pa
     with pytest.raises(UserError, match="Name another folder"):
         pack(loose, DEMO_CLASSES, None, folder, seed=0, workers=1, size=SIZE)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "shards.json").write_text('{"seed"')  # a damaged manifest claims nothing
+    with pytest.raises(UserError, match="Name another folder"):
+        pack(loose, DEMO_CLASSES, cache, tmp_path, seed=0, workers=1)
 
 
 def test_damage_is_named(loose, cache, folder, tmp_path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,9 @@ from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import PRESENT
 from cpn_fast.seeds import STEPS, read_seed
 from cpn_fast.weights import to_released_keys
+
+NO_TEXT = os.fsdecode(b"caf\xe9")
+"""A name in Latin-1, which Linux takes and UTF-8 is not."""
 
 
 @pytest.fixture
@@ -99,18 +103,20 @@ def test_photos_of_any_kind_and_folders_of_them_are_segmented(small_run: Path, s
         photo.convert(mode).save(photos / name)
     Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(photos / "16 bits.png")
     photo.resize((3, 2)).save(photos / "tiny.png")
+    photo.convert("L").save(photos / f"{NO_TEXT}.png")
     (photos / "notes.txt").touch()
     arguments = ["predict", str(photos), "--model", str(small_run), "--out", str(out)]
     result = CliRunner().invoke(app, [*arguments, "--tags", "fish"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "JSON of 7 images" in result.output
+    assert "JSON of 8 images" in result.output
     shapes = {path.name.removesuffix("_mask.png"): read_mask(path).shape for path in out.glob("*_mask.png")}
     full = photo.size[::-1]
     assert shapes == {"turned": (90, 60), "tiny": (2, 3)} | dict.fromkeys(
-        ("gray", "cmyk", "palette", "alpha", "16 bits"), full
+        ("gray", "cmyk", "palette", "alpha", "16 bits", NO_TEXT), full
     )
+    assert json.loads((out / f"{NO_TEXT}.json").read_bytes())["image"] == str(photos / f"{NO_TEXT}.png")
     blank = CliRunner().invoke(app, [*arguments, "--tags", ";"], catch_exceptions=False)
-    assert "In 7 no class has a probability of 0.5" in blank.output
+    assert "In 8 no class has a probability of 0.5" in blank.output
     assert list(json.loads((out / "gray.json").read_text())["probabilities"]) == list(cpn_fast.load(small_run).classes)
 
 

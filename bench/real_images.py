@@ -62,6 +62,8 @@ def curve(config: Config, validation: Path, end: float) -> dict[int, float]:
     found = {}
     *earlier, last = reversed(checkpoint.existing(config.run / "checkpoints"))
     for path in earlier:
+        if step(path) % config.train.checkpoint_every:  # of a stop on the way
+            continue
         beside = config.model_copy(update={"name": f"{config.name}-{path.stem}"})
         scored = scored_seeds(beside, path, validation)
         found[step(path)] = 100 * float(scored.oracle.mean_iou)

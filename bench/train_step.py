@@ -7,10 +7,10 @@ images and superpixels are random and ready. The released loader hides patches i
 of them the second row is where it starts from.
 
 All rows give the same loss and gradients for the same patches without dropout; that is checked first. FLOPs are those
-of the convolutions, forward and backward; MFU is their rate over that of a large matrix product in
-the same run (bf16 on a GPU, the faster of fp32 and bf16 on a CPU). On a CPU one thread computes, and all seconds are
-those it was busy, so that other work on the machine counts little. On a GPU ResNet38d runs at 448 px, in the last row
-with four times the images; on a CPU MobileNetV2 at 225 px. The last row's profile is written beside the figures.
+of the convolutions, forward and backward; MFU is their rate over that of a large matrix product in the same run (bf16
+on a GPU, the faster of fp32 and bf16 on a CPU). On a CPU one thread computes, and all seconds are those it was busy, so
+that other work on the machine counts little. On a GPU ResNet38d runs at 448 px, in the last row with four times the
+images; on a CPU MobileNetV2 at 225 px. The last row's profile is written beside the figures.
 
     python bench/train_step.py [--batch N] [--device DEVICE] [--out FOLDER]
 """

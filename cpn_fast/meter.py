@@ -167,7 +167,7 @@ class Meter:
 
 def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
     """Mean over the classes that occur, of the average precision of their logits; (N, classes) each."""
-    from sklearn.metrics import average_precision_score  # a quarter of all that would be imported at the start
+    from sklearn.metrics import average_precision_score  # slow to import, and needed here alone
 
     truth, scores = labels.cpu().numpy() > 0.5, logits.float().cpu().numpy()
     occurring = truth.any(axis=0)

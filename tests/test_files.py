@@ -30,13 +30,17 @@ def test_an_interrupted_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_p
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("tree", [{"a": [1, None, "é"]}, {"name": "photo\udce9.jpg"}, [], None])
+@pytest.mark.parametrize("tree", [{"a": [1, None, "é"]}, {"name": "photo\udce9.jpg"}, []])
 def test_what_is_written_is_read_again_also_the_names_of_files_that_are_no_text(tmp_path: Path, tree) -> None:
     write_json(tmp_path / "note.json", tree)
     assert read_note(tmp_path / "note.json") == tree
 
 
-@pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b'{"a": 1', b"\xff", b"[" * 100_000],
+    ids=["missing", "empty", "cut short", "no text", "too deep"],
+)
 def test_a_note_that_is_missing_or_damaged_remembers_nothing(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "note.json"
     if content is not None:

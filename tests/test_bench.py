@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -130,6 +131,8 @@ def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_pa
     assert summary["train"]["spread"] == pytest.approx(abs(one - other) / 2**0.5)
     assert f"{(one + other) / 2:.2f} ± {abs(one - other) / 2**0.5:.2f}" in capsys.readouterr().out
     assert (tmp_path / "real_images.png").stat().st_size
+    checkpoints = tmp_path / "runs/cpn/checkpoints"
+    shutil.copy(checkpoints / "step-00000002.pt", checkpoints / "step-00000003.pt")  # as a stop leaves one
     assert measured() == first
 
     # What is measured again takes its place, and the rest stays.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpn_fast.predict import load as load
 
 __version__ = "0.1.0"
+
+# In a checkout that is not installed, kernels, pipelines and configs lie beside this folder and not in it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 
 def __getattr__(name: str) -> Any:

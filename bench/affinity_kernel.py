@@ -1,15 +1,17 @@
 """Pixel correlation (PCM): eager, compiled eager, FlexAttention, tiled and Triton at training and inference sizes.
 
-Forward, and forward + backward with a constant CAM as in training. TFLOP/s count the useful work 2 P^2 (D + C) forward
-and 2 P^2 (2 D + 2 C) backward per image of P pixels, whatever a backend really does; "of matmul" is the share of the
-dense rate measured in the same run. Errors are RMS against float64 over its RMS, of the output (forward rows) and of
-the embedding's gradient (forward + backward rows), on at most 2 images of 28 x 28. On a GPU inputs are bfloat16 and
-everything runs; on a CPU they are float32 and sizes shrink to what fits into a few minutes.
+Forward, and forward + backward with a constant CAM as in training. Times are of a call as a program makes it and, on a
+GPU, of the device alone. TFLOP/s are by the device's time where there is one, and count the useful work 2 P^2 (D + C)
+forward and 2 P^2 (2 D + 2 C) backward per image of P pixels, whatever a backend really does; "of matmul" is the share
+of the dense rate measured in the same run. Errors are RMS against float64 over its RMS, of the output (forward rows)
+and of the embedding's gradient (forward + backward rows), on at most 2 images of 28 x 28. On a GPU inputs are bfloat16
+and everything runs; on a CPU they are float32 and sizes shrink to what fits into a few minutes.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +20,10 @@ import torch
 from timing import (
     arguments,
     folder,
+    kernel_columns,
+    kernel_time,
     machine,
     matmul_rate,
-    median_seconds,
     peak_extra_bytes,
     plot_bars,
     print_table,
@@ -123,18 +126,15 @@ def measure(
     flops = 2 * size.batch * size.pixels**2 * (DEPTH + CLASSES) * (3 if backward else 1)
     row: dict[str, Any] = {"size": size.name, "pass": "forward + backward" if backward else "forward", "backend": name}
     try:
-        median, low, high = median_seconds(run, device, budget=4)
-        peak = peak_extra_bytes(run, device) / 2**20
+        row |= kernel_columns(run, device, budget=1 if device.type == "cuda" else 4)
+        row["extra MiB"] = peak_extra_bytes(run, device) / 2**20
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return row | dict.fromkeys(("ms", "ms p20", "ms p80", "extra MiB", "TFLOP/s", "of matmul", "error"))
+        return row | {"call ms": None}
+    per_second = flops / (row[kernel_time(row)] / 1e3)
     return row | {
-        "ms": median * 1e3,
-        "ms p20": low * 1e3,
-        "ms p80": high * 1e3,
-        "extra MiB": peak,
-        "TFLOP/s": flops / median / 1e12,
-        "of matmul": flops / median / rate,
+        "TFLOP/s": per_second / 1e12,
+        "of matmul": per_second / rate,
         "error": error(op, device, dtype, backward),
     }
 
@@ -143,36 +143,36 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     device = options.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = [TRAINING, *INFERENCE, FULL_HD] if device.type == "cuda" else ON_CPU
+    sizes = [TRAINING, FULL_HD, *INFERENCE] if device.type == "cuda" else ON_CPU
     torch._dynamo.config.recompile_limit = 64  # every size, pass and dtype is a graph of its own
     ops, left_out = backends(device)
     rate = matmul_rate(device, dtype)
-    rows = []
-    for size in sizes:
-        for backward in (False, True):
-            for name, op in ops.items():
-                if backward and name == "flex attention" and device.type == "cpu":
-                    continue
-                try:
-                    rows.append(measure(name, op, size, device, dtype, backward, rate))
-                except Exception as problem:
-                    if name != "flex attention":
-                        raise
-                    # the peer is not ours to mend: head sizes and backends that it takes differ between versions
-                    left_out[f"{name}, {size.name}, {'backward' if backward else 'forward'}"] = f"failed: {problem}"[
-                        :300
-                    ]
-    described = machine(device)
+    described, target = machine(device), folder(options.out, device)
+    rows: list[dict[str, Any]] = []
+    save = functools.partial(
+        write_json, target / "affinity_kernel.json", described, rows, matmul_tflops=rate / 1e12, left_out=left_out
+    )
+    for size, backward, (name, op) in itertools.product(sizes, (False, True), ops.items()):
+        if backward and name == "flex attention" and device.type == "cpu":
+            continue
+        try:
+            rows.append(measure(name, op, size, device, dtype, backward, rate))
+        except Exception as problem:
+            if name != "flex attention":
+                raise
+            # the peer is not ours to mend: head sizes and backends that it takes differ between versions
+            left_out[f"{name}, {size.name}, {'backward' if backward else 'forward'}"] = f"failed: {problem}"[:300]
+        save(finished=False)
+    save()
     print_table(f"pixel_correlation, {described['device']}, {dtype}, matmul {rate / 1e12:.3g} TFLOP/s", rows)
     for what, why in left_out.items():
         print(f"left out: {what}: {why}")
-    target = folder(options.out, device)
-    write_json(target / "affinity_kernel.json", described, rows, matmul_tflops=rate / 1e12, left_out=left_out)
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["ms"] is not None:
-            groups.setdefault(f"{row['size']}\n{row['pass']}", {})[row["backend"]] = row["ms"]
-    plot_bars(target / "affinity_kernel.png", f"Pixel correlation, {described['device']}", "ms", groups)
+        if row["call ms"] is not None:
+            groups.setdefault(f"{row['size']}\n{row['pass']}", {})[row["backend"]] = row[kernel_time(row)]
+    unit = "ms of a call" if device.type == "cpu" else "ms of the device, of a call where it cannot be captured"
+    plot_bars(target / "affinity_kernel.png", f"Pixel correlation, {described['device']}", unit, groups)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from data_pipeline import generate
 from PIL import Image
 from timing import arguments, folder, machine, peak_extra_bytes, plot_bars, print_table, write_json
 from torch.nn import functional as F
-from train_step import keep_alive, step_seconds
+from train_step import keep_alive, step_times
 
 from cpn_fast.cam import summed_cams
 from cpn_fast.config import Cam, Model
@@ -137,7 +137,7 @@ def main() -> None:
             ways["ours, bf16, batches of 16"] = functools.partial(ours, net, samples, device, larger, bf16=True)
         rows: list[dict[str, Any]] = []
         for way, run in ways.items():
-            seconds = step_seconds(run, device)[0]
+            seconds = step_times(run, device).median
             row = {"way": way, "images/s": count / seconds, "peak MiB": peak_extra_bytes(run, device) / 2**20}
             rows.append(row | {"times faster": row["images/s"] / (rows or [row])[0]["images/s"]})
 

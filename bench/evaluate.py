@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from timing import arguments, folder, machine, median_seconds, print_table, write_json
+from timing import arguments, call_times, folder, machine, print_table, write_json
 
 from cpn_fast.evaluate import Scores, ThresholdSweep, confusion
 from cpn_fast.masks import IGNORE
@@ -96,7 +96,7 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     for way, run in ways.items():
-        median, low, high = (1e3 * seconds / IMAGES for seconds in median_seconds(run, device, budget=40))
+        median, low, high = (1e3 * seconds / IMAGES for seconds in call_times(run, device, budget=40)[:3])
         row = {"way": way, "ms per image": median, "p20": low, "p80": high}
         rows.append(row | {"times faster than released": (rows or [row])[0]["ms per image"] / median})
     print_table(f"Scoring {IMAGES} seeds of {WIDTH} x {HEIGHT}: all counts are equal", rows)

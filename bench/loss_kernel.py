@@ -13,7 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import arguments, folder, machine, median_seconds, peak_extra_bytes, plot_bars, print_table, write_json
+from timing import (
+    arguments,
+    folder,
+    kernel_columns,
+    kernel_time,
+    machine,
+    peak_extra_bytes,
+    plot_bars,
+    print_table,
+    write_json,
+)
 from torch import Tensor
 
 from cpn_fast.kernels import background_suppression, complementary_losses
@@ -70,7 +80,9 @@ def main() -> None:
             ("2 x 56 -> 448", list(VOC[:2]), 56, 448),
         ]
         left_out = {"triton": "needs a GPU", "compiled eager, batch 12": "take more than a few minutes on a CPU"}
+    described, target = machine(device), folder(options.out, device)
     rows: list[dict[str, Any]] = []
+    save = functools.partial(write_json, target / "loss_kernel.json", described, rows, left_out=left_out)
     for title, counts, side, size in cases:
         tensors = data(counts, side, device)
         reference = functools.partial(loss, size=size, backend="eager")
@@ -84,30 +96,27 @@ def main() -> None:
             call: Callable[[], object] = functools.partial(step, run, tensors)
             if not backward:
                 call = functools.partial(run, *(tensor.detach() for tensor in tensors))
-            median, low, high = median_seconds(call, device, budget=8 if backward else 4)
+            times = kernel_columns(call, device, budget=1 if device.type == "cuda" else 6)
             of_loss, of_gradient = errors(step(run, small), exact)
             rows.append(
                 {
                     "case": title,
                     "pass": "forward + backward" if backward else "forward",
                     "backend": name,
-                    "ms": median * 1e3,
-                    "ms p20": low * 1e3,
-                    "ms p80": high * 1e3,
+                    **times,
                     "extra MiB": peak_extra_bytes(call, device) / 2**20,
                     "loss error": of_loss,
                     "gradient error": of_gradient,
                 }
             )
-    described = machine(device)
+            save(finished=False)
+    save()
     print_table(f"losses, {described['device']}", rows)
     for what, why in left_out.items():
         print(f"left out: {what}: {why}")
-    target = folder(options.out, device)
-    write_json(target / "loss_kernel.json", described, rows, left_out=left_out)
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
-        groups.setdefault(f"{row['case']}\n{row['pass']}", {})[row["backend"]] = row["ms"]
+        groups.setdefault(f"{row['case']}\n{row['pass']}", {})[row["backend"]] = row[kernel_time(row)]
     plot_bars(target / "loss_kernel.png", f"Losses, {described['device']}", "ms", groups)
 
 

@@ -16,7 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import arguments, folder, machine, median_seconds, peak_extra_bytes, plot_bars, print_table, write_json
+from timing import (
+    arguments,
+    folder,
+    kernel_columns,
+    kernel_time,
+    machine,
+    peak_extra_bytes,
+    plot_bars,
+    print_table,
+    write_json,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,15 +79,16 @@ def main() -> None:
             raise SystemExit(f"{size}, logt {logt}: the walks differ by {difference}")
         group: list[dict[str, Any]] = []
         for way, run in ways.items():
-            median, low, high = (1e3 * seconds for seconds in median_seconds(run, device, budget=20))
-            row: dict[str, Any] = {"cells": "x".join(map(str, size)), "steps": 2**logt, "way": way, "ms": median}
-            group.append(row | {"p20": low, "p80": high, "extra MB": peak_extra_bytes(run, device) / 1e6})
+            row: dict[str, Any] = {"cells": "x".join(map(str, size)), "steps": 2**logt, "way": way}
+            row |= kernel_columns(run, device, budget=2 if device.type == "cuda" else 20)
+            group.append(row | {"extra MB": peak_extra_bytes(run, device) / 1e6})
+        time = kernel_time(*group)
         for row in group:
-            row["times faster"] = group[0]["ms"] / row["ms"]
+            row["times faster"] = group[0][time] / row[time]
             row["times less memory"] = group[0]["extra MB"] / row["extra MB"]
             row["largest difference"] = difference
         rows += group
-        bars[f"{size[0]} x {size[1]}, {2**logt} steps"] = {row["way"]: row["ms"] for row in group}
+        bars[f"{size[0]} x {size[1]}, {2**logt} steps"] = {row["way"]: row[time] for row in group}
     print_table("Random walk of one image", rows)
     place = folder(options.out, device)
     write_json(place / "random_walk.json", machine(device), rows)

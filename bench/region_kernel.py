@@ -12,7 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import arguments, folder, machine, median_seconds, peak_extra_bytes, plot_bars, print_table, write_json
+from timing import (
+    arguments,
+    folder,
+    kernel_columns,
+    kernel_time,
+    machine,
+    peak_extra_bytes,
+    plot_bars,
+    print_table,
+    write_json,
+)
 from torch import Tensor
 
 from cpn_fast.kernels import region_correlation, region_pooling
@@ -51,7 +61,10 @@ def main() -> None:
     device = options.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = ["eager", "compiled eager", "tiled"] + ["triton"] * (device.type == "cuda")
+    left_out = {} if device.type == "cuda" else {"triton": "needs a GPU"}
+    described, target = machine(device), folder(options.out, device)
     rows: list[dict[str, Any]] = []
+    save = functools.partial(write_json, target / "region_kernel.json", described, rows, left_out=left_out)
     for batch, height, width in SIZES[device.type]:
         for op, shapes in (
             (pooling, ((batch, CLASSES, height, width), (batch, FEATURES, height, width))),
@@ -75,31 +88,27 @@ def main() -> None:
                 if not backward:
                     constants = [leaf.detach() for leaf in leaves]
                     call = functools.partial(forward, run, constants)
-                median, low, high = median_seconds(call, device, budget=3)
+                times = kernel_columns(call, device, budget=1 if device.type == "cuda" else 3)
                 rows.append(
                     {
                         "size": f"{batch} x {height} x {width}",
                         "op": op.__name__,
                         "pass": "forward + backward" if backward else "forward",
                         "backend": name,
-                        "ms": median * 1e3,
-                        "ms p20": low * 1e3,
-                        "ms p80": high * 1e3,
+                        **times,
                         "extra MiB": peak_extra_bytes(call, device) / 2**20,
-                        "GB/s": (2 if backward else 1) * moved / median / 1e9,
+                        "GB/s": (2 if backward else 1) * moved / times[kernel_time(times)] / 1e6,
                         "error": worst_error(call(), exact if backward else exact[:1]),
                     }
                 )
-    described = machine(device)
-    left_out = {} if device.type == "cuda" else {"triton": "needs a GPU"}
+                save(finished=False)
+    save()
     print_table(f"region ops, {described['device']}, {dtype}", rows)
     for what, why in left_out.items():
         print(f"left out: {what}: {why}")
-    target = folder(options.out, device)
-    write_json(target / "region_kernel.json", described, rows, left_out=left_out)
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
-        groups.setdefault(f"{row['op']}, {row['size']}\n{row['pass']}", {})[row["backend"]] = row["ms"]
+        groups.setdefault(f"{row['op']}, {row['size']}\n{row['pass']}", {})[row["backend"]] = row[kernel_time(row)]
     plot_bars(target / "region_kernel.png", f"Region ops, {described['device']}", "ms", groups)
 
 

@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timing import RESULTS, arguments, folder
+from timing import RESULTS, ROOT, arguments, folder
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench/run_all.py writes from here -->\n", "<!-- to here -->\n"
 
@@ -33,32 +32,41 @@ BEGIN, END = "<!-- bench/run_all.py writes from here -->\n", "<!-- to here -->\n
 class Bench(NamedTuple):
     limit: int
     """Seconds on a GPU."""
-    value: str
-    """Column of the JSON's rows that is compared: a time, or a rate if its name ends in /s."""
+    value: tuple[str, ...]
+    """Columns that are compared, the first that ours and a peer have: times, or rates if they end in /s."""
     way: str
     """Column that names what a row measured."""
     ours: tuple[str, ...]
-    """Of these, the first that was measured."""
+    """Of these, the first that was measured; the last row if there are none."""
     peers: tuple[str, ...]
     """Of these, the fastest."""
     each: tuple[str, ...] = ()
     """Columns that must agree for rows to be compared."""
+    what: str = ""
+    """What is compared where no column says it."""
 
 
+KERNEL = ("device ms", "call ms")
+UNITS = {"device ms": "ms of the device", "call ms": "ms of a call"}
 COMPILED = ("eager", "compiled eager", "flex attention")
 BENCHES = {
-    "affinity_kernel": Bench(70, "ms", "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
-    "region_kernel": Bench(30, "ms", "backend", ("triton",), COMPILED, ("op", "size", "pass")),
-    "loss_kernel": Bench(60, "ms", "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
-    "superpixels": Bench(50, "total ms", "way", ("ours, cached",), ("released",), ("images",)),
-    "data_pipeline": Bench(60, "images/s", "way", ("ours",), ("pillow",), ("what",)),
-    "train_step": Bench(140, "images/s", "step", (), ("as released",)),
-    "cam_inference": Bench(60, "images/s", "way", (), ("as released",)),
-    "scaling": Bench(50, "images/s", "way", (), ("1 process",)),
+    "affinity_kernel": Bench(70, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
+    "region_kernel": Bench(30, KERNEL, "backend", ("triton",), COMPILED, ("op", "size", "pass")),
+    "loss_kernel": Bench(60, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
+    "superpixels": Bench(50, ("total ms",), "way", ("ours, cached",), ("released",), ("images",)),
+    "data_pipeline": Bench(60, ("images/s",), "way", ("ours",), ("pillow",), ("what",)),
+    "train_step": Bench(140, ("images/s",), "step", (), ("as released",), what="CPN's step"),
+    "cam_inference": Bench(60, ("images/s",), "way", (), ("as released",), what="CAM seeds, four scales with flips"),
+    "scaling": Bench(50, ("images/s",), "way", (), ("1 process",), what="training with several processes"),
     "evaluate": Bench(
-        40, "ms per image", "way", ("ours, 40 thresholds",), ("released, 40 thresholds", "40 passes, 40 thresholds")
+        40,
+        ("ms per image",),
+        "way",
+        ("ours, 40 thresholds",),
+        ("released, 40 thresholds", "40 passes, 40 thresholds"),
+        what="scoring seeds at 40 thresholds",
     ),
-    "random_walk": Bench(40, "ms", "way", ("ours",), ("released",), ("cells", "steps")),
+    "random_walk": Bench(40, KERNEL, "way", ("ours",), ("released",), ("cells", "steps")),
 }
 
 
@@ -71,38 +79,49 @@ def rows_of(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def compared(name: str, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], float]]:
-    """What was measured, our row, the peer's, and how many times faster ours is."""
+class Comparison(NamedTuple):
+    what: str
+    column: str
+    own: dict[str, Any]
+    peer: dict[str, Any]
+    ratio: float
+    """Times faster."""
+
+
+def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
+    """Our row beside the fastest peer's, for each thing measured."""
     bench = BENCHES[name]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows_of(name, result):
-        groups.setdefault(", ".join(str(row[key]) for key in bench.each), []).append(row)
-    rate = bench.value.endswith("/s")
+        groups.setdefault(", ".join(str(row[key]) for key in bench.each) or bench.what, []).append(row)
     for what, rows in groups.items():
-        by_way = {row[bench.way]: row for row in rows}
-        own = next((by_way[way] for way in bench.ours or reversed(by_way) if way in by_way), None)
-        peers = [by_way[way] for way in bench.peers if way in by_way]
-        if own is None or not peers or own in peers:
-            continue
-        peer = (max if rate else min)(peers, key=lambda row: row[bench.value])
-        ratio = own[bench.value] / peer[bench.value]
-        yield what, own, peer, ratio if rate else 1 / ratio
+        for column in bench.value:
+            by_way = {row[bench.way]: row for row in rows if row.get(column) is not None}
+            own = next((by_way[way] for way in bench.ours or reversed(by_way) if way in by_way), None)
+            peers = [by_way[way] for way in bench.peers if way in by_way]
+            if own is None or not peers or own in peers:
+                continue
+            rate = column.endswith("/s")
+            peer = (max if rate else min)(peers, key=lambda row: row[column])
+            ratio = own[column] / peer[column]
+            yield Comparison(what, column, own, peer, ratio if rate else 1 / ratio)
+            break
 
 
 def table(place: Path) -> str:
     """Markdown of all results in a folder: a line for each comparison."""
-    lines, machines = [], {}
+    lines = []
     for name, bench in BENCHES.items():
         path = place / f"{name}.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        machines[result["machine"]["device"]] = None
-        for what, own, peer, ratio in compared(name, result):
-            ours, theirs = (f"{row[bench.way]}: {number(row[bench.value])}" for row in (own, peer))
-            lines.append(f"| `{name}` | {what} | {bench.value} | {ours} | {theirs} | {ratio:.3g} |")
-    head = ["| `bench/` | What | Unit | Ours | Peer | Times faster |", "|---|---|---|---|---|---|"]
-    return "\n".join([f"**{', '.join(machines)}**", "", *head, *lines]) + "\n"
+        for what, column, own, peer, ratio in compared(name, result):
+            ours, theirs = (f"{row[bench.way]}: {number(row[column])}" for row in (own, peer))
+            unit, device = UNITS.get(column, column), result["machine"]["device"]
+            lines.append(f"| `{name}` | {what} | {device} | {unit} | {ours} | {theirs} | {ratio:.3g} |")
+    head = ["| `bench/` | What | Machine | Unit | Ours | Peer | Times faster |", "|---|---|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + "\n"
 
 
 def number(value: float) -> str:
@@ -123,7 +142,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def run(script: Path, given: list[str], limit: float, environment: dict[str, str]) -> Outcome:
+def run(script: Path, given: list[str], limit: float) -> Outcome:
     """Run a bench for at most ``limit`` seconds; its standard output shows as it comes."""
     begin = time.perf_counter()
 
@@ -134,7 +153,6 @@ def run(script: Path, given: list[str], limit: float, environment: dict[str, str
         process = subprocess.Popen(
             [sys.executable, str(script), *given],
             stderr=errors,
-            env=environment,
             start_new_session=True,
         )
         try:
@@ -163,13 +181,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def link_package(place: Path) -> None:
-    """This tree as it would be installed."""
-    (place / "cpn_fast").mkdir()
-    for part in [*(ROOT / "cpn_fast").iterdir(), *(ROOT / name for name in ("kernels", "pipelines", "configs"))]:
-        (place / "cpn_fast" / part.name).symlink_to(part)
-
-
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"of: {', '.join(BENCHES)}")
@@ -182,14 +193,11 @@ def main() -> int:
     times = 1 if options.device.type == "cuda" else 4
     given = ["--device", str(options.device), "--out", str(place)]
     outcomes: dict[str, Outcome] = {}
-    with tempfile.TemporaryDirectory() as package:
-        link_package(Path(package))
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        for name in [] if options.table else options.scripts or BENCHES:
-            print(f"== {name}, at most {times * BENCHES[name].limit} s", flush=True)
-            script = Path(__file__).with_name(f"{name}.py")
-            outcomes[name] = run(script, given, times * BENCHES[name].limit, os.environ | {"PYTHONPATH": path})
-            print(f"{name}: {outcomes[name].word} {outcomes[name].why}", flush=True)
+    for name in [] if options.table else options.scripts or BENCHES:
+        print(f"== {name}, at most {times * BENCHES[name].limit} s", flush=True)
+        script = Path(__file__).with_name(f"{name}.py")
+        outcomes[name] = run(script, given, times * BENCHES[name].limit)
+        print(f"{name}: {outcomes[name].word} {outcomes[name].why}", flush=True)
 
     (place / "table.md").write_text(table(place))
     if options.out is None:

@@ -18,7 +18,6 @@ images; on a CPU MobileNetV2 at 225 px. The last row's profile is written beside
 from __future__ import annotations
 
 import functools
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +29,17 @@ from unittest import mock
 import numpy as np
 import torch
 from timing import (
+    Times,
     arguments,
+    call_times,
     folder,
     machine,
     matmul_rate,
-    median_seconds,
     peak_extra_bytes,
     plot_bars,
     print_table,
+    repeated,
+    warm_up,
     write_json,
 )
 from torch import Tensor, nn
@@ -319,17 +321,18 @@ def backward_flops(gradient: list[int], images: list[int], weight: list[int], *o
     return (of_images + of_weight) * conv_flop_count(images, weight, gradient)
 
 
-def step_seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float, float]:
-    """Median, lowest and highest on a CPU, or 20th and 80th percentile on a GPU, within about 10 s."""
+def step_times(run: Callable[[], object], device: torch.device) -> Times:
+    """Of calls after the warm-up: wall clock on a GPU, busy seconds on a CPU, within about 10 s."""
     if device.type == "cuda":
-        return median_seconds(run, device, budget=10)
-    run()
-    seconds: list[float] = []
-    while sum(seconds) < 10 and len(seconds) < 20:
+        return call_times(run, device, budget=10, flush=False)  # a step moves far more than L2 holds
+    warm_up(run, device)
+
+    def once() -> float:
         begin = time.process_time()
         run()
-        seconds.append(time.process_time() - begin)
-    return statistics.median(seconds), min(seconds), max(seconds)
+        return time.process_time() - begin
+
+    return repeated(once, device, 20, 10)
 
 
 def multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -337,7 +340,7 @@ def multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         return matmul_rate(device, dtype)
     a, b = (torch.randn(1536, 1536).to(dtype) for _ in range(2))
-    return 2 * 1536**3 / step_seconds(lambda: a @ b, device)[0]
+    return 2 * 1536**3 / step_times(lambda: a @ b, device).median
 
 
 def profiled(step: Step, device: torch.device) -> str:
@@ -375,7 +378,7 @@ def main() -> int:
         what = WORDS.get(name, f"+ {count} images a step" if rows and count > batch else name)
         try:
             step = Step(ways, own, backbone)
-            median, low, high = step_seconds(step, device)
+            times = step_times(step, device)
             memory = peak_extra_bytes(step, device)
             text = profiled(step, device) if name == [*cases][-1] else text
         except RuntimeError as error:  # such as out of memory: the rows below may still fit
@@ -385,13 +388,14 @@ def main() -> int:
             torch.compiler.reset()
         row = {
             "step": what,
-            "ms": 1e3 * median,
-            "ms low": 1e3 * low,
-            "ms high": 1e3 * high,
-            "images/s": count / median,
+            "ms": 1e3 * times.median,
+            "ms p20": 1e3 * times.low,
+            "ms p80": 1e3 * times.high,
+            "repeats": times.repeats,
+            "images/s": count / times.median,
             "peak MiB": memory / 2**20,
-            "TFLOP/s": flops * count / median / 1e12,
-            "MFU": flops * count / median / peak,
+            "TFLOP/s": flops * count / times.median / 1e12,
+            "MFU": flops * count / times.median / peak,
         }
         rows.append(row | {"times faster": row["images/s"] / (rows or [row])[0]["images/s"]})
     described = machine(device)

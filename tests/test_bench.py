@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_a_bench_ends_in_one_of_four_ways(script: str, word: str, why: str, tmp_
 
     path = tmp_path / "script.py"
     path.write_text(script)
-    outcome = run_all.run(path, [], 1 if word == "out of time" else 60, dict(os.environ))
+    outcome = run_all.run(path, [], 1 if word == "out of time" else 60)
     assert outcome.word == word
     assert why in outcome.why
 
@@ -47,14 +49,75 @@ def test_ours_is_compared_with_the_fastest_peer() -> None:
     import run_all
 
     def row(backend: str, ms: float, size: str = "a") -> dict:
-        return {"size": size, "pass": "forward", "backend": backend, "ms": ms}
+        return {"size": size, "pass": "forward", "backend": backend, "call ms": ms}
 
     rows = [row("eager", 9), row("compiled eager", 6), row("tiled", 3), row("triton", 2), row("eager", 8, "b")]
-    ((what, own, peer, ratio),) = run_all.compared("affinity_kernel", {"rows": rows})  # "b" has none of ours
-    assert (what, own["backend"], peer["backend"], ratio) == ("a, forward", "triton", "compiled eager", 3)
+    ((what, column, own, peer, ratio),) = run_all.compared("affinity_kernel", {"rows": rows})  # "b" has none of ours
+    assert (what, column, own["backend"], peer["backend"], ratio) == (
+        "a, forward",
+        "call ms",
+        "triton",
+        "compiled eager",
+        3,
+    )
     steps = [{"step": "as released", "images/s": 2}, {"step": "+ a", "images/s": 3}, {"step": "+ b", "images/s": 8}]
-    ((_, own, peer, ratio),) = run_all.compared("train_step", {"rows": steps})
-    assert (own["step"], peer["step"], ratio) == ("+ b", "as released", 4)
+    ((what, _, own, peer, ratio),) = run_all.compared("train_step", {"rows": steps})
+    assert (what, own["step"], peer["step"], ratio) == ("CPN's step", "+ b", "as released", 4)
+
+
+def test_kernels_are_compared_by_the_device_where_it_was_timed() -> None:
+    import run_all
+
+    def row(backend: str, call: float, device: float | None) -> dict:
+        return {"size": "a", "pass": "forward", "backend": backend, "call ms": call, "device ms": device}
+
+    rows = [row("eager", 1, None), row("compiled eager", 2, 1.5), row("triton", 3, 0.5)]  # eager was not captured
+    ((_, column, own, peer, ratio),) = run_all.compared("affinity_kernel", {"rows": rows})
+    assert (column, own["backend"], peer["backend"], ratio) == ("device ms", "triton", "compiled eager", 3)
+
+
+def test_calls_that_warm_up_are_not_timed() -> None:
+    import timing
+
+    seconds = iter([9.0, 1.0, 2.0, 3.0, 100.0])
+    clock = mock.Mock(return_value=0.0)
+
+    def run() -> None:
+        clock.return_value += next(seconds)
+
+    with mock.patch.object(timing.time, "perf_counter", clock):
+        times = timing.call_times(run, torch.device("cpu"), budget=5.0)
+    assert times.repeats == 3  # the compiling call is outside; three fill the budget
+    assert (times.low, times.median, times.high) == pytest.approx((1.4, 2.0, 2.6))
+
+
+def test_a_result_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    import timing
+
+    path = tmp_path / "x.json"
+    timing.write_json(path, {"device": "a CPU"}, [{"ms": 1.0}], finished=False)
+    assert json.loads(path.read_text())["finished"] is False
+    with pytest.raises(TypeError):
+        timing.write_json(path, {"device": "a CPU"}, [{"ms": object()}])
+    assert json.loads(path.read_text())["rows"] == [{"ms": 1.0}]
+
+
+def test_benches_and_commands_run_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    for part in ("bench", "cpn_fast", "kernels", "pipelines", "configs"):
+        shutil.copytree(BENCH.parent / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    libraries = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    environment = os.environ | {"PYTHONPATH": libraries}
+    where = "import cpn_fast.kernels, cpn_fast.pipelines; print(cpn_fast.__path__[0], cpn_fast.kernels.__path__[0])"
+    (tmp_path / "bench" / "where.py").write_text(f"import timing\nimport subprocess, sys\nchild = {where!r}\n"
+        "subprocess.run([sys.executable, '-S', '-c', child], check=True, cwd='/')\nexec(child)\n")  # fmt: skip
+
+    def printed(*command: str) -> list[str]:
+        # -S: without site, and so without what installs a checkout
+        given = [sys.executable, "-S", *command]
+        return subprocess.run(given, check=True, cwd=tmp_path, env=environment, stdout=-1, text=True).stdout.split()
+
+    assert printed("bench/where.py") == 2 * [str(tmp_path / "cpn_fast"), str(tmp_path / "kernels")]
+    assert "train" in printed("-m", "cpn_fast", "--help")
 
 
 def test_readme_shows_the_stored_results() -> None:
@@ -91,12 +154,13 @@ def test_a_convolution_costs_as_much_again_for_each_of_its_gradients(groups) -> 
     assert counted(images.requires_grad_()) == 3 * forward
 
 
-def test_a_training_step_is_measured_where_dali_is_missing(tmp_path: Path) -> None:
+def test_a_training_step_is_measured_where_dali_is_missing(tmp_path: Path, monkeypatch) -> None:
     import run_all
 
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     path = tmp_path / "script.py"
     path.write_text("import sys; sys.modules['nvidia.dali'] = None; import train_step")
-    outcome = run_all.run(path, [], 60, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    outcome = run_all.run(path, [], 60)
     assert outcome.word == "done", outcome.why
 
 

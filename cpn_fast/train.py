@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -32,7 +33,8 @@ from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS, Network
-from cpn_fast.pipelines.shards import training_list
+from cpn_fast.models.timm_backbone import TimmBackbone, pretrained_by_timm
+from cpn_fast.pipelines.shards import Shards, training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.progress import Progress
@@ -88,6 +90,9 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         fresh = start_from(network, config.model.weights)
         if rank.first:
             print(f"Starting from {config.model.weights}" + (f" with new layers {', '.join(fresh)}" if fresh else ""))
+    shown = _first_images(samples, shards)
+    if state is None:
+        measure_features(network, shown, config.augment.crop)
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     online = None
     if method.map != "superpixels":
@@ -139,13 +144,8 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     data = meter.timed(pipeline)
     gallery = None
     if rank.first and isinstance(network, Network):
-        first = samples[:COUNT]
-        contents = (
-            [None] * len(first) if shards is None else [content for content, *_ in shards.read(range(len(first)))]
-        )
-        images = [read_image(sample.image, content) for sample, content in zip(first, contents, strict=True)]
-        labels = [sample.label for sample in first if sample.label is not None]
-        gallery = Gallery(list(zip(images, labels, strict=True)), config, network)
+        labels = [sample.label for sample in samples[:COUNT] if sample.label is not None]
+        gallery = Gallery(list(zip(shown, labels, strict=True)), config, network)
 
     with meter, signals.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):
@@ -185,6 +185,13 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     return final
 
 
+def _first_images(samples: Sequence[Sample], shards: Shards | None) -> list[np.ndarray]:
+    """The pictures of the gallery, uint8 RGB (H, W, 3)."""
+    first = samples[:COUNT]
+    contents = [None] * len(first) if shards is None else [content for content, *_ in shards.read(range(len(first)))]
+    return [read_image(sample.image, content) for sample, content in zip(first, contents, strict=True)]
+
+
 def choose_deterministic_algorithms() -> None:
     """In this process from now on: torch's own, cuDNN's and cuBLAS's."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
@@ -195,23 +202,37 @@ def choose_deterministic_algorithms() -> None:
 def start_from(network: Headed, path: Path) -> list[str]:
     """Load pretrained weights: the backbone's must fit, of heads those are taken that do.
 
-    The file may be of a backbone, of a classifier, or of any of our networks, with other classes too. Returns the heads
-    that stay random. Raises UserError as ``load_into`` does.
+    The file may be of a backbone, of a classifier, or of any of our networks, with other classes too; ``timm`` stands
+    for timm's own. Returns the heads that stay random. Raises UserError as ``load_into`` does.
     """
-    own = network.state_dict()
+    own, backbone = network.state_dict(), network.backbone
 
     def fits(key: str, tensor: Tensor) -> bool:
         return key.split(".")[0] not in HEADS or (key in own and own[key].shape == tensor.shape)
 
-    tensors = {key: tensor for key, tensor in to_network_keys(read_weights(path)).items() if fits(key, tensor)}
+    if isinstance(backbone, TimmBackbone) and path == Path("timm"):
+        content = pretrained_by_timm(backbone.name)
+    else:
+        content = read_weights(path)
+    tensors = {k: tensor for k, tensor in to_network_keys(backbone.pretrained(content)).items() if fits(k, tensor)}
     loaded = load_into(
         network,
         tensors,
         source=path,
-        allow_missing=[f"{head}.*" for head in HEADS],
-        allow_unexpected=[f"backbone.{pattern}" for pattern in network.backbone.classifier],
+        allow_missing=[*(f"{head}.*" for head in HEADS), "backbone.inner"],
+        allow_unexpected=[f"backbone.{pattern}" for pattern in backbone.classifier],
     )
-    return list(dict.fromkeys(key.split(".")[0] for key in loaded.missing))
+    return [name for name in dict.fromkeys(key.split(".")[0] for key in loaded.missing) if name in HEADS]
+
+
+def measure_features(network: Headed, images: Sequence[np.ndarray], side: int) -> None:
+    """Bring the inner features of a timm backbone to the size of ``images``, uint8 RGB, unless that was done before."""
+    backbone = network.backbone
+    if not isinstance(backbone, TimmBackbone) or backbone.measured:
+        return
+    squares = np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images])
+    normalised = (torch.from_numpy(squares) - torch.tensor(network.mean)) / torch.tensor(network.std)
+    backbone.measure(normalised.permute(0, 3, 1, 2))
 
 
 def keyed_seed(*key: int) -> int:

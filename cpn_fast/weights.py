@@ -7,6 +7,7 @@ backbone as a submodule, ``backbone.conv1a.weight``; ``to_network_keys`` and ``t
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import re
 import struct
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpn_fast.config import Model
+from cpn_fast.config import BACKBONES, PACKAGE, Model
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.models import build_backbone
@@ -37,9 +38,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     A .pth or .pt file is a state dict, bare or under ``state_dict`` or ``model`` (training checkpoints); prefixes
     that data parallelism and compilation add are removed. A .params file is ResNet38's; its ImageNet classifier is
-    left out. Nothing in a file is executed. Raises UserError for a missing, damaged or foreign file.
+    left out. ``package:NAME`` stands for the one weight file in an installed Python package. Nothing in a file is
+    executed. Raises UserError for a missing, damaged or foreign file.
     """
-    return _read(path).tensors
+    return _read(in_package(path)).tensors
+
+
+def in_package(path: Path) -> Path:
+    """The weight file that ``package:NAME`` stands for; any other path as it is.
+
+    NAME is the package's on the index or the module's. Raises UserError if it is not installed or has no such file, or
+    several.
+    """
+    if not str(path).startswith(PACKAGE):
+        return path
+    name = str(path).removeprefix(PACKAGE)
+    try:
+        spec = importlib.util.find_spec(name.replace("-", "_"))
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: no package {name} is installed; `pip install {name}` brings it if it has that name")
+    files = [file for root in spec.submodule_search_locations for file in Path(root).rglob("*")]
+    found = sorted(file for file in files if file.suffix in (".safetensors", ".pth", ".pt"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise UserError(f"{path}: expected one file of weights in that package, found {names}; name the file itself")
+    return found[0]
 
 
 def to_network_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -158,11 +183,11 @@ def convert(source: Path, destination: Path) -> Conversion:
 
 
 def _check_backbone(source: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Compare with the backbone that has most of the names."""
+    """Compare with the backbone that has most of the names; a run's of timm carries its own under ``timm``."""
+    if any(key.startswith("timm.") for key in tensors):
+        return
     with torch.device("meta"):
-        backbones = [
-            build_backbone(Model(backbone=name)) for name in get_args(Model.model_fields["backbone"].annotation)
-        ]
+        backbones = [build_backbone(Model(backbone=name)) for name in BACKBONES]
     nearest = max(backbones, key=lambda backbone: len(backbone.state_dict().keys() & tensors.keys()))
     heads = [f"{head}.*" for head in HEADS]
     _compared(nearest.state_dict(), tensors, source, [], [*heads, *nearest.classifier])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from cpn_fast.config import Model
+from cpn_fast.config import TIMM, Model
 from cpn_fast.models.backbone import Backbone, Features
 from cpn_fast.models.mobilenet_v2 import MobileNetV2
 from cpn_fast.models.narrow import Narrow
 from cpn_fast.models.resnet38d import ResNet38d
+from cpn_fast.models.timm_backbone import TimmBackbone
 
 __all__ = ["Backbone", "Features", "build_backbone"]
 
 
 def build_backbone(options: Model) -> Backbone:
-    """The backbone that a config asks for, with random weights."""
+    """The backbone that a config asks for, with random weights. Raises UserError for what timm cannot build."""
+    if options.backbone.startswith(TIMM):
+        return TimmBackbone(options.backbone.removeprefix(TIMM), options.stride)
     if options.backbone == "resnet38d":
         return ResNet38d()
     if options.backbone == "mobilenet_v2":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,10 @@ class Backbone(nn.Module):
     def fit(self, size: int) -> int:
         """The input side nearest to ``size`` (pixels) that the backbone is made for."""
         return size
+
+    def pretrained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a file of pretrained weights under the backbone's own names."""
+        return dict(tensors)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -1,0 +1,175 @@
+"""Any convolutional model of timm as a backbone (``model.backbone: timm:NAME``), with timm's own names of weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cpn_fast.config import TIMM
+from cpn_fast.errors import UserError
+from cpn_fast.models.backbone import Backbone, Features
+
+INSTALL = "pip install timm torchvision"
+
+
+class TimmBackbone(Backbone):
+    """The last three stages of a timm model, the last one with what follows it up to the pooling.
+
+    ``stride`` is 8 or 16: timm dilates the stages behind it. What comes before output stride 4 stays frozen, as do all
+    batch normalisations. The weights of timm's model ``NAME`` are ``timm.*`` here.
+
+    Raises UserError without timm, for an unknown name, and for a model that has no such stride or no feature maps.
+    """
+
+    name: str
+    """timm's name of the model."""
+    inner: Tensor
+    """float32 (2,): factors that bring low and middle to the image's size (``measure``); saved with the weights."""
+
+    def __init__(self, name: str, stride: int) -> None:
+        super().__init__()
+        self.name, self.timm = name, _create(name, stride)
+        self.whole = hasattr(self.timm, "forward_features")
+        stages = self.timm.feature_info if self.whole else self.timm.feature_info.get_dicts()
+        low, middle, last = (stage["num_chs"] for stage in stages[-3:])
+        self.channels = (low, middle, self.timm.num_features if self.whole else last)
+        settings = self.timm.pretrained_cfg
+        self.mean, self.std = (tuple(255.0 * value for value in settings[key]) for key in ("mean", "std"))
+        self.classifier = tuple(f"timm.{layer}.*" for layer in _classifiers(settings))
+        self.frozen = tuple(f"timm.{leaf}" for leaf in _leaves_to_stride(self.timm, stages, 4))
+        self.register_buffer("inner", torch.ones(2))
+        self.train()
+
+    def forward(self, images: Tensor) -> Features:
+        low, middle, last = self._maps(images)
+        # At output stride 16 the low features are larger than the others.
+        low, middle = (F.interpolate(x, last.shape[2:], mode="bilinear", align_corners=True) for x in (low, middle))
+        scale = self.inner.to(low.dtype)
+        return Features(scale[0] * low, scale[1] * middle, last)
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if getattr(self.timm, "grad_checkpointing", False) != self.recomputes:
+            self.timm.set_grad_checkpointing(self.recomputes)
+        if not self.whole:
+            low, middle, last = self.timm(images)[-3:]
+            return low, middle, last
+        last, (low, middle) = self.timm.forward_intermediates(images, indices=[-3, -2])
+        return low, middle, last
+
+    def pretrained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if any(key.startswith("timm.") for key in tensors):  # of a run of ours
+            return dict(tensors)
+        if "_conv_stem.weight" in tensors:
+            tensors = _from_efficientnet_pytorch(tensors)
+        return {f"timm.{key}": tensor for key, tensor in tensors.items()}
+
+    @property
+    def measured(self) -> bool:
+        return bool((self.inner != 1).any())
+
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> None:
+        """Set ``inner`` so that low and middle are as large as ``images``, normalised (N, 3, H, W), by the rms."""
+        low, middle, _ = self._maps(images)
+        size = images.square().mean().sqrt()
+        self.inner.copy_(torch.stack([size / x.float().square().mean().sqrt().clamp(min=1e-12) for x in (low, middle)]))
+
+
+def pretrained_by_timm(name: str) -> dict[str, Tensor]:
+    """The weights that timm itself has for a model; it downloads them once. Raises UserError where it cannot."""
+    timm = _imported()
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except Exception as error:  # no network, no such weights, a broken cache: timm and its hub raise many types
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"model.weights: timm has no weights of {name} to give ({type(error).__name__}: {reason}). Name a file of "
+            "them, or fetch them where there is a network"
+        ) from None
+
+
+def _create(name: str, stride: int) -> Any:
+    timm = _imported()
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0].rstrip('0123456789')}*")[:8])
+        raise UserError(
+            f"model.backbone: timm {timm.__version__} has no model {name!r}; found near it: {near or 'none'}"
+        )
+    options = {"output_stride": stride}
+    try:
+        try:
+            model = timm.create_model(name, num_classes=0, global_pool="", **options)
+        except TypeError:  # some families, as MobileNetV3, take a stride only without their last layers
+            model = timm.create_model(name, features_only=True, **options)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"model.backbone: timm cannot build {name} at model.stride {stride} ({type(error).__name__}: {error}). "
+            "Convolutional models such as resnet50, regnety_016, convnext_tiny or tf_efficientnet_lite2 can be built"
+        ) from None
+    if len(model.feature_info) < 3:
+        raise UserError(f"model.backbone: timm's {name} has fewer than three feature maps; choose another model")
+    return model
+
+
+def _imported() -> Any:
+    try:
+        import timm
+    except Exception as error:  # its torchvision may not fit the torch that is installed, and raises anything then
+        raise UserError(f"model.backbone: {TIMM} needs timm ({type(error).__name__}: {error}). {INSTALL}") from None
+    return timm
+
+
+def _classifiers(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    layers = settings.get("classifier") or ()
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
+def _leaves_to_stride(model: nn.Module, stages: Sequence[Mapping[str, Any]], stride: int) -> list[str]:
+    """Names of the modules with weights from the input to the last stage whose output stride is at most ``stride``."""
+    ends = [stage["module"].replace(".", "_") for stage in stages if stage["reduction"] <= stride]
+    leaves = [name for name, module in model.named_modules() if [*module.parameters(recurse=False)]]
+    # Without its last layers a model's stages may be called blocks_1 instead of blocks.1.
+    flat = [f"{name.replace('.', '_')}_" for name in leaves]
+    inside = [n for n, name in enumerate(flat) if any(name.startswith(f"{end}_") for end in ends)]
+    return leaves[: max(inside) + 1] if inside else []
+
+
+_EXPANDED = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"} | {
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+
+
+def _from_efficientnet_pytorch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of the package efficientnet_pytorch (and its lite models) to timm's of the same network.
+
+    There blocks are numbered through, here in stages: a stage starts where the number of channels changes.
+    """
+    found: dict[str, Tensor] = {}
+    stages: list[list[int]] = []  # the numbers of each stage's blocks
+    widths = {
+        int(key.split(".")[1]): len(tensor) for key, tensor in tensors.items() if key.endswith("_project_conv.weight")
+    }
+    for number in sorted(widths):
+        if number - 1 in widths and widths[number - 1] == widths[number]:
+            stages[-1].append(number)
+        else:
+            stages.append([number])
+    place = {number: f"{s}.{i}" for s, stage in enumerate(stages) for i, number in enumerate(stage)}
+    for key, tensor in tensors.items():
+        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", key)
+        if block is None:
+            layer, _, field = key.partition(".")
+            found[f"{_OUTSIDE.get(layer, layer)}.{field}"] = tensor
+            continue
+        at, layer, field = block.groups()
+        names = _EXPANDED if f"_blocks.{at}._expand_conv.weight" in tensors else _PLAIN
+        found[f"blocks.{place.get(int(at), at)}.{names.get(layer, layer)}.{field}"] = tensor
+    return found

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
@@ -283,4 +284,4 @@ def _cpu_name() -> str:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "-" if value is None else str(value)
+    return "-" if value is None else escape(str(value))

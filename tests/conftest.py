@@ -4,12 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from cpn_fast import cam, evaluate, segment, train
 from cpn_fast.config import parse
 from cpn_fast.demo_data import DEMO_CLASSES, generate
 from cpn_fast.masks import IGNORE, read_mask, write_mask
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")

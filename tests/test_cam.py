@@ -142,7 +142,7 @@ def test_an_image_without_tags_has_no_maps() -> None:
     assert [own.shape for own in found] == [(0, 64, 96), (1, 64, 96)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.gpu
 def test_nothing_waits_for_the_gpu(tiny_config) -> None:
     """torch raises where the CPU would wait; the sums are the CPU's, to rounding."""
     settings = config.load(tiny_config())

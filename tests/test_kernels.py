@@ -209,7 +209,7 @@ def test_triton_on_the_cpu_is_refused_with_the_way_out() -> None:
         kernels.pixel_correlation(cam, cam, backend="triton")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_triton_replays_from_a_cuda_graph(op: Op) -> None:
     arguments = tuple(t.detach().cuda().requires_grad_() for t in inputs(2, 5, 48, 13, 17, torch.bfloat16))

@@ -227,7 +227,7 @@ def test_pooled_logits_take_maps_alone() -> None:
         kernels.pooled_logits(torch.zeros(2, 3, 4), size=(8, 8))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_triton_replays_from_a_cuda_graph() -> None:
     cam, refined, visible, labels = (tensor.detach().float().cuda() for tensor in maps([4, 1], 5, 7, 6))
     leaves = (cam.requires_grad_(), refined.requires_grad_())

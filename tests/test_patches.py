@@ -213,7 +213,7 @@ def test_shapes_and_steps_depend_on_no_value(kind):
     assert [part.shape for part in pair] == [(2, 3, 9, 7), (2, 3, 9, 7), (2,)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["superpixel", "grid"])
 def test_never_waits_for_the_gpu(kind):
     images, superpixels = torch.rand(2, 3, 32, 32).cuda(), blocks(2, 32, 32, [0, 1, 2]).cuda()

@@ -356,7 +356,7 @@ def test_what_is_tried_is_a_training_step(method: str, tiny_config, monkeypatch)
 # On a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"accumulate": 2}, {"checkpoint_activations": True}])
 def test_a_captured_step_trains_as_an_eager_one(options: dict, tiny_config) -> None:
     """Dropout and hidden patches too follow from (seed, step); sums of atomics differ in their order."""
@@ -372,7 +372,7 @@ def test_a_captured_step_trains_as_an_eager_one(options: dict, tiny_config) -> N
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is nothing to wait for without a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_nothing_waits_for_the_gpu(precision: str, tiny_config) -> None:
     options = {"precision": precision, "compile": False, "cuda_graph": False, "nonfinite": "skip"}
@@ -400,7 +400,7 @@ def test_nothing_waits_for_the_gpu(precision: str, tiny_config) -> None:
         meter.read(3, wait=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no memory to fill without a GPU")
+@pytest.mark.gpu
 def test_auto_finds_a_batch_on_a_gpu(tiny_config) -> None:
     settings = config.load(tiny_config())
     assert batch_size.step_fits(settings, METHODS["cpn"], ALONE, 2)

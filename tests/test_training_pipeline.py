@@ -426,7 +426,7 @@ def test_damaged_superpixels_are_named(tmp_path: Path, damage: Any, message: str
         next(make([sample], map_path=lambda s: tmp_path / f"{s.id}.png"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.gpu
 def test_gpu_gives_nearly_the_batches_of_the_cpu(samples: list[Sample], tmp_path: Path) -> None:
     for sample in samples:
         Image.fromarray(read_image(sample.image)[..., 0]).save(tmp_path / f"{sample.id}.png")

@@ -211,7 +211,7 @@ def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
 
 def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> Any:
     """The module of a backend; for None, by what the tensors allow, the last of which is the products' operand."""
-    if backend is None and torch.compiler.is_exporting():
+    if backend is None and _exporting():
         backend = "eager"
     if backend is None:
         fits = tensors[-1].is_cuda and "triton" in modules and modules["triton"].obstacle(*tensors) is None
@@ -222,6 +222,12 @@ def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> A
     if backend not in modules:
         raise ValueError(f"backend: expected one of {', '.join(modules)} or None, found {backend!r}")
     return modules[backend]
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """Asked outside of dynamo, which in torch 2.11 takes ``is_exporting`` for true in ``torch.compile`` too."""
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result

@@ -1,12 +1,13 @@
-"""Every bench in one command, each with a time limit; then one table of what they found.
+"""Every bench in one command, the most valuable first, in eight minutes on a GPU; then one table of what they found.
 
-    python bench/run_all.py [SCRIPT ...] [--device DEVICE] [--out FOLDER]
+    python bench/run_all.py [SCRIPT ...] [--device DEVICE] [--out FOLDER] [--minutes M]
     python bench/run_all.py --table     # only the tables, from the JSON files that are there
 
 Nothing needs to be installed but what the scripts import: they measure the tree that this file lies in. One that needs
-a missing package is skipped and says so. The limits add up to ten minutes on a GPU; a CPU gets four times as much. JSON
-and PNG files go to bench/results/<device>, with ``table.md``, made of all JSON files there; README shows the tables of
-all devices. Without SCRIPTs all run. The exit code is 1 if one fails or runs out of time.
+a missing package or a GPU is skipped and says so. Each has a limit, its share of ``--minutes`` (8 on a GPU, 40 on a
+CPU), and writes its JSON file row by row, so that one that is stopped leaves what it has. What no time is left for is
+named. JSON and PNG files go to bench/results/<device>, with ``table.md``, made of all JSON files there; README shows
+the tables of all devices. Without SCRIPTs all run. The exit code is 1 if one fails or runs out of time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BEGIN, END = "<!-- bench/run_all.py writes from here -->\n", "<!-- to here -->\n
 
 class Bench(NamedTuple):
     limit: int
-    """Seconds on a GPU."""
+    """Seconds of eight minutes on a GPU."""
     value: tuple[str, ...]
     """Columns that are compared, the first that ours and a peer have: times, or rates if they end in /s."""
     way: str
@@ -43,20 +44,29 @@ class Bench(NamedTuple):
     each: tuple[str, ...] = ()
     """Columns that must agree for rows to be compared."""
     what: str = ""
-    """What is compared where no column says it."""
+    """What is compared where no column says it; keys of the JSON stand in braces."""
 
 
 KERNEL = ("device ms", "call ms")
 UNITS = {"device ms": "ms of the device", "call ms": "ms of a call"}
 COMPILED = ("eager", "compiled eager", "flex attention")
-BENCHES = {
-    "affinity_kernel": Bench(70, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
-    "region_kernel": Bench(30, KERNEL, "backend", ("triton",), COMPILED, ("op", "size", "pass")),
-    "loss_kernel": Bench(60, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
+BENCHES = {  # in the order in which they run; the limits down to schedule add up to eight minutes
+    "gpu_tests": Bench(60, (), "test", (), ()),
+    "train_step": Bench(
+        150,
+        ("images/s",),
+        "step",
+        ("+ whole step in a CUDA graph", "+ compiled network and losses", "+ bf16 autocast"),
+        ("as released",),
+        what="CPN's step, {backbone} at {side} px, {batch} images",
+    ),
+    "affinity_kernel": Bench(75, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
+    "data_pipeline": Bench(25, ("images/s",), "way", ("ours",), ("pillow",), ("what",)),
+    "cam_inference": Bench(45, ("images/s",), "way", (), ("as released",), what="CAM seeds, four scales with flips"),
+    "loss_kernel": Bench(20, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
+    "region_kernel": Bench(15, KERNEL, "backend", ("triton",), COMPILED, ("op", "size", "pass")),
+    "schedule": Bench(90, (), "stage", (), ()),
     "superpixels": Bench(50, ("total ms",), "way", ("ours, cached",), ("released",), ("images",)),
-    "data_pipeline": Bench(60, ("images/s",), "way", ("ours",), ("pillow",), ("what",)),
-    "train_step": Bench(140, ("images/s",), "step", (), ("as released",), what="CPN's step"),
-    "cam_inference": Bench(60, ("images/s",), "way", (), ("as released",), what="CAM seeds, four scales with flips"),
     "scaling": Bench(50, ("images/s",), "way", (), ("1 process",), what="training with several processes"),
     "evaluate": Bench(
         40,
@@ -68,6 +78,9 @@ BENCHES = {
     ),
     "random_walk": Bench(40, KERNEL, "way", ("ours",), ("released",), ("cells", "steps")),
 }
+ONLY_ON_GPU = ("gpu_tests",)
+RESERVE = 10
+"""Seconds of the whole time that are kept for starting and for the tables."""
 
 
 def rows_of(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -93,9 +106,11 @@ def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
     bench = BENCHES[name]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows_of(name, result):
-        groups.setdefault(", ".join(str(row[key]) for key in bench.each) or bench.what, []).append(row)
+        groups.setdefault(", ".join(str(row[key]) for key in bench.each) or bench.what.format_map(result), []).append(
+            row
+        )
     for what, rows in groups.items():
-        for column in bench.value:
+        for column in bench.value:  # none for what has no peer
             by_way = {row[bench.way]: row for row in rows if row.get(column) is not None}
             own = next((by_way[way] for way in bench.ours or reversed(by_way) if way in by_way), None)
             peers = [by_way[way] for way in bench.peers if way in by_way]
@@ -116,10 +131,11 @@ def table(place: Path) -> str:
         if not path.exists():
             continue
         result = json.loads(path.read_text())
+        cut_off = "" if result.get("finished", True) else " (the bench was cut off)"
         for what, column, own, peer, ratio in compared(name, result):
             ours, theirs = (f"{row[bench.way]}: {number(row[column])}" for row in (own, peer))
             unit, device = UNITS.get(column, column), result["machine"]["device"]
-            lines.append(f"| `{name}` | {what} | {device} | {unit} | {ours} | {theirs} | {ratio:.3g} |")
+            lines.append(f"| `{name}` | {what}{cut_off} | {device} | {unit} | {ours} | {theirs} | {ratio:.3g} |")
     head = ["| `bench/` | What | Machine | Unit | Ours | Peer | Times faster |", "|---|---|---|---|---|---|---|"]
     return "\n".join([*head, *lines]) + "\n"
 
@@ -137,7 +153,7 @@ def in_readme(readme: str, tables: list[str]) -> str:
 
 class Outcome(NamedTuple):
     word: str
-    """done, skipped, failed or out of time."""
+    """done, skipped, failed, out of time or not started."""
     why: str
     seconds: float
 
@@ -181,23 +197,44 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def run_in_turn(scripts: dict[str, Path], given: list[str], limits: dict[str, float], seconds: float) -> list[Outcome]:
+    """Run one after another, each within its limit and all within ``seconds``; tells at once how each one ended."""
+    deadline = time.perf_counter() + seconds
+    outcomes = []
+    for name, script in scripts.items():
+        limit = min(limits[name], deadline - time.perf_counter())
+        if limit > 1:
+            print(f"== {name}, at most {limit:.0f} s", flush=True)
+            outcome = run(script, given, limit)
+        else:
+            outcome = Outcome("not started", "no time was left", 0)
+        print(f"{name}: {outcome.word} {outcome.why} ({outcome.seconds:.0f} s)", flush=True)
+        outcomes.append(outcome)
+    return outcomes
+
+
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"of: {', '.join(BENCHES)}")
+    parser.add_argument("--minutes", type=float, help="for all together (default 8 on a GPU, 40 on a CPU)")
     parser.add_argument("--table", action="store_true", help="run nothing, only write the tables anew")
     options = parser.parse_args()
     unknown = [name for name in options.scripts if name not in BENCHES]
     if unknown:
         parser.error(f"no such bench: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
-    place = folder(options.out, options.device)
-    times = 1 if options.device.type == "cuda" else 4
+    place, gpu = folder(options.out, options.device), options.device.type == "cuda"
+    minutes = options.minutes or (8 if gpu else 40)
+    chosen = [name for name in ([] if options.table else options.scripts or BENCHES) if gpu or name not in ONLY_ON_GPU]
+    left_out = [name for name in ONLY_ON_GPU if not gpu and not options.table]
+    for name in left_out:
+        print(f"{name}: skipped needs a GPU")
     given = ["--device", str(options.device), "--out", str(place)]
-    outcomes: dict[str, Outcome] = {}
-    for name in [] if options.table else options.scripts or BENCHES:
-        print(f"== {name}, at most {times * BENCHES[name].limit} s", flush=True)
-        script = Path(__file__).with_name(f"{name}.py")
-        outcomes[name] = run(script, given, times * BENCHES[name].limit)
-        print(f"{name}: {outcomes[name].word} {outcomes[name].why}", flush=True)
+    outcomes = run_in_turn(
+        {name: Path(__file__).with_name(f"{name}.py") for name in chosen},
+        given,
+        {name: BENCHES[name].limit * minutes / 8 for name in chosen},
+        60 * minutes - RESERVE,
+    )
 
     (place / "table.md").write_text(table(place))
     if options.out is None:
@@ -205,9 +242,9 @@ def main() -> int:
             in_readme(README.read_text(), [path.read_text() for path in sorted(RESULTS.glob("*/table.md"))])
         )
     print(f"\n{(place / 'table.md').read_text()}")
-    for name, outcome in outcomes.items():
+    for name, outcome in zip(chosen, outcomes, strict=True):
         print(f"{name}: {outcome.word} {outcome.why} ({outcome.seconds:.0f} s)")
-    return 1 if {outcome.word for outcome in outcomes.values()} & {"failed", "out of time"} else 0
+    return 1 if {outcome.word for outcome in outcomes} & {"failed", "out of time"} else 0
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ of them the second row is where it starts from.
 
 All rows give the same loss and gradients for the same patches without dropout; that is checked first. FLOPs are those
 of the convolutions, forward and backward; MFU is their rate over that of a large matrix product in the same run (bf16
-on a GPU, the faster of fp32 and bf16 on a CPU). On a CPU one thread computes, and all seconds are those it was busy, so
-that other work on the machine counts little. On a GPU ResNet38d runs at 448 px, in the last row with four times the
-images; on a CPU MobileNetV2 at 225 px. The last row's profile is written beside the figures.
+on a GPU, the faster of fp32 and bf16 on a CPU). "first s" is the time until a step's first call is done, with all that
+is compiled and tuned. On a CPU one thread computes, and all seconds are those it was busy, so that other work on the
+machine counts little; MobileNetV2 runs at 225 px. On a GPU ResNet38d runs at 448 px. There rows follow for variants of
+the network (``step_variants.py``), each beside all of ours, and for four times the images; the rows that decide are
+measured first, and the file is written after every row. The profile of all of ours is written beside the figures.
 
     python bench/train_step.py [--batch N] [--device DEVICE] [--out FOLDER]
 """
@@ -23,11 +25,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+from step_variants import Variant
 from timing import (
     Times,
     arguments,
@@ -39,6 +42,7 @@ from timing import (
     plot_bars,
     print_table,
     repeated,
+    wait,
     warm_up,
     write_json,
 )
@@ -50,6 +54,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from cpn_fast.config import Model, Patches
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
 from cpn_fast.models import build_backbone, network
+from cpn_fast.models.backbone import Backbone
 from cpn_fast.patches import Pair, complementary_pair
 
 CLASSES, SUPERPIXELS = 20, 200
@@ -69,6 +74,9 @@ class Ways:
     bf16: bool = False
     compiled: bool = False
     cuda_graph: bool = False
+    interleaved: int = 1
+    folded: bool = False
+    """These two are of ``step_variants.Variant``."""
 
 
 WORDS = {
@@ -83,6 +91,12 @@ WORDS = {
     "cuda_graph": "+ whole step in a CUDA graph",
 }
 ONLY_ON_GPU = {"compiled": "compiles for minutes on a CPU and is no faster there", "cuda_graph": "needs a GPU"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "variant: b5 on interleaved pixels": {"interleaved": 2},
+    "variant: b5 to b7 on interleaved pixels": {"interleaved": 4},
+    "variant: norms folded into convolutions": {"folded": True},
+    "variant: b5 to b7 interleaved, norms folded": {"interleaved": 4, "folded": True},
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,13 @@ class Step:
         self.ways, self.data = ways, data
         self.device, self.size = data.images.device, tuple(data.images.shape[2:])
         options = Model(backbone=backbone)  # type: ignore[arg-type]
-        self.network = network.Network(build_backbone(options), CLASSES, options).to(self.device).train()
+        with self.device:
+            if ways.folded or ways.interleaved > 1:
+                body: Backbone = Variant()
+                body.interleaved, body.folded = ways.interleaved, ways.folded
+            else:
+                body = build_backbone(options)
+            self.network = network.Network(body, CLASSES, options).train()
         keep_alive(self.network)
         layout = torch.channels_last if ways.channels_last else torch.contiguous_format
         self.network.to(memory_format=layout)  # type: ignore[call-overload]
@@ -130,6 +150,8 @@ class Step:
         self.rng = np.random.default_rng(0)
         self.seen = 0.0
         self.replay: Callable[[], None] | None = None
+        self.captured_bytes: int | None = None
+        """What the captured step needs beyond what is held between steps."""
 
     def __call__(self) -> None:
         if self.ways.cuda_graph:
@@ -178,8 +200,12 @@ class Step:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, stream=stream):
-            self._step()
+
+        def capture() -> None:
+            with torch.cuda.graph(graph, stream=stream):
+                self._step()
+
+        self.captured_bytes = peak_extra_bytes(capture, self.device)
         return graph.replay
 
 
@@ -353,6 +379,56 @@ def profiled(step: Step, device: torch.device) -> str:
     return profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60)
 
 
+class Case(NamedTuple):
+    name: str
+    ways: Ways
+    times: int = 1
+    """So many times the images."""
+
+
+def cases(gpu: bool, batch: int) -> list[Case]:
+    """The rows in their order: what makes ours fast, one thing at a time; on a GPU its variants and more images."""
+    ways, found = Ways(), [Case("as released", Ways())]
+    for name, words in WORDS.items():
+        if gpu or name not in ONLY_ON_GPU:
+            ways = replace(ways, **{name: True})
+            found.append(Case(words, ways))
+    if gpu:
+        found += [Case(name, replace(ways, **switches)) for name, switches in VARIANTS.items()]
+        found.append(Case(f"+ {4 * batch} images a step", ways, 4))
+    return found
+
+
+def decisive_first(found: list[Case]) -> list[Case]:
+    """As released, all of ours, its variants, more images; then what is between, the last first."""
+    captured = [case for case in found if case.ways.cuda_graph]
+    return [found[0], *captured, *reversed(found[1 : len(found) - len(captured)])] if captured else found
+
+
+def measured(case: Case, data: Data, backbone: str, flops: float, peak: float) -> tuple[dict[str, Any], Step]:
+    """A row, and the step for a profile."""
+    device, count = data.images.device, len(data.images)
+    begin = time.perf_counter()
+    step = Step(case.ways, data, backbone)
+    step()
+    wait(device)
+    first = time.perf_counter() - begin
+    times = step_times(step, device)
+    memory = peak_extra_bytes(step, device) if step.captured_bytes is None else step.captured_bytes
+    return {
+        "step": case.name,
+        "ms": 1e3 * times.median,
+        "ms p20": 1e3 * times.low,
+        "ms p80": 1e3 * times.high,
+        "repeats": times.repeats,
+        "first s": first,
+        "images/s": count / times.median,
+        "peak MiB": memory / 2**20,
+        "TFLOP/s": flops * count / times.median / 1e12,
+        "MFU": flops * count / times.median / peak,
+    }, step
+
+
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=4, help="images in a step (default 4, as released)")
@@ -361,68 +437,63 @@ def main() -> int:
     backbone, side = ("resnet38d", 448) if gpu else ("mobilenet_v2", 225)
     batch = options.batch
     torch.set_num_threads(1)
+    described, out = machine(device), folder(options.out, device)
     data = generated(batch, side, device)
     errors = check(generated(2, side, device), backbone)
     rates = {str(dtype): multiply_rate(device, dtype) for dtype in (torch.bfloat16, torch.float32)}
     peak = rates["torch.bfloat16"] if gpu else max(rates.values())
     flops = convolution_flops(Step(Ways(True, True, True, True), data, backbone)) / batch
 
-    rows: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
-    ways, text = Ways(), ""
-    names = ["as released", *(name for name in WORDS if gpu or name not in ONLY_ON_GPU)]
-    cases = dict.fromkeys(names, data) | ({"larger batch": generated(4 * batch, side, device)} if gpu else {})
-    for name, own in cases.items():
-        ways = replace(ways, **{name: True}) if name in WORDS else ways
-        count = len(own.images)
-        what = WORDS.get(name, f"+ {count} images a step" if rows and count > batch else name)
-        try:
-            step = Step(ways, own, backbone)
-            times = step_times(step, device)
-            memory = peak_extra_bytes(step, device)
-            text = profiled(step, device) if name == [*cases][-1] else text
-        except RuntimeError as error:  # such as out of memory: the rows below may still fit
-            failures[what] = str(error).splitlines()[0]
-            continue
-        finally:
-            torch.compiler.reset()
-        row = {
-            "step": what,
-            "ms": 1e3 * times.median,
-            "ms p20": 1e3 * times.low,
-            "ms p80": 1e3 * times.high,
-            "repeats": times.repeats,
-            "images/s": count / times.median,
-            "peak MiB": memory / 2**20,
-            "TFLOP/s": flops * count / times.median / 1e12,
-            "MFU": flops * count / times.median / peak,
-        }
-        rows.append(row | {"times faster": row["images/s"] / (rows or [row])[0]["images/s"]})
-    described = machine(device)
+    left_out = {} if gpu else {WORDS[name]: why for name, why in ONLY_ON_GPU.items()}
     title = f"CPN step of {batch} images, {backbone} at {side} px, {described['device']}"
-    print_table(title, rows)
+    ladder = cases(gpu, batch)
+    whole = next(case for case in reversed(ladder) if case.name in WORDS.values())  # all of ours
+
+    def rows() -> list[dict[str, Any]]:
+        shown = [found[case.name] for case in ladder if case.name in found]
+        released = found.get("as released")
+        return [row | {"times faster": row["images/s"] / released["images/s"]} if released else row for row in shown]
+
+    def save(*, finished: bool) -> None:
+        write_json(
+            out / "train_step.json",
+            described,
+            rows(),
+            finished=finished,
+            batch=batch,
+            backbone=backbone,
+            side=side,
+            tflop_per_image=flops / 1e12,
+            matmul_tflops={dtype: rate / 1e12 for dtype, rate in rates.items()},
+            errors=errors,
+            left_out=left_out,
+            failures=failures,
+        )
+
+    for case in decisive_first(ladder):
+        try:
+            own = data if case.times == 1 else generated(case.times * batch, side, device)
+            found[case.name], step = measured(case, own, backbone, flops, peak)
+            save(finished=False)
+            if case is whole:
+                (out / "train_step_profile.txt").write_text(f"{title}: {case.name}\n{profiled(step, device)}\n")
+            del step
+        except RuntimeError as error:  # such as out of memory: the rows below may still fit
+            failures[case.name] = str(error).splitlines()[0]
+        torch.compiler.reset()
+    save(finished=True)
+    print_table(title, rows())
     for what, why in failures.items():
         print(f"failed: {what}: {why}")
-    left_out = {} if gpu else {WORDS[name]: why for name, why in ONLY_ON_GPU.items()}
     for what, why in left_out.items():
         print(f"left out: {what}: {why}")
-    out = folder(options.out, device)
-    write_json(
-        out / "train_step.json",
-        described,
-        rows,
-        batch=batch,
-        backbone=backbone,
-        side=side,
-        tflop_per_image=flops / 1e12,
-        matmul_tflops={dtype: rate / 1e12 for dtype, rate in rates.items()},
-        errors=errors,
-        left_out=left_out,
-        failures=failures,
-    )
-    (out / "train_step_profile.txt").write_text(f"{title}: {rows[-1]['step']}\n{text}\n")
     plot_bars(
-        out / "train_step.png", "CPN step", "images/s", {row["step"]: {"images/s": row["images/s"]} for row in rows}
+        out / "train_step.png",
+        "CPN step",
+        "images/s",
+        {name: {"images/s": row["images/s"]} for name, row in found.items()},
     )
     return 1 if failures else 0
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -60,9 +61,35 @@ def test_ours_is_compared_with_the_fastest_peer() -> None:
         "compiled eager",
         3,
     )
-    steps = [{"step": "as released", "images/s": 2}, {"step": "+ a", "images/s": 3}, {"step": "+ b", "images/s": 8}]
-    ((what, _, own, peer, ratio),) = run_all.compared("train_step", {"rows": steps})
-    assert (what, own["step"], peer["step"], ratio) == ("CPN's step", "+ b", "as released", 4)
+    ways = ("as released", "ours, one image a batch", "ours, batches of 4")
+    seeds = [{"way": way, "images/s": rate} for way, rate in zip(ways, (2, 3, 8), strict=True)]
+    ((what, _, own, peer, ratio),) = run_all.compared("cam_inference", {"rows": seeds})
+    assert (what, own["way"], peer["way"], ratio) == ("CAM seeds, four scales with flips", ways[2], ways[0], 4)
+
+
+def test_a_variant_of_the_step_is_no_figure_of_ours() -> None:
+    import run_all
+    import train_step
+
+    steps = [{"step": case.name, "images/s": 1 + index} for index, case in enumerate(train_step.cases(True, 4))]
+    result = {"rows": steps, "backbone": "resnet38d", "side": 448, "batch": 4}
+    ((what, _, own, _, _),) = run_all.compared("train_step", result)
+    assert what == "CPN's step, resnet38d at 448 px, 4 images"
+    assert own["step"] == "+ whole step in a CUDA graph"
+
+
+def test_the_steps_that_decide_are_measured_first() -> None:
+    import train_step
+
+    ladder = train_step.cases(True, 4)
+    order = train_step.decisive_first(ladder)
+    assert [case.name for case in order[:2]] == ["as released", "+ whole step in a CUDA graph"]
+    assert {case.name for case in order[2:6]} == train_step.VARIANTS.keys()
+    assert order[6].times == 4
+    assert {case.name for case in order} == {case.name for case in ladder}
+    assert len(order) == len(ladder)
+    on_a_cpu = train_step.cases(False, 4)
+    assert train_step.decisive_first(on_a_cpu) == on_a_cpu
 
 
 def test_kernels_are_compared_by_the_device_where_it_was_timed() -> None:
@@ -231,3 +258,67 @@ def test_features_show_how_prcm_s_softmax_hardens_with_their_size(tiny_config, s
     plain = load(tiny_config(method="cam", model={"pcm": False, "prcm": False}, cam={"map": "raw"}))
     (row,) = features.run(plain, [weights], [1.0], 3, torch.device("cpu"))
     assert (row["spread"], row["share"]) == (None, None)
+
+
+class ThinLayers:
+    """``torch.nn`` with a sixteenth of the channels, for a ResNet38d that a test can afford in float64."""
+
+    Module = torch.nn.Module
+
+    @staticmethod
+    def Conv2d(inputs: int, outputs: int, *sizes: int, **options: Any) -> torch.nn.Conv2d:
+        return torch.nn.Conv2d(3 if inputs == 3 else inputs // 16, outputs // 16, *sizes, **options)
+
+    @staticmethod
+    def BatchNorm2d(channels: int) -> torch.nn.BatchNorm2d:
+        return torch.nn.BatchNorm2d(channels // 16)
+
+
+def thin(kind: type, **switches: Any) -> torch.nn.Module:
+    """With statistics and factors of batch normalisation that are not those of the start."""
+    from cpn_fast.models import resnet38d
+
+    with mock.patch.object(resnet38d, "nn", ThinLayers):
+        torch.manual_seed(0)
+        net = kind().double().train()
+    for name, value in switches.items():
+        setattr(net, name, value)
+    for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        for values, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5), (norm.running_var, 0.5, 2)):
+            values.data.uniform_(low, high)
+        norm.running_mean.uniform_(-0.5, 0.5)
+    return net
+
+
+def features_and_gradients(net: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(1)  # dropout
+    features = net(images)
+    weights = [torch.randn_like(feature) for feature in features]
+    sum((feature * weight).sum() for feature, weight in zip(features, weights, strict=True)).backward()
+    trained = [parameter.grad for parameter in net.parameters() if parameter.requires_grad]
+    assert len(trained) == 35  # every convolution from b3 on
+    assert all(bool(gradient.any()) for gradient in trained)
+    return [*features, *trained]
+
+
+@pytest.mark.parametrize("side", [(64, 96), (48, 80), (33, 57)], ids=["by 4", "by 2", "by none"])
+@pytest.mark.parametrize(
+    "switches", [{"interleaved": 2}, {"interleaved": 4}, {"folded": True}, {"interleaved": 4, "folded": True}], ids=str
+)
+def test_a_variant_of_resnet38d_gives_its_features_and_gradients(switches: dict, side: tuple[int, int]) -> None:
+    from step_variants import Variant
+
+    from cpn_fast.models.resnet38d import ResNet38d
+
+    images = torch.randn(2, 3, *side, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    expected = features_and_gradients(thin(ResNet38d), images)
+    with mock.patch.object(F, "conv2d", side_effect=F.conv2d) as convolve:
+        found = features_and_gradients(thin(Variant, **switches), images)
+    dilations = {max(call.args[5]) for call in convolve.call_args_list}
+    largest = 4 if side == (64, 96) else 2 if side == (48, 80) else 1
+    used = switches.get("interleaved", 1)
+    used = used if largest % used == 0 else 1
+    assert dilations == {1: {1, 2, 4}, 2: {1, 4}, 4: {1}}[used]  # so it is what it says, and not the plain form
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert float(((one - other).abs().max() / other.abs().max()).detach()) < 1e-10

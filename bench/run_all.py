@@ -124,20 +124,21 @@ def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
 
 
 def table(place: Path) -> str:
-    """Markdown of all results in a folder: a line for each comparison."""
-    lines = []
+    """Markdown of all results in a folder: a line for each comparison, and what the files say of themselves."""
+    lines, notes = [], []
     for name, bench in BENCHES.items():
         path = place / f"{name}.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text())
+        notes += ["", result["note"]] if "note" in result else []
         cut_off = "" if result.get("finished", True) else " (the bench was cut off)"
         for what, column, own, peer, ratio in compared(name, result):
             ours, theirs = (f"{row[bench.way]}: {number(row[column])}" for row in (own, peer))
             unit, device = UNITS.get(column, column), result["machine"]["device"]
             lines.append(f"| `{name}` | {what}{cut_off} | {device} | {unit} | {ours} | {theirs} | {ratio:.3g} |")
     head = ["| `bench/` | What | Machine | Unit | Ours | Peer | Times faster |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([*head, *lines]) + "\n"
+    return "\n".join([*head, *lines, *notes]) + "\n"
 
 
 def number(value: float) -> str:
@@ -238,6 +239,8 @@ def main() -> int:
 
     (place / "table.md").write_text(table(place))
     if options.out is None:
+        for path in RESULTS.glob("*/table.md"):
+            path.write_text(table(path.parent))
         README.write_text(
             in_readme(README.read_text(), [path.read_text() for path in sorted(RESULTS.glob("*/table.md"))])
         )

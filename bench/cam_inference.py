@@ -7,8 +7,9 @@ Both start at the file and end at arrays on the unit scale. Before anything is t
 that neither has to resize (DALI's cubic filter and Pillow's differ at the border, and random weights magnify it).
 Weights are random; the JPEGs are generated, 500 x 375, or from ``--images``.
 
-On a GPU the backbone is ResNet38d. On a CPU it is MobileNetV2 at stride 8 (16 for 1080p) in one thread, and seconds are
-those that the process was busy, so that other work on the machine counts little.
+TFLOP/s count the convolutions of all passes; MFU is their rate over that of a large matrix product in the same run
+(bf16 on a GPU, fp32 on a CPU). On a GPU the backbone is ResNet38d. On a CPU it is MobileNetV2 at stride 8 (16 for
+1080p) in one thread, and seconds are those that the process was busy, so that other work on the machine counts little.
 
     python bench/cam_inference.py [--images FOLDER] [--count N] [--device DEVICE] [--out FOLDER]
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ from data_pipeline import generate
 from PIL import Image
 from timing import arguments, folder, machine, peak_extra_bytes, plot_bars, print_table, write_json
 from torch.nn import functional as F
-from train_step import keep_alive, step_times
+from train_step import convolution_flops, keep_alive, multiply_rate, step_times
 
 from cpn_fast.cam import summed_cams
 from cpn_fast.config import Cam, Model
@@ -104,10 +105,10 @@ def ours(net: network.Network, samples: Sequence[Sample], device: torch.device, 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=Path, help="a folder of JPEGs (default: generated ones)")
-    parser.add_argument("--count", type=int, help="how many images (default 3, on a GPU 64)")
+    parser.add_argument("--count", type=int, help="how many images (default 2, on a GPU 16)")
     options = parser.parse_args()
     device, gpu = options.device, options.device.type == "cuda"
-    count = options.count or (64 if gpu else 3)
+    count = options.count or (16 if gpu else 2)
     torch.set_num_threads(1)
     net = built(device, 8)
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,22 +125,43 @@ def main() -> None:
         error = float(np.abs(expected - found).mean())
         assert error < 1e-3, f"seeds differ by {error} on average"
 
-        ways = {
-            "as released": functools.partial(released, net, samples, device, settings.scales),
-            "ours, one image a batch": functools.partial(
-                ours, net, samples, device, settings.model_copy(update={"batch": 1}), bf16=False
-            ),
-            f"ours, batches of {settings.batch}": functools.partial(ours, net, samples, device, settings, bf16=False),
-        }
+        def batches_of(images: int, pixels: int = settings.pixels, *, bf16: bool = gpu) -> Callable[[], Any]:
+            options = settings.model_copy(update={"batch": images, "pixels": pixels})
+            return functools.partial(ours, net, samples, device, options, bf16=bf16)
+
+        few = samples[:4] if gpu else samples  # the released way takes long
+        ways = {"as released": functools.partial(released, net, few, device, settings.scales)}
         if gpu:
-            larger = settings.model_copy(update={"batch": 16, "pixels": 2**25})
-            ways["ours, bf16"] = functools.partial(ours, net, samples, device, settings, bf16=True)
-            ways["ours, bf16, batches of 16"] = functools.partial(ours, net, samples, device, larger, bf16=True)
+            ways |= {"ours, bf16, batches of 4": batches_of(4), "ours, bf16, batches of 16": batches_of(16, 2**25)}
+        else:
+            ways |= {"ours, one image a batch": batches_of(1), "ours, batches of 4": batches_of(4)}
+        flops = convolution_flops(batches_of(4)) / count
+        rate = multiply_rate(device, torch.bfloat16 if gpu else torch.float32)
+        described, out = machine(device), folder(options.out, device)
         rows: list[dict[str, Any]] = []
+        save = functools.partial(
+            write_json,
+            out / "cam_inference.json",
+            described,
+            rows,
+            mean_difference=error,
+            tflop_per_image=flops / 1e12,
+            matmul_tflops=rate / 1e12,
+        )
         for way, run in ways.items():
-            seconds = step_times(run, device).median
-            row = {"way": way, "images/s": count / seconds, "peak MiB": peak_extra_bytes(run, device) / 2**20}
+            times, images = step_times(run, device), len(few) if way == "as released" else count
+            row = {
+                "way": way,
+                "images/s": images / times.median,
+                "images/s p20": images / times.high,
+                "images/s p80": images / times.low,
+                "repeats": times.repeats,
+                "peak MiB": peak_extra_bytes(run, device) / 2**20,
+                "TFLOP/s": flops * images / times.median / 1e12,
+                "MFU": flops * images / times.median / rate,
+            }
             rows.append(row | {"times faster": row["images/s"] / (rows or [row])[0]["images/s"]})
+            save(finished=False)
 
         full_hd = Path(temporary) / "1080p.jpg"
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), np.uint8)).save(full_hd)
@@ -156,12 +178,10 @@ def main() -> None:
             "affinity MiB": (2160 // (8 if gpu else 16) * (3840 // (8 if gpu else 16))) ** 2 * 4 / 2**20,
         }
 
-    described = machine(device)
+    save(full_hd=large_row)
     title = f"CAM seeds of {count} images, {'ResNet38d' if gpu else 'MobileNetV2'}, {described['device']}"
     print_table(title, rows)
     print_table("Bounded memory: one affinity at scale 2 would take the last column", [large_row])
-    out = folder(options.out, device)
-    write_json(out / "cam_inference.json", described, rows, mean_difference=error, full_hd=large_row)
     bars = {row["way"]: {"images/s": row["images/s"]} for row in rows}
     plot_bars(out / "cam_inference.png", "CAM seeds", "images/s", bars)
 

@@ -4,7 +4,7 @@
     python bench/run_all.py --table     # only the tables, from the JSON files that are there
 
 Nothing needs to be installed but what the scripts import: they measure the tree that this file lies in. One that needs
-a missing package or a GPU is skipped and says so. Each has a limit, its share of ``--minutes`` (8 on a GPU, 40 on a
+a missing package or a GPU is skipped and says so. Each has a limit, its share of ``--minutes`` (8 on a GPU, 60 on a
 CPU), and writes its JSON file row by row, so that one that is stopped leaves what it has. What no time is left for is
 named. JSON and PNG files go to bench/results/<device>, with ``table.md``, made of all JSON files there; README shows
 the tables of all devices. Without SCRIPTs all run. The exit code is 1 if one fails or runs out of time.
@@ -34,7 +34,7 @@ class Bench(NamedTuple):
     limit: int
     """Seconds of eight minutes on a GPU."""
     value: tuple[str, ...]
-    """Columns that are compared, the first that ours and a peer have: times, or rates if they end in /s."""
+    """Columns that are compared, the first that ours and a peer have: times, or rates of images."""
     way: str
     """Column that names what a row measured."""
     ours: tuple[str, ...]
@@ -61,7 +61,7 @@ BENCHES = {  # in the order in which they run; the limits down to schedule add u
         what="CPN's step, {backbone} at {side} px, {batch} images",
     ),
     "affinity_kernel": Bench(75, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
-    "data_pipeline": Bench(25, ("images/s",), "way", ("ours",), ("pillow",), ("what",)),
+    "data_pipeline": Bench(25, ("images/s", "images/CPU s"), "way", ("ours",), ("pillow",), ("what",)),
     "cam_inference": Bench(45, ("images/s",), "way", (), ("as released",), what="CAM seeds, four scales with flips"),
     "loss_kernel": Bench(20, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
     "region_kernel": Bench(15, KERNEL, "backend", ("triton",), COMPILED, ("op", "size", "pass")),
@@ -84,12 +84,11 @@ RESERVE = 10
 
 
 def rows_of(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A JSON's rows, one for each thing measured: the data pipeline has two in a row, per CPU second."""
+    """A JSON's rows, one for each thing measured: the data pipeline has two in a row."""
     if name != "data_pipeline":
         return result["rows"]
-    return [
-        {"what": row["what"], "way": way, "images/s": row[way]} for row in result["rows"] for way in ("ours", "pillow")
-    ]
+    ways = ("ours", "pillow")
+    return [{"what": row["what"], "way": way, result["unit"]: row[way]} for row in result["rows"] for way in ways]
 
 
 class Comparison(NamedTuple):
@@ -116,7 +115,7 @@ def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
             peers = [by_way[way] for way in bench.peers if way in by_way]
             if own is None or not peers or own in peers:
                 continue
-            rate = column.endswith("/s")
+            rate = column.startswith("images/")
             peer = (max if rate else min)(peers, key=lambda row: row[column])
             ratio = own[column] / peer[column]
             yield Comparison(what, column, own, peer, ratio if rate else 1 / ratio)
@@ -217,14 +216,14 @@ def run_in_turn(scripts: dict[str, Path], given: list[str], limits: dict[str, fl
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"of: {', '.join(BENCHES)}")
-    parser.add_argument("--minutes", type=float, help="for all together (default 8 on a GPU, 40 on a CPU)")
+    parser.add_argument("--minutes", type=float, help="for all together (default 8 on a GPU, 60 on a CPU)")
     parser.add_argument("--table", action="store_true", help="run nothing, only write the tables anew")
     options = parser.parse_args()
     unknown = [name for name in options.scripts if name not in BENCHES]
     if unknown:
         parser.error(f"no such bench: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     place, gpu = folder(options.out, options.device), options.device.type == "cuda"
-    minutes = options.minutes or (8 if gpu else 40)
+    minutes = options.minutes or (8 if gpu else 60)
     chosen = [name for name in ([] if options.table else options.scripts or BENCHES) if gpu or name not in ONLY_ON_GPU]
     left_out = [name for name in ONLY_ON_GPU if not gpu and not options.table]
     for name in left_out:

@@ -4,7 +4,7 @@ The rows are decoding alone, a training batch, and a training batch with cached 
 is images over CPU seconds of all threads of the process, so that other work on the machine counts little; rounds of
 the two alternate. Before timing, both must give the same batches with the random parts switched off.
 
-On a GPU the rows are training batches with superpixels by the wall clock, with all cores at work: DALI's threads and the
+On a GPU the rows are training batches with superpixels by the wall clock, all cores at work: DALI's threads and the
 GPU, where the batches end, against a DataLoader with a process for each core, whose batches stay on the CPU.
 
     python bench/data_pipeline.py [--images FOLDER] [--out FOLDER]

@@ -25,8 +25,8 @@ setup(
     package_data={"cpn_fast": ["py.typed", "report.html"], "cpn_fast.configs": ["*.yaml"]},
     entry_points={"console_scripts": ["cpn-fast = cpn_fast.cli:main"]},
     install_requires=[
-        "torch>=2.8",
-        "triton>=3.4; platform_system == 'Linux'",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "nvidia-dali-cuda130>=2.0; platform_system == 'Linux'",
         "numpy>=1.26",
         "opencv-python-headless>=4.8",

@@ -2,12 +2,16 @@
 
 Every operation takes ``backend``: ``"eager"`` (the plain formula), ``"tiled"`` (any device, never a full affinity or a
 full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits: Triton on CUDA, unless a tensor is
-float64, an embedding has more than 256 channels, or products are float32 while
-``torch.get_float32_matmul_precision()`` forbids TF32; else tiled, but for the region ops, of which eager is as fast.
-``torch.export`` gets eager, so that the program needs nothing of this package.
-All are differentiable once in every CAM, embedding, feature, key and query, work under autocast and
-``torch.compile(fullgraph=True)``, and raise ValueError or TypeError for shapes, dtypes and devices that do not fit.
-Values are not looked at, which would wait for the device: labels other than 0 and 1 give no defined result.
+float64, an embedding has more than 256 channels, the GPU is older than Ampere or not NVIDIA's, or products are float32
+while ``torch.backends.cuda.matmul.fp32_precision`` is not ``"tf32"``; else tiled, but for the region ops, of which
+eager is as fast. ``torch.export`` gets eager by default, so that the program needs nothing of this package.
+All are differentiable in every CAM, embedding, feature, key and query, work under autocast,
+``torch.compile(fullgraph=True)`` and on ``meta``, and raise ValueError or TypeError for shapes, dtypes and devices that
+do not fit. Values are not looked at, which would wait for the device: labels other than 0 and 1 give no defined result.
+
+Whatever the backend, eager's formula is what runs inside a transform of ``torch.func``, inside
+``torch.autograd.forward_ad.dual_level`` and for an empty batch (means over nothing are NaN, as torch's are). Second
+derivatives are eager's alone; other backends raise RuntimeError.
 
 Products run in the dtype of the embedding, features or queries (autocast's dtype under autocast; tiled: always float32
 or float64), sums, norms and softmaxes in float32. Held in tests for random maps of 99 pixels, 5 classes and 24
@@ -25,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cpn_fast.kernels import eager, losses_tiled, pixel_tiled, region_tiled
+from cpn_fast.kernels import eager, losses_tiled, operators, pixel_tiled, region_tiled
 
 __all__ = [
     "ComplementaryLosses",
@@ -44,6 +48,7 @@ _REGION: dict[str, Any] = {"eager": eager, "tiled": region_tiled}
 _LOSSES: dict[str, Any] = {"eager": eager, "tiled": losses_tiled}
 if importlib.util.find_spec("triton"):
     from cpn_fast.kernels import losses_triton, pixel_triton, region_triton
+    from cpn_fast.kernels.launch import check
 
     _PIXEL["triton"] = pixel_triton
     _REGION["triton"] = region_triton
@@ -68,7 +73,7 @@ def pixel_correlation(cam: Tensor, embedding: Tensor, *, eps: float = 1e-5, back
     embedding = _autocast(embedding)
     module = _choose(_PIXEL, backend, cam, embedding)
     with eager.full_precision(cam):
-        return module.pixel_correlation(cam.flatten(2), embedding.flatten(2), eps).view(cam.shape)
+        return module.pixel_correlation(cam.flatten(2), embedding.flatten(2), eps).reshape(cam.shape)
 
 
 def region_pooling(cam: Tensor, features: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -100,7 +105,7 @@ def region_correlation(
     keys, queries = _autocast(keys), _autocast(queries)
     module = _choose(_REGION, backend, cam, keys, queries)
     with eager.full_precision(cam):
-        return module.region_correlation(cam.flatten(2), keys, queries.flatten(2), scale).view(cam.shape)
+        return module.region_correlation(cam.flatten(2), keys, queries.flatten(2), scale).reshape(cam.shape)
 
 
 def complementary_losses(
@@ -135,8 +140,8 @@ def complementary_losses(
 
     Everything is computed in float32 (float64 for float64 inputs).
     """
-    if cam.ndim != 5 or cam.shape[0] != 3 or cam.shape[2] < 2 or 0 in cam.shape:
-        raise ValueError(f"cam: expected (3, N, 1 + C, h, w), none of them 0, found {tuple(cam.shape)}")
+    if cam.ndim != 5 or cam.shape[0] != 3 or cam.shape[2] < 2 or 0 in cam.shape[2:]:
+        raise ValueError(f"cam: expected (3, N, 1 + C, h, w), none but N of them 0, found {tuple(cam.shape)}")
     _check_floating("cam", cam)
     if refined is not None:
         if refined.shape != cam.shape:
@@ -179,8 +184,8 @@ def background_suppression(
     ``refined`` (N, 1 + C, h, w), upsampled to ``size`` (H, W) without normalisation; ``labels`` (N, C), 0 or 1. The
     score of a pixel is its largest foreground channel, absent classes being 0; negative scores count as 0. A scalar.
     """
-    if refined.ndim != 4 or refined.shape[1] < 2 or 0 in refined.shape:
-        raise ValueError(f"refined: expected (N, 1 + C, h, w), none of them 0, found {tuple(refined.shape)}")
+    if refined.ndim != 4 or refined.shape[1] < 2 or 0 in refined.shape[1:]:
+        raise ValueError(f"refined: expected (N, 1 + C, h, w), none but N of them 0, found {tuple(refined.shape)}")
     _check_floating("refined", refined)
     _check_labels(labels, "refined", refined)
     _check_size(size)
@@ -196,8 +201,8 @@ def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
 
     Upsampling is linear and separable, so the mean is a weighted one of the small map and no large map is formed.
     """
-    if cam.ndim != 4 or 0 in cam.shape:
-        raise ValueError(f"cam: expected (N, C, h, w), none of them 0, found {tuple(cam.shape)}")
+    if cam.ndim != 4 or 0 in cam.shape[1:]:
+        raise ValueError(f"cam: expected (N, C, h, w), none but N of them 0, found {tuple(cam.shape)}")
     _check_floating("cam", cam)
     _check_size(size)
     wide = eager.statistics_dtype(cam)
@@ -211,42 +216,37 @@ def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
 
 def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> Any:
     """The module of a backend; for None, by what the tensors allow, the last of which is the products' operand."""
-    if backend is None and _exporting():
-        backend = "eager"
+    if backend is not None and backend not in modules:
+        raise ValueError(f"backend: expected one of {', '.join(modules)} or None, found {backend!r}")
+    if backend == "triton":
+        check(modules["triton"].obstacle(*tensors))
+    if operators.transformed() or tensors[0].numel() == 0 or (backend is None and operators.exporting()):
+        return eager
     if backend is None:
         fits = tensors[-1].is_cuda and "triton" in modules and modules["triton"].obstacle(*tensors) is None
         if modules is not _LOSSES and tensors[-1].dtype == torch.float32:
             fits = fits and _tf32_allowed()  # its float32 products are TF32
         plain = "eager" if modules is _REGION else "tiled"  # eager regions are linear in the pixels, and as fast
         backend = "triton" if fits else plain
-    if backend not in modules:
-        raise ValueError(f"backend: expected one of {', '.join(modules)} or None, found {backend!r}")
     return modules[backend]
 
 
 @torch.compiler.assume_constant_result
-def _exporting() -> bool:
-    """Asked outside of dynamo, which in torch 2.11 takes ``is_exporting`` for true in ``torch.compile`` too."""
-    return torch.compiler.is_exporting()
-
-
-@torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # the older switches set it too
 
 
 def _autocast(tensor: Tensor) -> Tensor:
     """In autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
-        return tensor.to(torch.get_autocast_dtype(device))
+    if eager.autocast_is_on(tensor) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
 
 
 def _check_maps(name: str, first: Tensor, other_name: str, other: Tensor) -> None:
     for label, tensor in ((name, first), (other_name, other)):
-        if tensor.ndim != 4 or 0 in tensor.shape:
-            raise ValueError(f"{label}: expected four dimensions, none of them 0, found {tuple(tensor.shape)}")
+        if tensor.ndim != 4 or 0 in tensor.shape[1:]:
+            raise ValueError(f"{label}: expected four dimensions, none but the first 0, found {tuple(tensor.shape)}")
         _check_floating(label, tensor)
     if first.shape[0] != other.shape[0] or first.shape[2:] != other.shape[2:]:
         raise ValueError(

@@ -7,6 +7,7 @@ equally among equal values, and so does the last place among the hardest errors.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NORMALISE_EPS = 1e-5
+
+_AS_IT_IS = nullcontext()
 
 
 class Variant(NamedTuple):
@@ -34,9 +37,16 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off: backward passes need it too, for they may run inside the caller's autocast."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    if autocast_is_on(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return _AS_IT_IS
+
+
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's kind of device; there is none for ``meta``."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def unit_columns(embedding: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ same at the paper's size for one architecture of each family.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on the CPU, in NumPy: for tests."""
 
+_HERE = nullcontext()
 DOT_SIDE = 16  # the smallest side of a tensor-core product
 
 
@@ -75,7 +77,9 @@ def precision(dtype: torch.dtype) -> str:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launch on the tensor's own device, whichever one is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE
 
 
 def obstacle(*tensors: Tensor) -> str | None:
@@ -83,8 +87,27 @@ def obstacle(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes float32, bfloat16 and float16, found {tensor.dtype}"
-        if not (tensor.is_cuda or INTERPRETED):
+        if not (tensor.is_cuda or tensor.is_meta or INTERPRETED):
             return f"needs tensors on CUDA, found {tensor.device}"
+    return _gpu_obstacle(tensors[0].get_device()) if tensors[0].is_cuda else None
+
+
+@torch.compiler.assume_constant_result
+def _gpu_obstacle(device: int) -> str | None:
+    return gpu_obstacle(device)
+
+
+@functools.cache
+def gpu_obstacle(device: int) -> str | None:
+    """Why the kernels cannot run on a GPU, or None; without any GPU (fake tensors) there is nothing in the way."""
+    if torch.version.hip:
+        return "needs an NVIDIA GPU, found ROCm"
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        return f"needs a GPU of compute capability 8.0 or above (Ampere), found {major}.{minor} ({name})"
     return None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpn_fast.kernels import eager
+from cpn_fast.kernels.operators import operation
 
 _ROWS, _COLUMNS = 256, 512  # a float32 block is half of a 1 MiB cache
 _ACCELERATOR_SIDE = 1024  # elsewhere few large products beat many small ones; 4 MiB in float32
@@ -21,10 +22,9 @@ _ACCELERATOR_SIDE = 1024  # elsewhere few large products beat many small ones; 4
 def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
     """As ``eager.pixel_correlation``, computed in float32 (float64 for float64 inputs)."""
     wide = torch.promote_types(eager.statistics_dtype(cam), embedding.dtype)
-    return _forward(cam.to(wide), embedding.to(wide), eps)[0].to(cam.dtype)
+    return _correlate(cam.to(wide), embedding.to(wide), eps).to(cam.dtype)
 
 
-@torch.library.custom_op("cpn_fast::pixel_correlation_tiled", mutates_args=())
 def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The output, and the columns' sums + eps (N, 1, P)."""
     out = cam.new_empty(cam.shape)
@@ -41,7 +41,6 @@ def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor
     return out, total
 
 
-@torch.library.custom_op("cpn_fast::pixel_correlation_tiled_backward", mutates_args=())
 def _backward(
     grad: Tensor, cam: Tensor, embedding: Tensor, out: Tensor, total: Tensor, eps: float, cam_needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -89,13 +88,11 @@ def _carry(sums: Tensor, summands: Tensor, affinity: Tensor, i: slice, j: slice,
     sums[:, i].addmm_(summands[:, mirrored], affinity[:, mirrored.start - j.start :].mT)
 
 
-@_forward.register_fake
-def _(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return cam.new_empty(cam.shape), cam.new_empty(cam.shape[0], 1, cam.shape[2])
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     grad: Tensor, cam: Tensor, embedding: Tensor, out: Tensor, total: Tensor, eps: float, cam_needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     return cam.new_empty((cam if cam_needs_grad else cam[:0]).shape), embedding.new_empty(embedding.shape)
@@ -106,11 +103,14 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(cam, embedding, *output)
 
 
-def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad, backward):  # type: ignore[no-untyped-def]
     cam_needs_grad = ctx.needs_input_grad[0]
     with eager.full_precision(grad):
-        d_cam, d_embedding = _backward(grad, *ctx.saved_tensors, ctx.eps, cam_needs_grad)
+        d_cam, d_embedding = backward(grad, *ctx.saved_tensors, ctx.eps, cam_needs_grad)
     return d_cam if cam_needs_grad else None, d_embedding, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_correlate = operation(
+    "pixel_correlation_tiled", _forward, _fake_forward, _backward, _fake_backward,
+    save=_save, differentiate=_differentiate,
+)  # fmt: skip

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from cpn_fast.kernels import eager, launch
 from cpn_fast.kernels.launch import check, next_power, on_device, precision, product, tuned
+from cpn_fast.kernels.operators import operation
 
 PAD = 128  # pixels are padded to a multiple of this, and every block of pixels divides it
 DK = 64  # channels in one product
@@ -312,7 +313,7 @@ def obstacle(cam: Tensor, embedding: Tensor) -> str | None:
 def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
     """As ``eager.pixel_correlation``."""
     check(obstacle(cam, embedding))
-    return _forward(cam, embedding, eps)[0]
+    return _correlate(cam, embedding, eps)
 
 
 class _Blocks(NamedTuple):
@@ -336,7 +337,6 @@ class _Blocks(NamedTuple):
         return {"DK": self.chunk, "CHUNKS": self.chunks, "CB": self.columns, "PRECISION": precision(dtype)}
 
 
-@torch.library.custom_op("cpn_fast::pixel_correlation_triton", mutates_args=())
 def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, its column sums (N, padded), g (N, padded, D), Y (N, groups, padded, columns), norms (N, padded)."""
     (batch, classes, pixels), depth = cam.shape, embedding.shape[1]
@@ -354,7 +354,6 @@ def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor
     return out, total, g, y, norm
 
 
-@torch.library.custom_op("cpn_fast::pixel_correlation_triton_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     out: Tensor,
@@ -388,7 +387,6 @@ def _backward(
     return d_cam, d_embedding
 
 
-@_forward.register_fake
 def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, classes, pixels), depth = cam.shape, embedding.shape[1]
     blocks = _Blocks.of(pixels, depth, classes)
@@ -398,7 +396,6 @@ def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, T
     return cam.new_empty(cam.shape), statistic, g, y, torch.empty_like(statistic)
 
 
-@_backward.register_fake
 def _fake_backward(grad: Tensor, out: Tensor, total: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, depth, channels_last, cam_needs_grad = rest
     batch, _, pixels = out.shape
@@ -415,11 +412,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output)
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(ctx, grad, backward):
     cam_needs_grad = ctx.needs_input_grad[0]
     with eager.full_precision(grad):
-        d_cam, d_embedding = _backward(grad, *ctx.saved_tensors, ctx.eps, ctx.depth, ctx.channels_last, cam_needs_grad)
+        d_cam, d_embedding = backward(grad, *ctx.saved_tensors, ctx.eps, ctx.depth, ctx.channels_last, cam_needs_grad)
     return d_cam if cam_needs_grad else None, d_embedding, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_correlate = operation(
+    "pixel_correlation_triton", _forward, _fake_forward, _backward, _fake_backward,
+    save=_save, differentiate=_differentiate,
+)  # fmt: skip

@@ -313,7 +313,7 @@ def test_background_suppression(counts: list[int]) -> None:
 def test_registered_operators_pass_opcheck() -> None:
     cam, keys, features = (t.flatten(2).requires_grad_() for t in tensors(1, 3, 8, 2, 3, torch.float32, False))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(pixel_triton._forward, (cam, features, 1e-5), test_utils=checks)
+    torch.library.opcheck(torch.ops.cpn_fast.pixel_correlation_triton, (cam, features, 1e-5), test_utils=checks)
     torch.library.opcheck(region_triton._pool, (cam, features), test_utils=checks)
     torch.library.opcheck(region_triton._correlate, (cam, keys, features, 0.3), test_utils=checks)
     raw, refined, visible, labels = maps([1], 1, 2, 2)

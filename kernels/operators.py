@@ -95,8 +95,8 @@ def operation(
 
     def call(*inputs: Any) -> Tensor:
         if _is_direct(inputs):
-            return Direct.apply(*inputs)  # type: ignore[no-any-return]
-        return in_graph(*inputs)[0]  # type: ignore[no-any-return]
+            return Direct.apply(*inputs)
+        return in_graph(*inputs)[0]
 
     return call
 

@@ -272,14 +272,21 @@ def _open_run(config: Config, device: torch.device) -> None:
     write_json(config.run / "environment.json", environment, indent=2)
 
 
-# What may change between two starts of one run: nothing that the weights of a sound run depend on.
-FREE = {"out", "cam", "evaluate", "crf", "affinity", "walk", "segment", "data.eval_list", "data.masks"} | {
-    f"train.{key}"
-    for key in (
-        *("log_every", "checkpoint_every", "keep_checkpoints", "data_threads", "nonfinite"),
-        *("compile", "cuda_graph", "checkpoint_activations"),
-    )
+# What may change between two starts of one run: nothing that the weights of a sound run depend on. Where the data lies
+# may, for list.json tells whether it is the same.
+FREE = {"out", "superpixels.cache", "cam", "evaluate", "crf", "affinity", "walk", "segment"} | {
+    f"{section}.{key}"
+    for section, keys in {
+        "data": ("root", "images", "labels", "masks", "eval_list"),
+        "train": (
+            *("log_every", "checkpoint_every", "keep_checkpoints", "data_threads", "nonfinite"),
+            *("compile", "cuda_graph", "checkpoint_activations"),
+        ),
+    }.items()
+    for key in keys
 }
+MAY_MOVE = {"data.train_list", "data.shards", "model.weights"}
+"""Keys of files and folders whose last name counts alone."""
 
 
 def decisive(config: Config) -> dict[str, Any]:
@@ -307,7 +314,10 @@ def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in ((prefix + name, value) for name, value in tree.items() if prefix + name not in FREE):
-        found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+        if key in MAY_MOVE and value is not None:
+            found[key] = Path(value).name
+        else:
+            found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return found
 
 

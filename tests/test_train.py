@@ -138,6 +138,27 @@ def with_a_flipped_bit(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+@pytest.mark.parametrize(
+    ("override", "goes_on"),
+    [
+        ("data.root=/elsewhere", True),
+        ("data.images=photos", True),
+        ("data.labels=/elsewhere/tags.csv", True),
+        ("data.train_list=/elsewhere/train.txt", True),
+        ("data.train_list=ImageSets/Segmentation/val.txt", False),
+        ("data.shards=shards", False),  # another order of images
+        ("model.weights=/elsewhere/net.pth", True),
+        ("model.weights=weights/other.pth", False),
+        ("superpixels.cache=/elsewhere", True),
+        ("superpixels.count=31", False),
+    ],
+)
+def test_a_run_goes_on_where_its_data_now_lies(override: str, goes_on: bool, tiny_config) -> None:
+    path = tiny_config(model={"weights": "weights/net.pth"})
+    before, now = (train.decisive(config.load(path, given)) for given in ([], [override]))
+    assert (before == now) == goes_on
+
+
 @pytest.mark.parametrize("damage", [truncated, with_a_flipped_bit])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, tiny_config, capfd) -> None:
     settings = config.load(tiny_config())

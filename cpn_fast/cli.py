@@ -296,8 +296,8 @@ def import_coco(
 
     made = coco.run(instances, images, destination)
     print(f"{made.images} images of {len(made.classes)} classes are listed in {destination / made.list}")
-    if made.empty:
-        print(f"Left off are {made.empty} in which no object is annotated")
+    if made.negatives:
+        print(f"{made.negatives} of them show no object and are negatives")
     then = None
     if made.classes == coco.coco_classes():
         then = _command("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])

@@ -3,7 +3,7 @@
 Of ``instances_train2014.json`` it makes, in the data set's folder:
 
 - ``JPEGImages/train2014``, a link to the folder of the images;
-- ``ImageSets/Segmentation/train2014.txt``, which lists every image that shows an object;
+- ``ImageSets/Segmentation/train2014.txt``, which lists the images; those without an object are negatives;
 - ``tags.json``, image id -> class names, to which further imports add theirs;
 - ``SegmentationClass/train2014``, palette PNGs with the categories in the order of their ids as values, from 1 without
   gaps: COCO's own ids go to 90 for 80 classes.
@@ -49,8 +49,8 @@ class Imported(NamedTuple):
     classes: tuple[str, ...]
     images: int
     """How many are listed."""
-    empty: int
-    """How many are not, for no object is annotated in them."""
+    negatives: int
+    """How many of them show no object."""
 
 
 class Runs(pydantic.BaseModel):
@@ -112,8 +112,8 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
     objects: dict[int | str, list[Object]] = defaultdict(list)
     for annotation in tree.annotations:
         objects[annotation.image_id].append(annotation)
-    shown = [image for image in tree.images if objects[image.id]]
-    if not shown:
+    negatives = sum(not objects[image.id] for image in tree.images)
+    if negatives == len(tree.images):
         raise UserError(
             f"{instances}: no object is annotated in its {len(tree.images)} images: there is nothing to learn"
         )
@@ -123,7 +123,7 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
     _agree(root, masks, classes)
     own_tags = {
         image.stem: [classes[value - 1] for value in sorted({values[o.category_id] for o in objects[image.id]})]
-        for image in shown
+        for image in tree.images
     }
     tags = _merged(root, list_path, own_tags)
     _link(root / IMAGES / name, images)
@@ -135,7 +135,7 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
         except ValueError as error:
             raise UserError(f"{instances}: {error}") from None
 
-    missing = [image for image in shown if not (masks / f"{image.stem}.png").exists()]
+    missing = [image for image in tree.images if not (masks / f"{image.stem}.png").exists()]
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         for _ in track(pool.map(draw, missing), f"masks of {name}", total=len(missing)):
@@ -144,9 +144,9 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
         pool.shutdown(cancel_futures=True)
     write_json(root / TAGS, tags, indent=0)
     with replacing(root / list_path) as file:
-        for image in shown:
+        for image in tree.images:
             file.write(f"/{IMAGES / name}/{image.file_name} /{MASKS / name}/{image.stem}.png\n".encode())
-    return Imported(list_path, classes, len(shown), len(tree.images) - len(shown))
+    return Imported(list_path, classes, len(tree.images), negatives)
 
 
 def coco_classes() -> tuple[str, ...]:
@@ -262,8 +262,8 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
         name = PurePosixPath(image.file_name)
         if name.is_absolute() or ".." in name.parts or "\n" in image.file_name:
             problems["images outside their folder"].append(image.file_name)
-        elif name.suffix not in IMAGE_SUFFIXES:
-            problems["images that are neither JPEG nor PNG"].append(image.file_name)
+        elif name.suffix.lower() not in IMAGE_SUFFIXES:
+            problems[f"images that end in none of {', '.join(IMAGE_SUFFIXES)}"].append(image.file_name)
         elif not (folder / name).is_file():
             problems[f"images missing in {folder}"].append(image.file_name)
         if image.width * image.height > MAX_PIXELS:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from cpn_fast.errors import UserError
@@ -58,6 +58,12 @@ Images = Annotated[Count | Literal["auto"], BeforeValidator(_number_or_auto)]
 class Section(pydantic.BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        """``~`` is the home folder, as in a shell, which leaves it alone in KEY=~/VALUE."""
+        return value.expanduser() if isinstance(value, Path) else value
+
 
 class Data(Section):
     """Where the images, lists, labels and masks are. Relative paths start at ``root``."""
@@ -68,15 +74,25 @@ class Data(Section):
     """Folder of the images; an id ``x`` is ``x.jpg``."""
     masks: Path = Path("SegmentationClass")
     """Folder of the ground-truth palette PNGs: scores need them, and ``train`` only looks whether they are sound."""
-    train_list: Path = Path("ImageSets/Segmentation/train_aug.txt")
-    """Images to train on: bare ids, or the psa form ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``."""
-    eval_list: Path = Path("ImageSets/Segmentation/train.txt")
-    """Images that ``cam`` makes seeds for and ``evaluate`` scores; ``--list`` names another one."""
     labels: Path = Path("Annotations")
-    """Image-level labels: a folder of VOC XML files, psa's ``cls_labels.npy``, or CSV/JSON of id -> class names."""
+    """Image-level labels: a folder of VOC XML files, psa's ``cls_labels.npy``, or CSV/JSON of id -> class names. An
+    image without a class is a negative."""
+    train_list: Path = Path("Annotations")
+    """Images to train on: a list of ids, of paths, or of psa's ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``; or a
+    source of labels, which stands for its images. Left out, it is ``labels``: all tagged images."""
+    eval_list: Path = Path("Annotations")
+    """Images that get seeds and scores; ``--list`` names others. Left out: ``train_list``."""
     shards: Path | None = None
     """Folder that ``cpn-fast shards`` packed the training list into: ``train`` reads images, tags and superpixels there
     and no other file of the data set. Null reads loose files."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_the_labels(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        labels = tree.get("labels", cls.model_fields["labels"].default)
+        return {"train_list": labels, "eval_list": tree.get("train_list", labels), **tree}
 
 
 class Superpixels(Section):
@@ -204,7 +220,8 @@ class Loss(Section):
     hard_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the largest eq. 15 (SEAM: ECR) errors that count (OHEM); 1 is the plain mean. Both 0.2."""
     hard_over: Literal["image", "batch"] = "image"
-    """Errors compete within a mini-``batch`` (paper) or an ``image`` (released)."""
+    """Errors compete within a mini-``batch`` (paper) or an ``image`` (released). With negatives, ``batch`` needs
+    ``background: before-lambda``: after lambda, their errors are all 1 and would win."""
 
 
 class Seam(Section):

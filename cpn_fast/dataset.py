@@ -19,13 +19,16 @@ from cpn_fast.config import Data
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_json, write_json
 from cpn_fast.images import UnreadableImage, opened
-from cpn_fast.labels import IMAGE_SUFFIXES, LabelError, read_labels
+from cpn_fast.labels import IMAGE_SUFFIXES, LabelError, listed_in, read_labels
 from cpn_fast.masks import IGNORE, read_mask
 from cpn_fast.progress import track
 
+TABLES = (".csv", ".json", ".npy")
+"""Endings of sources of labels, which may serve as lists."""
 LONGEST = 4096
 """Characters of a line; a path has no more."""
-_PATHS = re.compile(r"(\S.*?\.(?:jpe?g|png))(?:\s+(\S.*\.png))?", re.IGNORECASE)
+_ENDINGS = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+_PATHS = re.compile(rf"(\S.*?\.(?:{_ENDINGS}))(?:\s+(\S.*\.png))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ def load_samples(
 ) -> list[Sample]:
     """The images of a list (a relative path starts at ``data.root``), in its order.
 
-    A line is an id, or paths from the root as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``: the image's stem
-    is the id, and the second path, if there is one, replaces the mask in ``data.masks``. Files are looked up by name
-    and not opened; ``check_files`` does that. ``masks`` None takes those that are there and misses none.
+    A line is an id, or paths as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``, from the root or absolute, with
+    slashes or backslashes. The id of an image in ``data.images`` is its path there without the ending (``dogs/x``), of
+    any other its name. A second path replaces the mask in ``data.masks``. A source of labels is a list of its images.
+    Files are looked up by name and not opened; ``check_files`` does that. ``masks`` None: they are optional.
 
-    Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing or empty labels.
+    Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing labels, no label at
+    all. An image that shows no class is a negative.
     """
     problems: dict[str, list[str]] = defaultdict(list)
     samples = _find(data, classes, list_path, labels, masks, problems)
@@ -90,9 +95,16 @@ def _find(
             f"{data.images}. Unpack the data set there, or say where it is with --set data.root=FOLDER"
         )
     path = data.root / list_path
+    is_table = path.suffix in TABLES or (path.is_dir() and next(path.rglob("*.xml"), None) is not None)
     names_in = functools.cache(_names_in)  # listing a folder once is quicker than looking for every file in it
+    by_stem = functools.cache(lambda folder: _images_by_stem(names_in(folder)))
     samples: dict[str, Sample] = {}
-    for number, line in _lines(path, data.root):
+    if is_table:
+        names = listed_in(path, by_stem(data.root / data.images).keys())
+        lines: Iterable[tuple[int, str]] = enumerate(names, 1)
+    else:
+        lines = _lines(path, data.root)
+    for number, line in lines:
         entry = _parse(line, data)
         if entry is None:
             kind = "lines that are neither an id nor paths inside data.root"
@@ -100,12 +112,14 @@ def _find(
             continue
         id_, image, mask = entry
         if id_ in samples:
+            if is_table:  # a row for each tag
+                continue
             problems["ids listed more than once"].append(f"line {number} {id_}")
             continue
         if image is None:
-            folder = data.root / data.images
-            found = [name for suffix in IMAGE_SUFFIXES if (name := id_ + suffix) in names_in(folder)]
-            image = folder / (found or [f"{id_}.jpg"])[0]
+            place = data.root / data.images / id_
+            found = by_stem(place.parent).get(place.name, [])
+            image = place.with_name(found[0] if found else f"{place.name}.jpg")
             if len(found) > 1:
                 problems["ids with more than one image"].append(f"{id_} ({', '.join(found)})")
         if image.name not in names_in(image.parent):
@@ -184,18 +198,45 @@ def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
     """Id, image (None: to be found by the id) and mask; None if the line is neither an id nor paths inside the root."""
     if "\0" in line or len(line) > LONGEST:
         return None
+    line = line.replace("\\", "/")
     paths = _PATHS.fullmatch(line)
     if paths is None:
-        plain = line == PurePosixPath(line).name and line != ".."
+        id_ = PurePosixPath(line)
+        plain = str(id_) == line and not id_.is_absolute() and ".." not in id_.parts
         return (line, None, data.root / data.masks / f"{line}.png") if plain else None
-    image, mask = (PurePosixPath((part or "").lstrip("/")) for part in paths.groups())
-    if ".." in (*image.parts, *mask.parts):
+    image, mask = (_from_root(part or "", data.root) for part in paths.groups())
+    if image is None or mask is None:
         return None
-    return (
-        image.stem,
-        data.root / (data.images if len(image.parts) == 1 else "") / image,
-        data.root / (mask if mask.name else data.masks / f"{image.stem}.png"),
-    )
+    images = PurePosixPath(data.images.as_posix())
+    if len(image.parts) == 1:
+        image = images / image
+    id_ = (image.relative_to(images) if image.is_relative_to(images) else PurePosixPath(image.name)).with_suffix("")
+    return str(id_), data.root / image, data.root / (mask if mask.name else data.masks / f"{id_}.png")
+
+
+def _from_root(path: str, root: Path) -> PurePosixPath | None:
+    """A path of a list as one from the root; None if it leaves the root, as a path of another drive or folder does."""
+    if re.match("[A-Za-z]:", path) or (path.startswith("/") and not _inside(path, root) and Path(path).exists()):
+        return None
+    for start in (root.absolute(), root.resolve()):
+        if PurePosixPath(path).is_relative_to(start.as_posix()):
+            path = str(PurePosixPath(path).relative_to(start.as_posix()))
+    plain = PurePosixPath(path.lstrip("/"))
+    return None if ".." in plain.parts else plain
+
+
+def _inside(path: str, root: Path) -> bool:
+    return any(PurePosixPath(path).is_relative_to(start.as_posix()) for start in (root.absolute(), root.resolve()))
+
+
+def _images_by_stem(names: frozenset[str]) -> dict[str, list[str]]:
+    """Name without its ending -> the image files of that name."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        stem, dot, ending = name.rpartition(".")
+        if dot and f".{ending.lower()}" in IMAGE_SUFFIXES:
+            found[stem].append(name)
+    return found
 
 
 def _names_in(folder: Path) -> frozenset[str]:
@@ -219,9 +260,8 @@ def _with_labels(
         problems["label source that is not usable"].append(str(error))
         return samples
     problems[f"ids without labels in {path}"] += [id_ for id_ in samples if id_ not in labels]
-    problems[f"images that no class is present in, by {path}"] += [
-        id_ for id_, label in labels.items() if not label.any()
-    ]
+    if labels and not any(label.any() for label in labels.values()):
+        problems[f"label source in which none of the images shows any of the {len(classes)} classes"].append(str(path))
     return {id_: Sample(id_, old.image, old.mask, labels.get(id_)) for id_, old in samples.items()}
 
 

@@ -18,6 +18,9 @@ from cpn_fast.errors import UserError
 
 MAX_PIXELS = 2**26
 """A file of a few bytes can claim any size; this many take 200 MB as RGB."""
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+"""Pillow has more decoders than an image needs, and one of them starts Ghostscript. Of several pictures in a file the
+first one counts."""
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
@@ -38,10 +41,12 @@ class UnreadableImage(UserError):
 def opened(path: Path, content: IO[bytes] | Path | None = None) -> Iterator[ImageFile]:
     """The image of a file, or of its ``content``. What goes wrong with it in the block becomes an UnreadableImage."""
     try:
-        with Image.open(content or path, formats=("JPEG", "PNG")) as image:
+        with Image.open(content or path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if image.format == "TIFF" and image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel and channel; save it with 8 or 16")
             yield image
     except UserError:
         raise
@@ -53,7 +58,7 @@ def _reason(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
-        return "neither JPEG nor PNG"
+        return f"none of {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels; scale it down"
     return str(error) or type(error).__name__

@@ -1,25 +1,31 @@
 """Image-level labels from VOC XML, psa's ``cls_labels.npy``, CSV or JSON: one bool per class.
 
 - A folder of VOC XML files: every ``object``'s ``name`` counts, the names of its parts do not.
-- ``.npy``: a pickled dict of id -> numbers (K,), 0 or 1. It is read without trusting it: nothing in it can run.
+- ``.npy``: a pickled dict of id -> numbers (K,), 0 or 1. It is read without trusting it: nothing in it can run. irn's
+  whole numbers for ids are read too: 2007000032 is ``2007_000032``.
 - ``.csv``: ``id,names`` with names separated by ``;`` as in ``img_7,cat;dog``. Also read: names in several columns
-  or several rows, names separated by spaces where no class name has one, file names (``img_7.jpg``) for ids, and
-  semicolons or tabs in the commas' place.
+  or several rows, names separated by commas in a quoted cell or by spaces where no class name has one, semicolons or
+  tabs in the commas' place, and tables of 0 and 1 whose first row names the classes.
   Rows of images that are not asked for, such as a header, are skipped.
-- ``.json``: ``{"img_7": ["cat", "dog"]}``; here too a file name may stand for its id.
+- ``.json``: ``{"img_7": ["cat", "dog"]}``.
+
+An image that a source has without a class shows none of them: it is a negative. A file's name or path may stand for its
+id everywhere: ``photos/img_7.jpg``, ``C:\\photos\\img_7.jpg``.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import io
 import json
 import pickle
 import pickletools
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
@@ -27,7 +33,8 @@ import numpy as np
 
 from cpn_fast.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff")
+"""Endings of image files, in lower case; any case will do."""
 MAX_PICKLE = 256 * 2**20
 """Bytes; COCO's 82,783 images x 80 classes need 30 MB."""
 
@@ -66,6 +73,39 @@ def read_labels(path: Path, ids: Collection[str], classes: Sequence[str]) -> dic
     raise UserError(f"{path}: expected a folder of VOC XML, .npy, .csv or .json, found {path.suffix or 'no suffix'}")
 
 
+def listed_in(path: Path, images: Collection[str]) -> list[str]:
+    """The images that a source of labels names, as it writes them, each once; of a header no image is called so.
+
+    ``images`` are the ids of the image files, by which irn's numbers and headers are told. Raises UserError for a
+    source that cannot be read.
+    """
+    try:
+        if path.is_dir():
+            return sorted(file.relative_to(path).with_suffix("").as_posix() for file in path.rglob("*.xml"))
+        if path.suffix == ".json":
+            return list(_load_json(path))
+        match = Ids(images)
+        if path.suffix == ".npy":
+            names = [(match(key) or str(key)) if isinstance(key, int) else str(key) for key in _load_npy(path)]
+            return list(dict.fromkeys(names))
+        rows = ((separator, _first_cells(path, separator)) for separator in (",", ";", "\t"))
+        names = max((cells for _, cells in rows), key=lambda cells: sum(match(cell) is not None for cell in cells))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable: {error}") from None
+    if len(names) > 1 and match(names[0]) is None and match(names[1]) is not None:
+        names = names[1:]
+    return list(dict.fromkeys(names))
+
+
+def _first_cells(path: Path, separator: str) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
+        try:
+            return [row[0].strip() for row in rows if row and row[0].strip()]
+        except csv.Error as error:
+            raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
+
+
 def _encode(path: Path, found: Names, problems: Sequence[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
     column = {name: k for k, name in enumerate(classes)}
     labels = {}
@@ -101,8 +141,10 @@ def _read_xml_folder(folder: Path, ids: Iterable[str]) -> tuple[Names, list[str]
     """What was read, and the problems of the rest."""
     found = {}
     problems = []
+    match = Ids(ids)
     for id_ in ids:
-        path = folder / f"{id_}.xml"
+        paths = [folder / f"{name}.xml" for name in match.file(id_)]
+        path = next((path for path in paths if path.is_file()), paths[0])
         try:
             found[id_] = [(name, f"{path.name} line {line}") for name, line in _object_names(path.read_bytes())]
         except FileNotFoundError:
@@ -144,47 +186,92 @@ def _object_names(xml: bytes) -> list[tuple[str, int]]:
 
 def _read_csv(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names:
     """With the first of the separators by which any id is found: spreadsheets write what their language has."""
-    separated = (_read_separated(path, separator, set(ids), classes) for separator in (",", ";", "\t"))
+    separated = (_read_separated(path, separator, ids, classes) for separator in (",", ";", "\t"))
     return next(filter(None, separated), {})
 
 
-def _read_separated(path: Path, separator: str, wanted: set[str], classes: Sequence[str]) -> Names:
-    spaced = any(" " in name for name in classes)
-    found: dict[str, list[tuple[str, str]]] = {}
+def _read_separated(path: Path, separator: str, ids: Collection[str], classes: Sequence[str]) -> Names:
+    match = Ids(ids)
+    listed: list[tuple[str, str, list[str]]] = []  # id, place, cells
+    header: list[str] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
         try:
-            for key, *cells in filter(None, rows):
-                id_ = _as_id(key.strip(), wanted)
-                if id_ in wanted:
-                    place = f"line {rows.line_num}"
-                    names = (name for cell in cells for name in cell.split(";" if spaced or ";" in cell else None))
-                    found.setdefault(id_, []).extend((name.strip(), place) for name in names if name.strip())
+            for number, (key, *cells) in enumerate(filter(None, rows)):
+                cells = [cell.strip() for cell in cells]
+                if (id_ := match(key)) is not None:
+                    listed.append((id_, f"line {rows.line_num}", cells))
+                elif number == 0:
+                    header = cells
         except csv.Error as error:
             raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
+    is_table = bool(listed) and _is_table(header, listed[0][2], classes)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for id_, place, cells in listed:
+        if is_table:
+            names = _ticked(header, cells, classes, f"{path} {place}")
+        else:
+            names = [name for cell in cells for name in _names(cell, classes)]
+        found.setdefault(id_, []).extend((name, place) for name in names)
     return found
+
+
+def _names(cell: str, classes: Sequence[str]) -> list[str]:
+    """The class names in a cell of a CSV."""
+    if cell in classes:
+        return [cell]
+    parts = re.split("[;,]", cell)
+    if len(parts) == 1 and not any(" " in name for name in classes):
+        parts = cell.split()
+    return [name for part in parts if (name := part.strip())]
+
+
+_TICKS = {"1": True, "1.0": True, "true": True, "yes": True} | dict.fromkeys(("0", "0.0", "false", "no", ""), False)
+
+
+def _is_table(header: Sequence[str], row: Sequence[str], classes: Sequence[str]) -> bool:
+    """Whether a header names classes and a row ticks them."""
+    cells = [cell for name, cell in zip(header, row, strict=False) if name in classes]
+    return bool(cells) and all(cell.lower() in _TICKS for cell in cells)
+
+
+def _ticked(header: Sequence[str], cells: Sequence[str], classes: Sequence[str], place: str) -> list[str]:
+    """The columns in which a row has a 1, unknown ones too; a column of other values is no column of tags."""
+    names = []
+    for name, cell in zip(header, cells, strict=False):
+        ticked = _TICKS.get(cell.lower())
+        if ticked is None and name in classes:
+            raise UserError(f"{place}: expected 0 or 1 in column {name}, which the first row names, found {cell!r}")
+        if ticked and name:
+            names.append(name)
+    return names
 
 
 def _read_json(path: Path, ids: Collection[str]) -> tuple[Names, list[str]]:
     """What was read, and the problems of the rest."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_repeated_keys)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected an object of id -> list of class names, found a {type(tree).__name__}")
-    wanted = set(ids)
+    tree = _load_json(path)
+    match = Ids(ids)
     found = {}
     problems = []
     for key, names in tree.items():
-        id_ = _as_id(key, wanted)
-        if id_ not in wanted:
+        id_ = match(key)
+        if id_ is None:
             continue
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             found[id_] = [(name, key) for name in names]
         else:
             problems.append(f"{key}: expected a list of class names, found {json.dumps(names):.60}")
     return found, problems
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_repeated_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected an object of id -> list of class names, found a {type(tree).__name__}")
+    return tree
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,31 +283,64 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _as_id(key: str, wanted: Collection[str]) -> str:
-    name = PurePosixPath(key)
-    return name.stem if key not in wanted and name.suffix in IMAGE_SUFFIXES else key
+class Ids:
+    """Finds the id that a name in a source of labels stands for: the id, a file's name or its path, or irn's number."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        self.known = set(ids)
+
+    def __call__(self, name: object) -> str | None:
+        """None for a name of no id. A path stands for the longest of its ends that is one."""
+        if isinstance(name, (int, np.integer)) and not isinstance(name, bool):
+            return str(name) if str(name) in self.known else self.numbers.get(str(name))
+        if not isinstance(name, str):
+            return None
+        name = name.strip()
+        if name in self.known:
+            return name
+        parts = name.replace("\\", "/").split("/")
+        stem, dot, ending = parts[-1].rpartition(".")
+        if dot and f".{ending.lower()}" in IMAGE_SUFFIXES:
+            parts[-1] = stem
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        return next((end for end in ends if end in self.known), self.names.get(ends[-1]))
+
+    def file(self, id_: str) -> list[str]:
+        """Names of files of an id: its own, and without its folders if no other id has that name."""
+        name = id_.rpartition("/")[2]
+        return [id_, name] if name != id_ and self.names.get(name) == id_ else [id_]
+
+    @functools.cached_property
+    def names(self) -> dict[str, str | None]:
+        """Name without folders -> id; None where several have it."""
+        return _unambiguous((id_.rpartition("/")[2], id_) for id_ in self.known)
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, str | None]:
+        """An id's digits -> id; None where several have them."""
+        return _unambiguous((re.sub(r"\D", "", id_), id_) for id_ in self.known)
+
+
+def _unambiguous(pairs: Iterable[tuple[str, str]]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for key, value in pairs:
+        found[key] = None if key in found else value
+    return found
 
 
 # psa's cls_labels.npy
 
 
 def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
-    if path.stat().st_size > MAX_PICKLE:
-        raise UserError(
-            f"{path}: {path.stat().st_size / 2**20:.0f} MB; label files of up to {MAX_PICKLE >> 20} MB are read"
-        )
-    try:
-        table = _unpickle_dict(path.read_bytes())
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise UserError(f"{path}: not a pickled dict of id -> array as psa's cls_labels.npy: {error}") from None
+    table = _load_npy(path)
     labels = {}
     problems = []
-    for id_ in ids:
-        if id_ not in table:
+    match = Ids(ids)
+    for key, content in table.items():
+        id_ = match(key)
+        if id_ is None:
             continue
-        value = table[id_].value if isinstance(table[id_], _Array) else table[id_]
+        value = content.value if isinstance(content, _Array) else content
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or value.shape != (len(classes),):
             found = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
             problems.append(f"{id_}: expected an array of {len(classes)} numbers, one per class, found {found}")
@@ -232,6 +352,19 @@ def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[st
     if problems:
         raise LabelError(path, problems, labels)
     return labels
+
+
+def _load_npy(path: Path) -> dict[Any, Any]:
+    if path.stat().st_size > MAX_PICKLE:
+        raise UserError(
+            f"{path}: {path.stat().st_size / 2**20:.0f} MB; label files of up to {MAX_PICKLE >> 20} MB are read"
+        )
+    try:
+        return _unpickle_dict(path.read_bytes())
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        raise UserError(f"{path}: not a pickled dict of id -> array as psa's cls_labels.npy: {error}") from None
 
 
 def _unpickle_dict(content: bytes) -> dict[Any, Any]:

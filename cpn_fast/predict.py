@@ -278,7 +278,7 @@ def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | No
 
 
 def _images_in(folder: Path) -> list[Path]:
-    found = sorted(file for file in folder.iterdir() if file.suffix in IMAGE_SUFFIXES)
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise UserError(f"{folder}: no JPEG or PNG files in that folder")
     return found

@@ -117,12 +117,12 @@ def export_seeds(folder: Path, destination: Path, form: str) -> int:
     """
     if form not in _FORMS:
         raise UserError(f"unknown form {form!r}: give one of {', '.join(_FORMS)}")
-    paths = sorted(folder.glob("*.npz"))
+    paths = sorted(folder.rglob("*.npz"))
     if not paths:
         raise UserError(f"{folder}: no CAM seeds (*.npz) there; `cpn-fast cam` writes them")
     for path in track(paths, f"exporting to {form}", total=len(paths)):
         seed = read_seed(path)
-        with replacing(destination / f"{path.stem}.npy") as file:
+        with replacing((destination / path.relative_to(folder)).with_suffix(".npy")) as file:
             np.save(file, np.array(_FORMS[form](seed)), allow_pickle=True)
     return len(paths)
 

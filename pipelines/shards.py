@@ -35,7 +35,7 @@ from cpn_fast.progress import track
 FORMAT = 1
 SIZE = 1000  # samples of a shard: about 100 MB of VOC's images
 READ = 32  # samples that DALI's reader gives at a time
-IMAGE = ";".join(dict.fromkeys(suffix[1:].lower() for suffix in IMAGE_SUFFIXES))
+IMAGE = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 SUPERPIXELS = "superpixels.png"
 
 

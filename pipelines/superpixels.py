@@ -99,8 +99,8 @@ class SuperpixelCache:
 
     def path(self, id: str) -> Path:
         """Where the superpixels of an image are. Raises UserError for an id that would leave the folder."""
-        if not id or Path(id).name != id:
-            raise UserError(f"image id {id!r}: expected a file name without folders")
+        if not Path(id).parts or Path(id).is_absolute() or ".." in Path(id).parts[:-1]:
+            raise UserError(f"image id {id!r}: expected a name inside the folder")
         return self.folder / f"{id}.png"
 
     def missing(self, samples: Sequence[Sample]) -> list[Sample]:

@@ -87,8 +87,8 @@ def test_from_a_json_to_a_trained_network_and_its_scores(source: Path, tmp_path:
 
     root = tmp_path / "data"
     said = cpn_fast("import-coco", source, tmp_path / "photos", root)
-    assert "4 images of 3 classes" in said
-    assert "Left off are 1" in said
+    assert "5 images of 3 classes" in said
+    assert "1 of them show no object and are negatives" in said
     settings = yaml.safe_load(said[said.index("classes:") :])
     small = {"augment": {"long_side": [64, 64], "crop": 64}, "model": {"backbone": "narrow"}, "name": "coco"}
     train = {"batch": 2, "steps": 2, "log_every": 1, "data_threads": 1}
@@ -118,6 +118,7 @@ def test_masks_have_the_categories_in_their_order_small_objects_on_top_and_crowd
         "a b": ["hot dog"],
         "c": ["person"],
         "d": ["toothbrush"],
+        "empty": [],
     }
 
 
@@ -126,7 +127,8 @@ def test_images_are_linked_to_and_pass_every_check(source: Path, tmp_path: Path)
     data = config.Data(root=tmp_path / "data", labels=coco.TAGS)
     samples = load_samples(data, made.classes, made.list, labels=True, masks=True)
     check_files(samples, workers=1, classes=3)
-    assert [sample.id for sample in samples] == ["9", "a b", "c", "d"]
+    assert [sample.id for sample in samples] == ["part/9", "part/a b", "part/sub/c", "part/d", "part/empty"]
+    assert not samples[4].label.any()
     assert samples[2].image.resolve() == tmp_path / "photos/sub/c.jpg"
 
 
@@ -143,11 +145,12 @@ def test_a_second_import_adds_a_list_and_a_repeated_one_keeps_its_masks(
     assert (root / "SegmentationClass/part/c.png").exists()
 
     other = tmp_path / "instances_val.json"
-    image = {"id": 1, "file_name": "empty.jpg", "width": SIZE, "height": SIZE}
+    (tmp_path / "photos/late.jpg").write_bytes((tmp_path / "photos/empty.jpg").read_bytes())
+    image = {"id": 1, "file_name": "late.jpg", "width": SIZE, "height": SIZE}
     object_ = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [square(0, 0, 9, 9)]}
     other.write_text(json.dumps({**tree, "images": [image], "annotations": [object_]}))
     coco.run(other, tmp_path / "photos", root)
-    assert sorted(json.loads((root / "tags.json").read_text())) == ["9", "a b", "c", "d", "empty"]
+    assert sorted(json.loads((root / "tags.json").read_text())) == ["9", "a b", "c", "d", "empty", "late"]
     assert (root / "ImageSets/Segmentation/part.txt").exists()
 
     other.write_text(json.dumps({**tree, "images": [{**image, "file_name": "9.jpg"}], "annotations": [object_]}))

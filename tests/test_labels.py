@@ -326,3 +326,40 @@ def test_npy_files_that_are_no_label_files(tmp_path):
     for end in range(0, len(whole) - 1, 7):
         (tmp_path / "l.npy").write_bytes(whole[:end])
         assert "not a pickled dict" in refused(tmp_path / "l.npy")
+
+
+# Tables, cells and keys as other programs write them
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("image,cat,dog\na.jpg,1,0\nb.jpg,0,1\n", {"a": ["cat"], "b": ["dog"]}),
+        ("id;dog;size;cat\na;1.0;33;0.0\nb;;44;1\n", {"a": ["dog"], "b": ["cat"]}),
+        ("file\tcat\tdog\na\tTrue\tFalse\nb\tFalse\tFalse\n", {"a": ["cat"], "b": []}),
+        ("image,cat\na,1\nb,0\n", {"a": ["cat"], "b": []}),
+        ("c.jpg,cat\na,cat\nb,dog\n", {"a": ["cat"], "b": ["dog"]}),
+        ('a,"cat, dog"\nb,"potted plant, cat"\n', {"a": ["cat", "dog"], "b": ["cat", "potted plant"]}),
+        ("a\nb,\n", {"a": [], "b": []}),
+        ("C:\\photos\\a.jpg,cat\nphotos/b.JPG,dog\n", {"a": ["cat"], "b": ["dog"]}),
+    ],
+)
+def test_csv_as_other_programs_write_it(tmp_path, text, expected):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    assert names(read_labels(path, ["a", "b"], CLASSES)) == expected
+
+
+def test_a_table_names_the_cell_and_the_column_that_are_wrong(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("image,cat,dog\na,1,0\nb,0,2\n")
+    assert "line 3: expected 0 or 1 in column dog, which the first row names, found '2'" in refused(path)
+    path.write_text("image,cat,dgo\na,1,0\nb,0,1\n")
+    assert "line 3: 'dgo' is not a class; did you mean dog?" in refused(path)
+
+
+def test_whole_numbers_stand_for_ids_by_their_digits_where_only_one_has_them(tmp_path):
+    path = tmp_path / "labels.npy"
+    np.save(path, {2007000032: np.array([1, 0, 0]), 7: np.array([0, 1, 0])}, allow_pickle=True)
+    found = read_labels(path, ["2007_000032", "a7", "b7"], CLASSES)
+    assert names(found) == {"2007_000032": ["cat"]}

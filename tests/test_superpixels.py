@@ -441,17 +441,17 @@ def test_two_processes_share_one_build_and_outlive_a_killed_one(tmp_path):
     assert all(np.array_equal(stored(cache, s), segment(read_image(s.image), CONFIG)) for s in samples)
 
 
-@pytest.mark.parametrize("id", ["", "a/b", "../x", "/x", "."])
-def test_ids_with_folders_are_refused(tmp_path, id):
+@pytest.mark.parametrize("id", ["", "../x", "a/../../x", "/x", "."])
+def test_ids_that_leave_the_folder_are_refused(tmp_path, id):
     with pytest.raises(UserError, match=re.escape(repr(id))):
         SuperpixelCache(tmp_path, CONFIG).path(id)
 
 
-@pytest.mark.parametrize("id", ["2007_000042.v2", "..", "ü ñ"])
-def test_ids_are_file_stems(tmp_path, id):
+@pytest.mark.parametrize("id", ["2007_000042.v2", "..", "ü ñ", "dogs/a"])
+def test_ids_are_names_inside_the_folder(tmp_path, id):
     cache = SuperpixelCache(tmp_path, CONFIG)
     assert cache.path(id) == cache.folder / f"{id}.png"
-    assert cache.path(id).parent.resolve() == cache.folder
+    assert cache.path(id).resolve().is_relative_to(cache.folder)
 
 
 def test_unwritable_folder_is_named(tmp_path):

@@ -46,7 +46,12 @@ class Cpn:
         return Views([(images, batch.labels.repeat(3, 1))], batch, pair.share)
 
     def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
-        """Eqs. 13 to 15 and the released background suppression."""
+        """Eqs. 13 to 15 and the released background suppression.
+
+        The foreground of a negative counts as 0, so eq. 14 and the suppression are 0. Eq. 15 asks its refined
+        background to be 1 in the paper's form (``background: before-lambda``, ``refined_background: own``). In the
+        released form it is 2, without a gradient.
+        """
         (cams,) = outputs
         size, options = views.batch.size, self.options
         ((_, labels),) = views.inputs

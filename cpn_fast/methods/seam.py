@@ -70,7 +70,8 @@ def equivariance_losses(
     ``sizes``, (H, W) of the two images, and normalised there (``Loss.normalise``); the image's then shrink to its
     copy's size. ER is the mean difference of the raw foreground maps. ECR compares the refined map of one scale, its
     own background included, with the raw map of the other, of whose foreground each pixel keeps the best class and
-    whose background is 1 - that; per image the largest ``hard_share`` of the errors count.
+    whose background is 1 - that; per image the largest ``hard_share`` of the errors count. A negative has no foreground
+    here: its ER is 0, and its ECR asks the refined background to be the same everywhere.
     """
     with full_precision(raw[0]):
         raw = [
@@ -96,8 +97,10 @@ def _normalised(
     """
     background = torch.full_like(labels[:, :1], own_background)
     present = torch.cat([background, labels], dim=1).nonzero(as_tuple=True)
-    chosen = normalise(upsample(maps[present].to(statistics_dtype(maps))[None], size), how)
-    full = maps.new_zeros(*maps.shape[:2], *target, dtype=chosen.dtype)
+    full = maps.new_zeros(*maps.shape[:2], *target, dtype=statistics_dtype(maps))
+    if not len(present[0]):  # negatives alone
+        return full
+    chosen = normalise(upsample(maps[present].to(full.dtype)[None], size), how)
     return full.index_put(present, upsample(chosen, target)[0])
 
 

@@ -24,16 +24,31 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
+# Every number has both bounds, the outer ones where memory, time or float32 end: what cannot be carried out is refused
+# with its key before anything starts.
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Rgb = tuple[float, float, float]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+"""Of a term of the loss."""
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+"""Of learning; at 1e30 fp32 still holds twenty times it."""
+Exponent = Annotated[float, Field(gt=0, le=10_000)]
+Factor = Annotated[float, Field(ge=0.01, le=16)]
+"""Of an image's sides."""
+Side = Annotated[int, Field(ge=1, le=16_384)]
+"""In pixels."""
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Group = Annotated[int, Field(ge=1, le=65_536)]
+"""Images or batches that are taken together."""
+Workers = Annotated[int, Field(ge=1, le=1024)]
+"""Threads or processes."""
+Level = Annotated[float, Field(ge=0, le=255)]
+Rgb = tuple[Level, Level, Level]
+Spread = Annotated[float, Field(ge=0.01, le=1000)]
 
 
 def _number_or_auto(value: Any) -> Any:
-    if value != "auto" and (type(value) is not int or value < 1):
-        raise ValueError(f"expected a whole number from 1 on, or auto, found {value!r}")
+    if value != "auto" and (type(value) is not int or not 1 <= value <= 65_536):
+        raise ValueError(f"expected a whole number from 1 to 65536, or auto, found {reprlib.repr(value)}")
     return value
 
 
@@ -52,7 +67,7 @@ def _known_backbone(name: str) -> str:
     return name
 
 
-Images = Annotated[Count | Literal["auto"], BeforeValidator(_number_or_auto)]
+Images = Annotated[Group | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
 class Section(pydantic.BaseModel):
@@ -102,7 +117,7 @@ class Superpixels(Section):
     """Superpixels asked for per image. Paper 200; released 300, of which skimage 0.17 made about 140 to 190."""
     compactness: Annotated[float, Field(gt=0, le=10_000)] = 10.0
     """Weight of distance against colour; from about 16,000 on fast-slic's integers overflow."""
-    iterations: Count = 10
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 10
     """Rounds of k-means."""
     mode: Literal["cached", "online"] = "cached"
     """``cached``: once per image, moved with the image. ``online`` (paper and released): on every augmented crop."""
@@ -113,11 +128,11 @@ class Superpixels(Section):
 class Augment(Section):
     """Training augmentation, in this order: resize, flip, colour, normalise, crop."""
 
-    long_side: tuple[Count, Count] = (448, 768)
+    long_side: tuple[Side, Side] = (448, 768)
     """The long side is resized to a whole number drawn from this closed range."""
-    scale: tuple[Positive, Positive] | None = None
+    scale: tuple[Factor, Factor] | None = None
     """Both sides are multiplied by a factor drawn from this range instead (``segment``: 0.5 to 1.5)."""
-    crop: Count = 448
+    crop: Side = 448
     """Side of the square crop; smaller images are padded with 0 (the mean colour) at a random offset."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
@@ -153,7 +168,7 @@ class Patches(Section):
     """What lambda counts as visible. Paper ``patches``; released ``pixels`` for superpixels, ``patches`` for grids."""
     fill: Rgb | None = None
     """RGB (0 to 255) of hidden pixels; null is the normalisation's mean (released). Paper: the training set's mean."""
-    grid_sizes: tuple[Count, ...] = (56, 112)
+    grid_sizes: tuple[Side, ...] = (56, 112)
     """Sides of grid cells in pixels, one drawn per image. Paper's best 56, 112; released 224, 448."""
 
     @model_validator(mode="after")
@@ -176,7 +191,7 @@ class Model(Section):
     an installed Python package, or ``timm`` for what timm downloads for ``timm:NAME``. Null: random weights."""
     mean: Rgb | None = None
     """RGB (0 to 255) subtracted from the input; null is what the backbone's usual weights were trained with."""
-    std: Rgb | None = None
+    std: tuple[Spread, Spread, Spread] | None = None
     """RGB (0 to 255) that divides the input; null as for ``mean``."""
     pcm: bool = True
     """Pixel correlation module (eqs. 8 to 10)."""
@@ -199,13 +214,13 @@ class Model(Section):
 class Loss(Section):
     """Weights and variants of the loss terms. A weight of 0 switches a term off."""
 
-    tcp: NotNegative = 1.0
+    tcp: Weight = 1.0
     """Weight of the triplet consistency term on raw CAMs (eq. 14)."""
-    tcp_refined: NotNegative = 1.0
+    tcp_refined: Weight = 1.0
     """Weight of the same on refined CAMs."""
-    cpcr: NotNegative = 1.0
+    cpcr: Weight = 1.0
     """Weight of cross regularisation (eq. 15)."""
-    background_suppression: NotNegative = 1.0
+    background_suppression: Weight = 1.0
     """Weight of the mean of the refined map's lowest 25 % pixels. Paper 0; released 1."""
     detach_refined_pair: bool = False
     """Stop the gradient of the pair in the refined eq. 14. Paper true; released false."""
@@ -230,9 +245,9 @@ class Seam(Section):
 
     scale: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Sides of the second view as a share of the first's. Both 0.3."""
-    er: NotNegative = 1.0
+    er: Weight = 1.0
     """Weight of the difference between the raw CAMs of the scales (ER)."""
-    ecr: NotNegative = 1.0
+    ecr: Weight = 1.0
     """Weight of the difference between one scale's refined and the other's raw CAM (ECR)."""
 
 
@@ -242,19 +257,19 @@ class Train(Section):
     batch: Images = 4
     """Images per forward pass (three views each for CPN). ``auto``: as many as a GPU's memory takes, up to 256 a GPU,
     tried out when the run starts and kept in its config.yaml. ``lr``, epochs and steps stay as given."""
-    accumulate: Count = 1
+    accumulate: Group = 1
     """Batches per optimiser step; their gradients are averaged."""
     epochs: Count | None = None
     """Passes over the list; give this or ``steps``. Paper and released 8."""
     steps: Count | None = None
     """Optimiser steps; give this or ``epochs``."""
-    lr: Positive = 0.01
+    lr: Rate = 0.01
     """Initial rate of backbone weights; biases x2, new layers x10, their biases x20."""
-    power: NotNegative = 0.9
+    power: Annotated[float, Field(ge=0, le=100)] = 0.9
     """Poly schedule: lr * (1 - step / steps) ** power."""
     momentum: Share = 0.0005
     """Paper 0.9; released 0.0005 (its weight decay landed in the momentum slot)."""
-    weight_decay: NotNegative = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
     """L2 on weights, not on biases."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast of the forward pass; null is bf16 where the device computes it itself (CUDA from sm_80, CPUs with
@@ -271,12 +286,12 @@ class Train(Section):
     checkpoint_activations: bool = False
     """Keep only the inputs of the backbone's blocks and compute the rest again in the backward pass: the same results,
     for ResNet38d with half of the memory and 19 % more computing (``cpn_fast/models/backbone.py``)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Shuffling, augmentation, hiding, dropout and new layers all follow from it."""
     deterministic: bool = False
     """The same bytes from the same seed on the same GPU too, as on a CPU without it; slower. An operation of torch that
     has no such algorithm (the cross-entropy of ``segment``) is named in a warning."""
-    data_threads: Count = 2
+    data_threads: Workers = 2
     """DALI's CPU threads."""
     log_every: Count = 20
     """Steps between lines of metrics.jsonl."""
@@ -285,6 +300,14 @@ class Train(Section):
     keep_checkpoints: Count = 2
     """The newest that are kept, for a restart and, when there are more, for curves of mIoU against steps
     (``cam --checkpoint``)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length_given_replaces_the_default(cls, tree: Any) -> Any:
+        for given, other in (("epochs", "steps"), ("steps", "epochs")):
+            if isinstance(tree, dict) and tree.get(given) is not None and other not in tree:
+                return {**tree, other: None}
+        return tree
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
@@ -298,13 +321,13 @@ class Cam(Section):
 
     map: Literal["refined", "raw"] = "refined"
     """Which map becomes the seed; a model with neither pcm nor prcm has only ``raw``."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
+    scales: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=64)] = (0.5, 1.0, 1.5, 2.0)
     """Image scales whose CAMs are summed."""
     flip: bool = True
     """Adds the mirrored image at each scale."""
-    batch: Count = 4
+    batch: Group = 4
     """Images of one size that share a batch (each twice when flipped)."""
-    pixels: Annotated[int, Field(ge=4096)] = 2**23
+    pixels: Annotated[int, Field(ge=4096, le=2**31)] = 2**23
     """Most pixels in a forward pass, which bounds memory: 1080p at scale 2 has 8.3 million and just fits. Fewer images
     share a batch where they would hold more, and a scale at which one image alone does is lowered for it."""
     mask_threshold: Share = 0.3
@@ -333,11 +356,11 @@ class Crf(Section):
 
     parameters: CrfName = "seam-labels"
     """A released set of parameters; ``PARAMETERS`` of ``cpn_fast/crf.py`` lists them."""
-    low_alpha: Positive = 4.0
+    low_alpha: Exponent = 4.0
     """A class that wins against the large background score of this alpha is certain. SEAM and psa 4."""
-    high_alpha: Positive = 24.0
+    high_alpha: Exponent = 24.0
     """Background that wins with the small score of this alpha is certain. SEAM 24; psa 32, in its README 16."""
-    workers: Count | None = None
+    workers: Workers | None = None
     """Processes; null is one for each core."""
 
     @model_validator(mode="after")
@@ -353,7 +376,7 @@ class Crf(Section):
 class AffinityAugment(Augment):
     """Keys of ``augment``."""
 
-    scale: tuple[Positive, Positive] | None = (1.0, 1.0)
+    scale: tuple[Factor, Factor] | None = (1.0, 1.0)
     """As in ``augment``. Released: images keep their size."""
 
 
@@ -362,6 +385,8 @@ class AffinityTrain(Train):
 
     batch: Images = 8
     """Images per forward pass. SEAM and psa 8."""
+    epochs: Count | None = 8
+    """Passes over the list; ``steps`` replaces them. SEAM and psa 8."""
 
 
 class Affinity(Section):
@@ -371,16 +396,16 @@ class Affinity(Section):
     """Pairs are nearer than this, in cells of 8 pixels. psa and SEAM 5."""
     augment: AffinityAugment = AffinityAugment()
     """Released: crop 448, flip and colour."""
-    train: AffinityTrain = AffinityTrain(epochs=8)
+    train: AffinityTrain = AffinityTrain()
     """Released: 8 epochs, momentum 0.0005; lr 0.01 (SEAM), 0.1 (psa). With any of these keys, give epochs or steps."""
 
 
 class Walk(Section):
     """Random walk of the seeds along AffinityNet's affinities, by ``refine``."""
 
-    alpha: Positive = 6.0
+    alpha: Exponent = 6.0
     """Background scores are (1 - max cam) ** alpha, as in ``crf``. SEAM 6; psa 16."""
-    beta: Positive = 8.0
+    beta: Exponent = 8.0
     """Power of an affinity. SEAM and psa 8."""
     logt: Annotated[int, Field(ge=0, le=12)] = 6
     """The walk has 2 ** logt steps. SEAM 6; psa 8."""
@@ -391,7 +416,7 @@ class Walk(Section):
 class SegmentAugment(Augment):
     """As ``augment``, with the released trainer's values where it has such a thing."""
 
-    scale: tuple[Positive, Positive] | None = (0.5, 1.5)
+    scale: tuple[Factor, Factor] | None = (0.5, 1.5)
     """Released 0.5 to 1.5; null takes ``long_side``."""
     brightness: Share = 0.04
     """Released: a shift of V by up to 10 of 255, whose size this has."""
@@ -409,8 +434,8 @@ class SegmentTrain(Train):
     batch: Images = 10
     """Released 10, on two GPUs."""
     steps: Count | None = 20_000
-    """Released 20,000. To give epochs, set this to null."""
-    lr: Positive = 0.001
+    """Released 20,000; ``epochs`` replace them."""
+    lr: Rate = 0.001
     """Released 0.001, new layers x10 as in ``train``."""
     momentum: Share = 0.9
     """Released 0.9."""
@@ -428,7 +453,7 @@ class Segment(Section):
     ten thousand steps needs more, or they stay near where they started."""
     eval_list: Path = Path("ImageSets/Segmentation/val.txt")
     """Images that ``segment`` makes masks for; ``--list`` names another one."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    scales: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=64)] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     """Image scales whose logits are averaged."""
     flip: bool = True
     """Adds the mirrored image at each scale."""
@@ -578,7 +603,11 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("missing", "value_error"):
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {reprlib.repr(problem['input'])}"  # what aliases repeat may be endless
+    found = reprlib.repr(problem["input"])  # what aliases repeat may be endless
+    quote = ""
+    if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float, type(None))):
+        quote = '; quote it ("no", "7"): YAML takes no, yes, on, off, null and digits for something else'
+    return f"{key}: {message}, found {found}{quote}"
 
 
 def _known(where: list[str]) -> list[str]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +119,10 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
         (MINIMAL + "method: cam\n", "method cam trains no refinement"),
         (MINIMAL + "model: {backbone: resnet38}\n", "found 'resnet38'; did you mean resnet38d?"),
         (MINIMAL + "model: {backbone: 'timm:'}\n", "narrow or timm:NAME, found 'timm:'"),
+        (
+            MINIMAL + "classes: [yes, no]\n",
+            'classes.1: Input should be a valid string, found False; quote it ("no", "7")',
+        ),
         (MINIMAL + "model: {weights: timm}\n", "model.weights timm is for model.backbone timm:NAME"),
         (MINIMAL + "superpixels: {compactness: 20000}\n", "superpixels.compactness"),
         (MINIMAL + "patches: {grid_sizes: []}\n", "grid_sizes is empty"),
@@ -179,3 +185,61 @@ def test_every_key_is_documented() -> None:
                 yield prefix + name
 
     assert list(undocumented(config.Config)) == []
+
+
+def numbers(node: Any, definitions: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path and schema of every number in a JSON schema."""
+    if "$ref" in node:
+        yield from numbers(definitions[node["$ref"].rpartition("/")[2]], definitions, path)
+    if node.get("type") in ("integer", "number") and "enum" not in node:
+        yield path, node
+    for name, inner in node.get("properties", {}).items():
+        yield from numbers(inner, definitions, f"{path}.{name}")
+    for inner in (*node.get("anyOf", ()), *node.get("allOf", ()), *node.get("prefixItems", ())):
+        yield from numbers(inner, definitions, path)
+    if isinstance(node.get("items"), dict):
+        yield from numbers(node["items"], definitions, path)
+
+
+def test_every_number_has_both_bounds() -> None:
+    schema = config.Config.model_json_schema()
+    found = list(numbers(schema, schema["$defs"]))
+    assert len(found) > 60
+    for path, node in found:
+        assert {"minimum", "exclusiveMinimum"} & node.keys(), path
+        assert {"maximum", "exclusiveMaximum"} & node.keys(), path
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "train.seed=18446744073709551616",
+            "train.data_threads=100000",
+            "train.lr=1.0e+308",
+            "augment.crop=100000000",
+        ),
+        *("augment.long_side=[1,100000000000000000000]", "augment.scale=[1.0e+300,1.0e+300]", "model.std=[0,0,0]"),
+        *("model.mean=[1.0e+300,0,0]", "superpixels.iterations=1000000000000", "train.batch=10000000000"),
+        *("cam.scales=[1.0e+9]", "crf.workers=1000000", "walk.beta=1.0e+30", "loss.tcp=1.0e+39", "cam.pixels=1e+15"),
+    ],
+)
+def test_what_no_machine_can_carry_out_is_refused_with_its_key(override: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(UserError, match=override.partition("=")[0].replace(".", r"\.")):
+        config.load(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "expected"),
+    [
+        ("affinity.train.batch=3", "affinity", (3, 8, None)),
+        ("affinity.train.steps=7", "affinity", (8, None, 7)),
+        ("segment.train.batch=3", "segment", (3, None, 20_000)),
+        ("segment.train.epochs=2", "segment", (10, 2, None)),
+    ],
+)
+def test_a_key_of_a_stage_keeps_its_other_defaults(override: str, stage: str, expected: tuple, write) -> None:
+    train = getattr(config.load(write(MINIMAL), [override]), stage).train
+    assert (train.batch, train.epochs, train.steps) == expected

@@ -139,8 +139,8 @@ def listed_stages(config: Config, weights: Path) -> dict[str, Callable[[], objec
     seeds = config.run / "cams" / list_path.stem / "seeds"
 
     def crf() -> None:
-        for name, alpha in (("crf-low", config.crf.low_alpha), ("crf-high", config.crf.high_alpha)):
-            write_label_maps(samples, seeds, made / name, alpha=alpha, parameters=config.crf.parameters, workers=cores)
+        alphas = {made / "crf-low": config.crf.low_alpha, made / "crf-high": config.crf.high_alpha}
+        write_label_maps(samples, seeds, alphas, parameters=config.crf.parameters, workers=cores)
         refine.write_labels(samples, made / "crf-low", made / "crf-high", made / "labels")
 
     def walk() -> None:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -68,24 +68,35 @@ def dense_crf(image: np.ndarray, scores: np.ndarray, parameters: Parameters) -> 
 
     scores: float32 (K, H, W), K at least 1, from 0 to 1; as in the released code they need not sum to 1.
     """
+    (probabilities,) = dense_crfs(image, [scores], parameters)
+    return probabilities
+
+
+def dense_crfs(image: np.ndarray, all_scores: Sequence[np.ndarray], parameters: Parameters) -> list[np.ndarray]:
+    """``dense_crf`` of several scores of one shape, bit for bit. The image's filters, a quarter of the work, are built
+    once.
+    """
     from pydensecrf.densecrf import DenseCRF2D  # here alone: only this needs the compiled library
 
-    labels, height, width = scores.shape
+    labels, height, width = all_scores[0].shape
     if image.dtype != np.uint8 or image.shape != (height, width, 3):
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 {(height, width, 3)}")
     if labels == 1:
-        return np.ones((1, height, width), np.float32)
-    if parameters.certainty is not None:
-        best = np.arange(labels)[:, None, None] == scores.argmax(0)
-        scores = np.where(best, parameters.certainty, (1 - parameters.certainty) / (labels - 1))
-    unary = -np.log(np.clip(scores, 1e-5, 1)).reshape(labels, -1)
+        return [np.ones((1, height, width), np.float32) for _ in all_scores]
     crf = DenseCRF2D(width, height, labels)
-    crf.setUnaryEnergy(np.ascontiguousarray(unary, np.float32))
     crf.addPairwiseGaussian(sxy=parameters.near_sxy, compat=parameters.near_weight)
     crf.addPairwiseBilateral(
         sxy=parameters.sxy, srgb=parameters.srgb, rgbim=np.ascontiguousarray(image), compat=parameters.weight
     )
-    return np.asarray(crf.inference(parameters.iterations), np.float32).reshape(scores.shape)
+    found = []
+    for scores in all_scores:
+        if parameters.certainty is not None:
+            best = np.arange(labels)[:, None, None] == scores.argmax(0)
+            scores = np.where(best, parameters.certainty, (1 - parameters.certainty) / (labels - 1))
+        unary = -np.log(np.clip(scores, 1e-5, 1)).reshape(labels, -1)
+        crf.setUnaryEnergy(np.ascontiguousarray(unary, np.float32))
+        found.append(np.array(crf.inference(parameters.iterations), np.float32).reshape(labels, height, width))
+    return found
 
 
 @contextmanager
@@ -119,40 +130,40 @@ def _end_with_parent() -> None:
 
 
 def write_label_maps(
-    samples: Sequence[Sample], seeds: Path, folder: Path, *, alpha: float, parameters: CrfName, workers: int
+    samples: Sequence[Sample], seeds: Path, folders: Mapping[Path, float], *, parameters: CrfName, workers: int
 ) -> None:
-    """Write ``folder/ID.png``, the mask of the CRF of ``seeds/ID.npz``, for the samples that have none yet.
+    """Write ``FOLDER/ID.png``, the mask of the CRF of ``seeds/ID.npz``, where it is missing; ``folders`` has an alpha
+    for each.
 
     Raises UserError for a missing or damaged seed or image.
     """
-    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
-    if not missing:
+    jobs: list[tuple[Sample, dict[Path, float]]] = []
+    for sample in samples:
+        masks = {folder / f"{sample.id}.png": alpha for folder, alpha in folders.items()}
+        jobs.append((sample, {path: alpha for path, alpha in masks.items() if not can_be_kept(path)}))
+    jobs = [(sample, masks) for sample, masks in jobs if masks]
+    if not jobs:
         return
-    with process_pool(min(workers, len(missing))) as pool:
-        jobs = [
-            pool.submit(
-                _write_label_map,
-                sample.image,
-                seeds / f"{sample.id}.npz",
-                folder / f"{sample.id}.png",
-                alpha,
-                parameters,
-            )
-            for sample in missing
+    alphas = " and ".join(f"{alpha:g}" for alpha in folders.values())
+    with process_pool(min(workers, len(jobs))) as pool:
+        written = [
+            pool.submit(_write_label_maps, sample.image, seeds / f"{sample.id}.npz", masks, parameters)
+            for sample, masks in jobs
         ]
-        for job in track(as_completed(jobs), f"CRF, alpha {alpha:g}", total=len(jobs)):
+        for job in track(as_completed(written), f"CRF, alpha {alphas}", total=len(written)):
             job.result()
 
 
-def _write_label_map(image: Path, seed_path: Path, mask: Path, alpha: float, parameters: CrfName) -> None:
+def _write_label_maps(image: Path, seed_path: Path, masks: Mapping[Path, float], parameters: CrfName) -> None:
     seed, pixels = read_seed(seed_path), read_image(image)
     if seed.cam.shape[1:] != pixels.shape[:2]:
         raise UserError(
             f"{seed_path}: a seed of {seed.cam.shape[2]}x{seed.cam.shape[1]} pixels, expected "
             f"{pixels.shape[1]}x{pixels.shape[0]} as in {image}: delete it and run `cpn-fast cam` again"
         )
-    scores = dense_crf(pixels, with_background(seed, alpha), PARAMETERS[parameters])
-    write_mask(mask, class_values(seed)[scores.argmax(0)])
+    all_scores = [with_background(seed, alpha) for alpha in masks.values()]
+    for path, scores in zip(masks, dense_crfs(pixels, all_scores, PARAMETERS[parameters]), strict=True):
+        write_mask(path, class_values(seed)[scores.argmax(0)])
 
 
 def class_values(seed: Seed) -> np.ndarray:

@@ -61,11 +61,12 @@ def run(config: Config) -> Path:
 
     listed = _remember_tags(folder, samples) if rank.first else ""
     rank.wait()
-    digests = []
-    for name, alpha in (("crf-low", config.crf.low_alpha), ("crf-high", config.crf.high_alpha)):
-        made_by = {"seeds": origin, "alpha": alpha, "parameters": config.crf.parameters}
-        digests.append(_claim(rank, folder / name, made_by))
-        write_label_maps(own, seeds, folder / name, alpha=alpha, parameters=config.crf.parameters, workers=workers)
+    alphas = {folder / "crf-low": config.crf.low_alpha, folder / "crf-high": config.crf.high_alpha}
+    digests = [
+        _claim(rank, place, {"seeds": origin, "alpha": alpha, "parameters": config.crf.parameters})
+        for place, alpha in alphas.items()
+    ]
+    write_label_maps(own, seeds, alphas, parameters=config.crf.parameters, workers=workers)
     rank.wait()
     labels = _claim(rank, folder / "labels", {"low": digests[0], "high": digests[1]})
     write_labels(own, folder / "crf-low", folder / "crf-high", folder / "labels")

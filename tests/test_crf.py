@@ -17,7 +17,7 @@ from cpn_fast import crf
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask
-from cpn_fast.seeds import Seed, write_seed
+from cpn_fast.seeds import Seed, read_seed, write_seed
 
 HEIGHT, WIDTH = 30, 44
 
@@ -60,6 +60,16 @@ def test_named_parameters_call_the_library_as_the_released_code_does(name) -> No
     np.testing.assert_allclose(crf.dense_crf(image, scores, crf.PARAMETERS[name]), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted(crf.PARAMETERS))
+def test_several_scores_of_an_image_share_its_filters_bit_for_bit(name) -> None:
+    seed = Seed(np.array([1, 4]), np.stack([blurred(), blurred(0.4)]))
+    all_scores = [crf.with_background(seed, alpha) for alpha in (4, 24, 4)]
+    together = crf.dense_crfs(picture(), all_scores, crf.PARAMETERS[name])
+    for scores, found in zip(all_scores, together, strict=True):
+        assert np.array_equal(found, crf.dense_crf(picture(), scores, crf.PARAMETERS[name]))
+    assert not np.array_equal(together[0], together[1])
+
+
 def test_scores_snap_to_the_edges_of_the_image() -> None:
     probabilities = crf.dense_crf(
         picture(), crf.with_background(Seed(np.array([0]), blurred()[None]), 4), crf.PARAMETERS["seam-labels"]
@@ -99,16 +109,21 @@ def seeds(tmp_path):
 def test_masks_are_written_in_processes_and_finished_ones_kept(seeds, tmp_path) -> None:
     samples, folder = seeds
     masks = tmp_path / "masks"
-    options = {"alpha": 4.0, "parameters": "seam-labels", "workers": 2}
-    crf.write_label_maps(samples, folder, masks, **options)
+    options = {"parameters": "seam-labels", "workers": 2}
+    alphas = {masks: 4.0, tmp_path / "high": 24.0}
+    crf.write_label_maps(samples, folder, alphas, **options)
     paths = [masks / f"{sample.id}.png" for sample in samples]
     found = [read_mask(path) for path in paths]
     assert all(np.array_equal(mask, found[0]) for mask in found)
     assert found[0][14, 20] == 3
     assert set(np.unique(found[0])) <= {0, 3, 7}
+    scores = crf.with_background(read_seed(folder / "a.npz"), 24.0)
+    alone = crf.dense_crf(picture(), scores, crf.PARAMETERS["seam-labels"]).argmax(0)
+    assert np.array_equal(read_mask(tmp_path / "high" / "a.png"), np.array([0, 3, 7])[alone])
+    assert not np.array_equal(read_mask(tmp_path / "high" / "a.png"), found[0])
     stamps = [path.stat().st_mtime_ns for path in paths[1:]]
     paths[0].unlink()
-    crf.write_label_maps(samples, folder, masks, **options)
+    crf.write_label_maps(samples, folder, alphas, **options)
     assert np.array_equal(read_mask(paths[0]), found[0])
     assert [path.stat().st_mtime_ns for path in paths[1:]] == stamps
 
@@ -117,7 +132,7 @@ def test_what_a_process_finds_wrong_reaches_the_user(seeds, tmp_path) -> None:
     samples, folder = seeds
     write_seed(folder / "b.npz", Seed(np.array([2]), np.zeros((1, 10, 10), np.float32)))
     with pytest.raises(UserError, match=r"b\.npz: a seed of 10x10 pixels, expected 44x30"):
-        crf.write_label_maps(samples, folder, tmp_path / "masks", alpha=4.0, parameters="cpn", workers=1)
+        crf.write_label_maps(samples, folder, {tmp_path / "masks": 4.0}, parameters="cpn", workers=1)
 
 
 def test_a_killed_process_is_explained() -> None:

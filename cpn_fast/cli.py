@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+import cpn_fast
 from cpn_fast import progress
 from cpn_fast.errors import UserError
 from cpn_fast.files import is_disk_full
@@ -34,11 +35,20 @@ ListFile = Annotated[
 # Stages are imported in their commands, after the config is read: neither --help nor a misspelt key waits for torch.
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cpn-fast {cpn_fast.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     quiet: Annotated[bool, typer.Option("--quiet", help="No bars: errors, results and where they are.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Standard output for programs: one JSON object a line; the rest to stderr.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
     """Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds."""
@@ -174,7 +184,7 @@ def information(
 def predict(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE...", help="JPEG or PNG files, or folders of them.", show_default=False),
+        typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.", show_default=False),
     ],
     model: Annotated[
         Path,
@@ -182,18 +192,32 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(help="Folder for masks, overlays and JSON.")] = Path("predictions"),
     tags: Annotated[
-        str | None, typer.Option(help="What the images show, as in 'dog;person'; otherwise the model finds out.")
+        str | None,
+        typer.Option(
+            help="What the images show, as in 'dog;person', or a file of each one's tags; else the model finds out."
+        ),
     ] = None,
+    annotations: Annotated[
+        list[str], typer.Option(help="Also write coco, coco-polygons, label-studio or cvat. Repeatable.")
+    ] = [],  # noqa: B006
 ) -> None:
     """Segment images with a trained model: overlay, palette mask and JSON of classes for each."""
     from cpn_fast import predict
 
-    names = None if tags is None else [name.strip() for name in re.split("[;,]", tags) if name.strip()]
-    count, blank = predict.run(model, images, out, names)
-    print(f"Overlays, masks and JSON of {count} images are in {out}")
-    if blank:
-        print(blank)
-    _done("predict", folder=out)
+    given: list[str] | Path | None = None
+    if tags is not None:
+        names = [name.strip() for name in re.split("[;,]", tags) if name.strip()]
+        given = Path(tags).expanduser() if Path(tags).expanduser().exists() else names
+    made = predict.run(model, images, out, given, annotations)
+    few = ", ".join(str(path) for path in made.left_out[:5]) + " ..." * (len(made.left_out) > 5)
+    print(f"Overlays, masks and JSON of {made.images} images are in {out}")
+    print(f"Left out: {len(made.left_out)} files that are no images{f' ({few})' if few else ''}")
+    for line in (*made.remarks, *(f"Annotations are in {path}" for path in made.annotations)):
+        print(line)
+    if made.unreadable:
+        listed = "\n".join(f"  {name}" for name in made.unreadable)
+        raise UserError(f"{len(made.unreadable)} images cannot be read, the others are done:\n{listed}")
+    _done("predict", folder=out, images=made.images, annotations=made.annotations)
 
 
 @app.command()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,21 +17,23 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpn_fast.annotations import writer
 from cpn_fast.cam import images_for, summed_cams
 from cpn_fast.config import Config, parse
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing, write_json
+from cpn_fast.images import UnreadableImage
 from cpn_fast.kernels import pooled_logits
-from cpn_fast.labels import IMAGE_SUFFIXES
+from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
-from cpn_fast.pipelines.superpixels import read_image
+from cpn_fast.pipelines.superpixels import read_image, upright
 from cpn_fast.precision import autocast
-from cpn_fast.progress import track
+from cpn_fast.progress import tell, track
 from cpn_fast.seeds import Seed, unit_scale
 from cpn_fast.segment import class_probabilities, mask_of
 from cpn_fast.weights import load_into, read_weights, to_network_keys
@@ -51,6 +54,8 @@ class Prediction(NamedTuple):
 
 
 Net = TypeVar("Net", bound=Headed)
+Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
+Tags: TypeAlias = "str | Sequence[str] | None"
 
 
 class Model:
@@ -66,27 +71,46 @@ class Model:
     def classes(self) -> tuple[str, ...]:
         return self.config.classes
 
-    def predict(self, image: Path | str | np.ndarray, tags: Sequence[str] | None = None) -> Prediction:
-        """Segment one image: a file, or uint8 RGB (H, W, 3).
+    @overload
+    def predict(self, image: Picture, tags: Tags = None) -> Prediction: ...
+    @overload
+    def predict(self, image: list[Picture], tags: Tags = None) -> list[Prediction]: ...
+    def predict(self, image: Picture | list[Picture], tags: Tags = None) -> Prediction | list[Prediction]:
+        """Segment an image, or each of a list: a file's path, a PIL image, or uint8 RGB (H, W, 3), RGBA or gray (H, W).
 
-        tags: names of the classes that it shows, as at training; None takes those whose probability is at least
+        tags: the classes that it shows, as at training, or the one; None takes those whose probability is at least
         ``PRESENT``. A segmenter takes no tags. Raises UserError for a missing or damaged file and for a tag that is no
-        class.
+        class, ValueError for an array of another kind.
         """
-        if not isinstance(image, np.ndarray):
-            return next(self.predict_files([Path(image)], tags))[1]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image is uint8 RGB (H, W, 3), found {image.dtype}{image.shape}")
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            Image.fromarray(image).save(file, "PNG", compress_level=1)
-            file.flush()
-            return next(self.predict_files([Path(file.name)], tags))[1]
+        images = image if isinstance(image, list) else [image]
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [_as_file(each, Path(folder) / f"{number}.png") for number, each in enumerate(images)]
+            found = dict(self.predict_files(list(dict.fromkeys(paths)), tags))
+        predictions = [found[path] for path in paths]
+        return predictions if isinstance(image, list) else predictions[0]
 
     def predict_files(
-        self, paths: Sequence[Path], tags: Sequence[str] | None = None
+        self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
     ) -> Iterator[tuple[Path, Prediction]]:
-        """As ``predict``, for many files, the largest first."""
+        """As ``predict``, for many files, the largest first. ``tags`` may differ by path; None of those left out."""
         raise NotImplementedError
+
+
+def _as_file(image: Picture, path: Path) -> Path:
+    """Where the pipelines can read an image: its file, or ``path``, to which its pixels are written."""
+    if isinstance(image, (str, Path)):
+        return Path(image)
+    if isinstance(image, np.ndarray):
+        shape = image.shape[:2] if image.ndim == 3 and image.shape[2] == 1 else image.shape
+        if (
+            image.dtype != np.uint8
+            or not image.size
+            or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4)))
+        ):
+            raise ValueError(f"an image is uint8 RGB (H, W, 3), RGBA or gray (H, W), found {image.dtype}{image.shape}")
+        image = Image.fromarray(image.reshape(shape))
+    Image.fromarray(upright(image)).save(path, "PNG", compress_level=1)
+    return path
 
 
 class Segmenter(Model):
@@ -99,7 +123,7 @@ class Segmenter(Model):
         self.network = network
 
     def predict_files(
-        self, paths: Sequence[Path], tags: Sequence[str] | None = None
+        self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
     ) -> Iterator[tuple[Path, Prediction]]:
         if tags is not None:
             raise UserError(
@@ -130,14 +154,16 @@ class CamModel(Model):
         return CamModel(self.config.model_copy(update={"cam": cam}), self.network, self.device)
 
     def predict_files(
-        self, paths: Sequence[Path], tags: Sequence[str] | None = None
+        self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
     ) -> Iterator[tuple[Path, Prediction]]:
-        given = None if tags is None else self._indicator(tags)
+        by_path = {path: self._indicator(own) for path, own in tags.items()} if isinstance(tags, Mapping) else None
+        for_all = None if tags is None or isinstance(tags, Mapping) else self._indicator(tags)
         samples = [Sample(path.stem, path, None, None) for path in paths]
         batches = images_for(self.network, samples, self.config, self.config.cam.scales, batch=1)
         for batch in batches:
             with torch.inference_mode(), autocast(self.config.train.precision, self.device):
                 probabilities = self._probabilities(batch.scales)
+                given = for_all if by_path is None else by_path.get(paths[batch.indices[0]])
                 present = probabilities >= PRESENT if given is None else given
                 (cam,) = summed_cams(self.network, batch, present[None], self.config.cam)
             seed = Seed(present.nonzero().squeeze(1).numpy(), unit_scale(cam).cpu().numpy())
@@ -177,7 +203,8 @@ class CamModel(Model):
         cams = self.network(images.contiguous(memory_format=torch.channels_last), images.new_ones(1, len(self.classes)))
         return pooled_logits(cams.raw[:, 1:].float(), size=(images.shape[2], images.shape[3]))[0].sigmoid().cpu()
 
-    def _indicator(self, tags: Sequence[str]) -> Tensor:
+    def _indicator(self, tags: str | Sequence[str]) -> Tensor:
+        tags = [tags] if isinstance(tags, str) else tags
         unknown = sorted(set(tags) - set(self.classes))
         if unknown:
             near = (difflib.get_close_matches(name, self.classes, n=1) for name in unknown)
@@ -251,37 +278,112 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     return CamModel(config, loaded(build_network(config)), place)
 
 
-def run(model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | None) -> tuple[int, str]:
-    """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``.
+class Predicted(NamedTuple):
+    """What ``run`` made."""
 
-    A folder stands for the JPEG and PNG files in it. Returns the number of images, and a sentence on those in which no
-    class was found, empty if there are none.
+    images: int
+    unreadable: list[str]
+    """The images that could not be read, each with the reason."""
+    left_out: list[Path]
+    """Files in the folders that are no images by their ending."""
+    remarks: list[str]
+    """Sentences on images in which no class was found, and on those that a file of tags lacks."""
+    annotations: list[Path]
+
+
+def run(
+    model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | Path | None, forms: Sequence[str] = ()
+) -> Predicted:
+    """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``, and files of annotations.
+
+    A folder stands for the images in it and in its folders, whose names their ids keep; hidden files and folders are
+    passed over. ``tags``: of all images, or a source of labels (``data.labels``) with those of each. ``forms`` are some
+    of ``annotations.FORMS``. An image that cannot be read does not stop the others. Raises UserError if nothing can be
+    predicted.
     """
-    blank = 0
-    images = [file for path in images for file in (_images_in(path) if path.is_dir() else [path])]
-    missing = [str(image) for image in images if not image.is_file()]
-    if missing:
-        raise UserError(f"no such file: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
-    stems = [image.stem for image in images]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise UserError(f"several images are called {', '.join(twice)}, and so would be their masks: rename them")
+    chosen, left_out = _find(images)
     trained = load(model)
-    for image, prediction in track(trained.predict_files(images, tags), "predict", total=len(images)):
-        write_mask(out / f"{image.stem}_mask.png", prediction.mask)
-        with replacing(out / f"{image.stem}_overlay.png") as file:
+    writers = [writer(form, trained.classes) for form in forms]
+    reserved = sorted(set(chosen) & {Path(own.file).stem for own in writers})
+    if reserved:
+        raise UserError(f"images are called {', '.join(reserved)}, and so are files of --annotations: rename them")
+    remarks = []
+    given: Tags | Mapping[Path, Sequence[str]] = None if isinstance(tags, Path) else tags
+    if isinstance(tags, Path):
+        labels = read_labels(tags, chosen.keys(), trained.classes)
+        given = {
+            chosen[id_]: [name for name, there in zip(trained.classes, label, strict=True) if there]
+            for id_, label in labels.items()
+        }
+        if unknown := [str(path) for id_, path in chosen.items() if id_ not in labels]:
+            few = f"{', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}"
+            remarks.append(
+                f"{tags} has no tags of {len(unknown)} images ({few}): their classes were found by the model"
+            )
+    ids = {path: id_ for id_, path in chosen.items()}
+    unreadable: list[str] = []
+    blank = 0
+    for image, prediction in track(_readable(trained, list(ids), given, unreadable), "predict", total=len(ids)):
+        place = out / ids[image]
+        write_mask(place.with_name(f"{place.name}_mask.png"), prediction.mask)
+        with replacing(place.with_name(f"{place.name}_overlay.png")) as file:
             Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
         summary = {"image": str(image), **_summary(trained, prediction)}
-        write_json(out / f"{image.stem}.json", summary, indent=2)
+        write_json(place.with_name(f"{place.name}.json"), summary, indent=2)
+        tell("prediction", mask=place.with_name(f"{place.name}_mask.png"), **summary)
+        for own in writers:
+            scores = [round(prediction.probabilities[name], 4) for name in trained.classes]
+            own.add(str(image), prediction.mask, dict(enumerate(scores, 1)))
         blank += not len(prediction.seed.classes)
-    return len(images), f"In {blank} {trained.blank}" if blank else ""
+    if blank:
+        remarks.append(f"In {blank} {trained.blank}")
+    written = [own.write(out) for own in writers]
+    return Predicted(len(ids) - len(unreadable), unreadable, left_out, remarks, written)
 
 
-def _images_in(folder: Path) -> list[Path]:
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise UserError(f"{folder}: no JPEG or PNG files in that folder")
-    return found
+def _readable(
+    model: Model, paths: list[Path], tags: Tags | Mapping[Path, Sequence[str]], unreadable: list[str]
+) -> Iterator[tuple[Path, Prediction]]:
+    """Predictions of those that can be read; the others go into ``unreadable``."""
+    left = dict.fromkeys(paths)
+    while left:
+        try:
+            for path, prediction in model.predict_files(list(left), tags):
+                del left[path]
+                yield path, prediction
+        except UnreadableImage as error:
+            if error.path not in left:
+                raise
+            del left[error.path]
+            unreadable.append(f"{error.path} ({error.reason})")
+
+
+def _find(given: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
+    """Id -> image, and the files that were left out. Raises UserError if an image is missing or two have one id."""
+    found: list[tuple[str, Path]] = []
+    left_out: list[Path] = []
+    missing = [str(path) for path in given if not path.exists()]
+    if missing:
+        raise UserError(f"no such file: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
+    for path in given:
+        if not path.is_dir():
+            found.append((path.stem, path))
+            continue
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() or file.is_symlink()]
+        seen = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        own = [file for file in seen if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not own:
+            raise UserError(f"{path}: no images in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
+        found += [(file.relative_to(path).with_suffix("").as_posix(), file) for file in own]
+        left_out += [file for file in seen if file not in own]
+    counts = Counter(id_ for id_, _ in found)
+    twice = sorted(id_ for id_, count in counts.items() if count > 1)
+    if twice:
+        raise UserError(
+            f"several images are called {', '.join(twice[:5])}{' ...' * (len(twice) > 5)}, and their masks too: "
+            "rename them, or give one folder that holds them all"
+        )
+    return dict(found), left_out
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:

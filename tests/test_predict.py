@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import cpn_fast
 from cpn_fast import config, predict
+from cpn_fast.annotations import FORMS
 from cpn_fast.cli import app
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
@@ -68,8 +70,23 @@ def test_an_array_is_predicted_as_its_file_is(small_run: Path, samples, tmp_path
     Image.fromarray(image).save(tmp_path / "a.png")
     one, other = model.predict(image, ["fish"]), model.predict(str(tmp_path / "a.png"), ["fish"])
     assert np.array_equal(one.seed.cam, other.seed.cam)
-    with pytest.raises(ValueError, match=r"uint8 RGB"):
-        model.predict(image[..., 0])
+    for wrong in (image.astype(np.float32), image[None], image[..., :2], image[:0]):
+        with pytest.raises(ValueError, match=r"uint8 RGB"):
+            model.predict(wrong)
+
+
+def test_pictures_of_every_kind_and_lists_of_them_are_predicted(small_run: Path, samples) -> None:
+    model = cpn_fast.load(small_run)
+    photo = Image.open(samples[0].image)
+    gray = np.asarray(photo.convert("L"))
+    found = model.predict([samples[0].image, str(samples[1].image), photo, gray, gray[..., None]], tags="fish")
+    assert [prediction.seed.classes.tolist() for prediction in found] == [[0]] * 5
+    assert np.array_equal(found[0].mask, model.predict(samples[0].image, ["fish"]).mask)
+    assert np.abs(found[0].seed.cam - found[2].seed.cam).max() < 1e-3
+    assert np.array_equal(found[3].seed.cam, found[4].seed.cam)
+    assert np.array_equal(found[3].seed.cam, model.predict(photo.convert("L"), "fish").seed.cam)
+    with pytest.raises(UserError, match=r"tags that are no class: fsh; did you mean fish\?"):
+        model.predict(gray, "fsh")
 
 
 def test_a_checkpoint_loads_with_the_config_of_its_run(small_run: Path, samples) -> None:
@@ -109,6 +126,8 @@ def test_photos_of_any_kind_and_folders_of_them_are_segmented(small_run: Path, s
     result = CliRunner().invoke(app, [*arguments, "--tags", "fish"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "JSON of 8 images" in result.output
+    assert "Left out: 1 files that are no images" in result.output
+    assert "notes.txt" in result.output
     shapes = {path.name.removesuffix("_mask.png"): read_mask(path).shape for path in out.glob("*_mask.png")}
     full = photo.size[::-1]
     assert shapes == {"turned": (90, 60), "tiny": (2, 3)} | dict.fromkeys(
@@ -226,7 +245,7 @@ def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"no such file: .*nowhere\.jpg"):
         predict.run(small_run, [tmp_path / "nowhere.jpg"], tmp_path, None)
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"none: no JPEG or PNG files in that folder"):
+    with pytest.raises(UserError, match=r"none: no images in that folder"):
         predict.run(small_run, [tmp_path / "none"], tmp_path, None)
     shutil.copy(small_run / "model.safetensors", tmp_path)
     with pytest.raises(UserError, match=r"no config\.yaml beside it"):
@@ -235,3 +254,67 @@ def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None
         cpn_fast.load(small_run).predict(samples[0].image, ["cat", "fish"])
     with pytest.raises(UserError, match=r"nowhere\.jpg"):
         cpn_fast.load(small_run).predict(tmp_path / "nowhere.jpg")
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)])
+
+
+def test_folders_keep_their_names_hidden_files_are_passed_over_and_bad_ones_named_last(
+    small_run: Path, samples, tmp_path: Path
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for place in ("a/0.JPG", "b/0.jpg", "._0.jpg", ".thumbs/0.jpg", "b/notes.txt"):
+        (photos / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(samples[0].image, photos / place)
+    whole = samples[1].image.read_bytes()
+    (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "b/empty.png").touch()
+    (photos / "c.webp").write_bytes(b"")
+    Image.open(samples[1].image).save(photos / "c.webp")
+    result = invoke(photos, "--model", small_run, "--out", out, "--tags", "fish")
+    assert isinstance(result.exception, UserError)
+    message = str(result.exception)
+    assert "2 images cannot be read, the others are done" in message
+    assert "cut.jpg" in message
+    assert "empty.png (empty file)" in message
+    assert "JSON of 3 images" in result.output
+    assert "Left out: 1 files that are no images" in result.output
+    assert "notes.txt" in result.output
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*_mask.png")} == {
+        "a/0_mask.png",
+        "b/0_mask.png",
+        "c_mask.png",
+    }
+
+
+def test_a_file_gives_each_image_its_tags(small_run: Path, samples, tmp_path: Path) -> None:
+    first, second, third = samples[:3]
+    tags = tmp_path / "tags.csv"
+    tags.write_text(f"{first.id}.jpg,fish\n{second.id},fish;bird\n")
+    out = tmp_path / "out"
+    images = [first.image, second.image, third.image]
+    result = invoke(*images, "--model", small_run, "--out", out, "--tags", tags)
+    assert result.exit_code == 0, result.output
+    found = [list(json.loads((out / f"{sample.id}.json").read_text())["classes"]) for sample in (first, second)]
+    assert found == [["fish"], ["fish", "bird"]]
+    assert f"has no tags of 1 images ({third.image})" in result.output.replace("\n", "")
+    tags.write_text(f"{first.id},fsh\n")
+    assert "did you mean fish" in str(invoke(first.image, "--model", small_run, "--out", out, "--tags", tags).exception)
+
+
+def test_annotations_are_written_beside_the_masks(small_run: Path, samples, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    forms = [word for form in FORMS for word in ("--annotations", form)]
+    image = samples[0].image
+    result = invoke(image, "--model", small_run, "--out", tmp_path, "--tags", "fish", *forms)
+    assert result.exit_code == 0, result.output
+    tree = json.loads((tmp_path / "coco.json").read_text())
+    assert [entry["file_name"] for entry in tree["images"]] == [str(image)]
+    assert (tmp_path / "coco-polygons.json").exists()
+    assert (tmp_path / "label-studio.json").exists()
+    assert (tmp_path / "cvat.xml").exists()
+    assert "expected one of coco" in str(invoke(image, "--model", small_run, "--annotations", "yolo").exception)
+    shutil.copy(image, tmp_path / "coco.jpg")
+    refused = invoke(tmp_path / "coco.jpg", "--model", small_run, "--out", tmp_path / "x", "--annotations", "coco")
+    assert "images are called coco, and so are files of --annotations" in str(refused.exception)

@@ -14,6 +14,7 @@ from cpn_fast.methods import Method
 from cpn_fast.pipelines.training import Batch
 from cpn_fast.ranks import Rank
 from cpn_fast.step import Step, make_optimizer
+from cpn_fast.weights import run_config
 
 MOST = 256
 """Images a process."""
@@ -28,9 +29,8 @@ def sized(config: Config, build: Callable[[Config], Method], rank: Rank) -> Conf
     """
     if config.train.batch != "auto":
         return config
-    path = config.run / "config.yaml"
-    stored = configs.load(path).train.batch if rank.first and path.exists() else None
-    batch = rank.gather(stored)[0]
+    found = run_config(config.run) if rank.first else None
+    batch = rank.gather(None if found is None else configs.read(found[1], str(found[0])).train.batch)[0]
     if batch is None:
         share = min(rank.gather(largest(lambda images: step_fits(config, build, rank, images), MOST)))
         if share == 0:

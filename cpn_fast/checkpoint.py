@@ -67,6 +67,19 @@ def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
     return None
 
 
+def config_of(path: Path) -> str | None:
+    """The config (YAML) of the run that a checkpoint is of, without reading its tensors; None if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            (pickled,) = (name for name in records.namelist() if name.endswith("data.pkl"))
+            records.read(pickled)  # compares its checksum
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # unpickling raises many types
+        return None
+    found = state.get("config") if isinstance(state, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def read(path: Path, device: torch.device) -> dict[str, Any]:
     """The state as ``write`` was given it; raises UserError for a damaged or foreign file."""
     try:

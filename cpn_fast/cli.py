@@ -15,7 +15,7 @@ import typer
 import cpn_fast
 from cpn_fast import progress
 from cpn_fast.errors import UserError
-from cpn_fast.files import is_disk_full
+from cpn_fast.files import refusal
 from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
 
 app = typer.Typer(
@@ -432,14 +432,8 @@ def main() -> None:
             app()
     except UserError as error:
         _fail(str(error))
-    except OSError as error:
-        if is_disk_full(error):
-            reason = "the disk is full; make room and give the same command again"
-        elif error.filename is not None:
-            reason = error.strerror or type(error).__name__
-        else:
-            raise
-        _fail(f"{error.filename or 'a file'}: {reason}")
+    except OSError as error:  # the last net: those who write or read name the file
+        _fail(f"{os.fsdecode(error.filename) if error.filename else 'a file'}: {refusal(error)}")
     except Stopped as stopped:
         message = f"{stopped}. The same command goes on from there."
         progress.tell("stopped", message=message)

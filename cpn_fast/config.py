@@ -8,6 +8,8 @@ ones (``configs/voc.yaml``), but for 200 superpixels, cached once per image, and
 from __future__ import annotations
 
 import difflib
+import hashlib
+import os
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -461,6 +463,10 @@ class Segment(Section):
     """CRF of the averaged probabilities; null is none."""
 
 
+_PARTS = ("deeplab",)
+"""Folders beside those of lists."""
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -517,6 +523,27 @@ class Config(Section):
         """The run's folder."""
         return self.out / self.name
 
+    def list_name(self, path: Path) -> str:
+        """What the results of a list are called in the run's folder: its stem, as long as that is its alone.
+
+        It is of a list that the config names (of several with one stem, of the first), else of one beside
+        ``data.train_list``. All others, and lists called like a part of the run, have a digest of their path behind it.
+        """
+
+        def place(of: Path) -> str:  # data that was moved keeps it
+            return os.path.relpath(self.data.root / of, self.data.root)
+
+        own = [place(of) for of in (self.data.train_list, self.data.eval_list, self.segment.eval_list)]
+        namesakes = [of for of in own if Path(of).stem.casefold() == path.stem.casefold()]
+        there = [of for of in namesakes if (self.data.root / of).exists()]  # segment.eval_list has a default
+        beside = Path(place(path)).parent == Path(own[0]).parent and path.suffix == Path(own[0]).suffix
+        alone = there[0] == place(path) if there else beside or place(path) in namesakes
+        stem = path.stem
+        if alone and stem.casefold() not in _PARTS and not stem.startswith(".") and len(os.fsencode(stem)) < 200:
+            return stem
+        digest = hashlib.sha256(os.fsencode(place(path))).hexdigest()[:8]
+        return f"{stem.lstrip('.')[:50]}-{digest}"
+
     @property
     def superpixel_cache(self) -> Path:
         """Parent folder of superpixel caches."""
@@ -572,6 +599,15 @@ def parse(tree: dict[str, Any], source: str) -> Config:
     except pydantic.ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def read(text: str, source: str) -> Config:
+    """A config from YAML as ``dump`` writes it. Raises UserError, which names ``source``, for anything else."""
+    try:
+        tree = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{source}: not readable as YAML: {error}") from None
+    return parse(tree, source)
 
 
 def dump(config: Config) -> str:

@@ -8,38 +8,81 @@ import json
 import os
 import shutil
 import sys
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from cpn_fast.errors import UserError
+from cpn_fast.owner import lock, lock_when_free
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes ``path``'s place, once on disk, when the block ends well, and vanishes when not.
 
-    Raises UserError if the disk is full.
+    Until then it is ``.NAME.tmp`` and locked: what a killed process left of it is written over, and who wants to write
+    the same file waits. Raises UserError, which names the file, for whatever the system refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    partial = _partial(path)
+    with named(path, partial, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(lock_when_free(partial, path), "wb") as file:  # closing it ends the lock
+            try:
+                os.ftruncate(file.fileno(), 0)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+
+
+@contextmanager
+def named(path: Path, *aliases: Path) -> Iterator[None]:
+    """What the system refuses in the block becomes a UserError that names ``path``, the file being written.
+
+    An error that has a file's name already keeps it, unless that is an alias of ``path``.
+    """
     try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        yield
+    except UserError:
+        raise
     except Exception as error:
-        if not is_disk_full(error):
+        cause = system_error(error)
+        if cause is None:
             raise
-        raise UserError(
-            f"{path}: cannot be written, for the disk is full. What was complete stays as it was: make room and give "
-            "the same command again"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+        if cause.filename is not None and Path(os.fsdecode(cause.filename)) not in (path, *aliases):
+            raise UserError(f"{os.fsdecode(cause.filename)}: {refusal(cause)}") from None
+        raise UserError(f"{path}: cannot be written: {refusal(cause)}") from None
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error: this one, or of a disk the one that it followed, for writers of libraries raise their own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def refusal(error: OSError) -> str:
+    """What the system refused, and what to do."""
+    reason = "the disk is full" if error.errno in _FULL else error.strerror or type(error).__name__
+    remedy = "make room and" if error.errno in _FULL else "when that is mended,"
+    return f"{reason}. What was complete stays as it was: {remedy} give the same command again"
+
+
+def _partial(path: Path) -> Path:
+    """Where ``path`` is while it is written. A name that leaves no room for more is shortened."""
+    name = path.name if len(os.fsencode(path.name)) < 250 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    return path.with_name(f".{name}.tmp")
 
 
 def read_json(path: Path) -> Any:
@@ -78,37 +121,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def remove_partials(*folders: Path) -> None:
-    """Remove what killed processes left half-written."""
+    """Remove what killed processes left half-written; what a live one is writing stays."""
     for folder in folders:
         for partial in folder.glob(".*.tmp"):
-            partial.unlink(missing_ok=True)
+            descriptor = lock(partial)
+            if descriptor is not None:
+                partial.unlink(missing_ok=True)
+                os.close(descriptor)
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it followed (writers of libraries raise their own), says that."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def claim(folder: Path, made_by: dict[str, Any], own: Sequence[str] = ("**/*.png",)) -> str:
+    """Make a folder whose files all come of ``made_by`` (plain values), removing its ``own`` when they come of another.
 
-
-def claim(folder: Path, made_by: dict[str, Any]) -> str:
-    """Make a folder whose files all come of ``made_by`` (plain values), emptying it when it holds those of another.
-
-    ``made_by.json`` in it remembers that, and what has changed since is said on stderr. Returns a digest of
-    ``made_by`` for what is made of these files in turn.
+    ``own``: patterns of what a stage writes there; nothing else is ever removed. ``made_by.json`` remembers what it
+    was, and what has changed since is said on stderr. Returns a digest of ``made_by`` for what is made of these files
+    in turn. Whoever calls it owns the folder (``owned``). Raises UserError if such files are there without that record.
     """
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
     before, now = read_note(manifest), json.loads(text)
+    folder.mkdir(parents=True, exist_ok=True)
     if before != now:
-        if isinstance(before, dict):
+        found = [path for pattern in own for path in sorted(folder.glob(pattern))]
+        if found and not manifest.exists():
+            raise UserError(
+                f"{folder}: holds {found[0].name}, but no made_by.json, so it is not known to be cpn-fast's and would "
+                "be lost: move or delete it"
+            )
+        if found and isinstance(before, dict):
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             print(f"{folder} is made anew, for these have changed: {', '.join(changed)}", file=sys.stderr)
-        if folder.exists():
-            shutil.rmtree(folder)
-        with replacing(manifest) as file:
+        for path in found:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        with replacing(manifest) as file:  # last: until then it says whose the rest is
             file.write(text)
-    remove_partials(folder, *(place for place in folder.iterdir() if place.is_dir()))
+    remove_partials(*(Path(place) for place, _, _ in os.walk(folder)))  # ids may hold folders
     return hashlib.sha256(text).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpn_fast import train
 from cpn_fast.annotations import writer
 from cpn_fast.cam import images_for, summed_cams
-from cpn_fast.config import Config, parse
+from cpn_fast.config import Config, read
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing, write_json
+from cpn_fast.files import remove_partials, replacing, write_json
 from cpn_fast.images import UnreadableImage
 from cpn_fast.kernels import pooled_logits
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
@@ -31,12 +32,13 @@ from cpn_fast.models.backbone import Headed
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
+from cpn_fast.owner import owned
 from cpn_fast.pipelines.superpixels import read_image, upright
 from cpn_fast.precision import autocast
 from cpn_fast.progress import tell, track
 from cpn_fast.seeds import Seed, unit_scale
 from cpn_fast.segment import class_probabilities, mask_of
-from cpn_fast.weights import load_into, read_weights, to_network_keys
+from cpn_fast.weights import load_into, own_config, read_weights, require_finite, to_network_keys
 
 PRESENT = 0.5
 """A class counts as present from this probability on, where ``CamModel`` is given no tags."""
@@ -64,8 +66,8 @@ class Model:
     blank: str
     """What it means that no class was found in an image."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, weights: Path) -> None:
+        self.config, self.weights = config, weights
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -118,8 +120,8 @@ class Segmenter(Model):
 
     blank = "no pixel is of a class"
 
-    def __init__(self, config: Config, network: DeepLab) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, weights: Path, network: DeepLab) -> None:
+        super().__init__(config, weights)
         self.network = network
 
     def predict_files(
@@ -133,6 +135,7 @@ class Segmenter(Model):
         for batch in images_for(self.network, samples, self.config, self.config.segment.scales, batch=1):
             path = paths[batch.indices[0]]
             (probabilities,) = class_probabilities(self.network, batch, self.config)
+            require_finite(probabilities, self.weights, path.name)
             mask = mask_of(probabilities, path, self.config.segment.crf)
             found = np.setdiff1d(mask, 0).astype(np.int64)
             scores = dict(zip(self.classes, probabilities[1:].max((1, 2)).tolist(), strict=True))
@@ -144,14 +147,14 @@ class CamModel(Model):
 
     blank = f"no class has a probability of {PRESENT} (see the JSON); --tags names what is there"
 
-    def __init__(self, config: Config, network: Network, device: torch.device) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, weights: Path, network: Network, device: torch.device) -> None:
+        super().__init__(config, weights)
         self.network, self.device = network, device
 
     def with_map(self, map: Literal["refined", "raw"]) -> CamModel:
         """The same network, whose ``map`` becomes the seed (``cam.map``)."""
         cam = self.config.cam.model_copy(update={"map": map})
-        return CamModel(self.config.model_copy(update={"cam": cam}), self.network, self.device)
+        return CamModel(self.config.model_copy(update={"cam": cam}), self.weights, self.network, self.device)
 
     def predict_files(
         self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
@@ -167,6 +170,8 @@ class CamModel(Model):
                 present = probabilities >= PRESENT if given is None else given
                 (cam,) = summed_cams(self.network, batch, present[None], self.config.cam)
             seed = Seed(present.nonzero().squeeze(1).numpy(), unit_scale(cam).cpu().numpy())
+            for found in (probabilities.numpy(), seed.cam):
+                require_finite(found, self.weights, paths[batch.indices[0]].name)
             scores = dict(zip(self.classes, probabilities.tolist(), strict=True))
             yield paths[batch.indices[0]], Prediction(scores, seed, seed.mask(self.config.cam.mask_threshold))
 
@@ -252,15 +257,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         there = ", ".join(str(file.parent) for file in sorted(path.glob("*/model.safetensors")))
         hint = f"trained runs there: {there}" if there else "`cpn-fast train` writes a run's model.safetensors"
         raise UserError(f"{weights}: no such file of weights; {hint}")
-    found = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
-    source = next((file for file in found if file.is_file()), None)
-    if source is None:
-        raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")
-    try:
-        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{source}: not readable as YAML: {error}") from None
-    config = parse(tree, str(source))
+    config = _config_of(weights)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tensors = to_network_keys(read_weights(weights))
 
@@ -269,13 +266,37 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         return fold(network.eval()).to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     if "cls_conv.weight" in tensors:
-        return Segmenter(config, loaded(build_deeplab(config)))
+        return Segmenter(config, weights, loaded(build_deeplab(config)))
     if "f8_5.weight" in tensors:
         raise UserError(
             f"{weights}: AffinityNet's weights, which tell what belongs together and know no classes; give the folder "
             "of the run, or of its segmenter (RUN/segment/deeplab)"
         )
-    return CamModel(config, loaded(build_network(config)), place)
+    return CamModel(config, weights, loaded(build_network(config)), place)
+
+
+def _config_of(weights: Path) -> Config:
+    """The config beside a file of weights. Where that is missing, damaged, or of other weights, their own decides."""
+    found = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
+    source = next((file for file in found if file.is_file()), None)
+    own = own_config(weights)
+    if source is None and own is None:
+        raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")
+    if own is None:
+        assert source is not None
+        return read(source.read_text(encoding="utf-8", errors="replace"), str(source))
+    config = read(own, str(weights))
+    if source is None:
+        return config
+    try:
+        beside = read(source.read_text(encoding="utf-8"), str(source))
+        differing = ", ".join(train.differing_keys(config, beside))
+    except (UserError, ValueError):
+        differing = "it cannot be read"
+    if not differing:
+        return beside
+    print(f"Warning: {source} is not what {weights} was trained with ({differing}): its own is taken", file=sys.stderr)
+    return config
 
 
 class Predicted(NamedTuple):
@@ -323,21 +344,23 @@ def run(
     ids = {path: id_ for id_, path in chosen.items()}
     unreadable: list[str] = []
     blank = 0
-    for image, prediction in track(_readable(trained, list(ids), given, unreadable), "predict", total=len(ids)):
-        place = out / ids[image]
-        write_mask(place.with_name(f"{place.name}_mask.png"), prediction.mask)
-        with replacing(place.with_name(f"{place.name}_overlay.png")) as file:
-            Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
-        summary = {"image": str(image), **_summary(trained, prediction)}
-        write_json(place.with_name(f"{place.name}.json"), summary, indent=2)
-        tell("prediction", mask=place.with_name(f"{place.name}_mask.png"), **summary)
-        for own in writers:
-            scores = [round(prediction.probabilities[name], 4) for name in trained.classes]
-            own.add(str(image), prediction.mask, dict(enumerate(scores, 1)))
-        blank += not len(prediction.seed.classes)
-    if blank:
-        remarks.append(f"In {blank} {trained.blank}")
-    written = [own.write(out) for own in writers]
+    with owned(out):
+        remove_partials(out)
+        for image, prediction in track(_readable(trained, list(ids), given, unreadable), "predict", total=len(ids)):
+            place = out / ids[image]
+            write_mask(place.with_name(f"{place.name}_mask.png"), prediction.mask)
+            with replacing(place.with_name(f"{place.name}_overlay.png")) as file:
+                Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
+            summary = {"image": str(image), **_summary(trained, prediction)}
+            write_json(place.with_name(f"{place.name}.json"), summary, indent=2)
+            tell("prediction", mask=place.with_name(f"{place.name}_mask.png"), **summary)
+            for own in writers:
+                scores = [round(prediction.probabilities[name], 4) for name in trained.classes]
+                own.add(str(image), prediction.mask, dict(enumerate(scores, 1)))
+            blank += not len(prediction.seed.classes)
+        if blank:
+            remarks.append(f"In {blank} {trained.blank}")
+        written = [own.write(out) for own in writers]
     return Predicted(len(ids) - len(unreadable), unreadable, left_out, remarks, written)
 
 

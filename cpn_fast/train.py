@@ -12,8 +12,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor
@@ -34,12 +32,23 @@ from cpn_fast.models.backbone import Headed
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import HEADS, Network
 from cpn_fast.models.timm_backbone import TimmBackbone, pretrained_by_timm
+from cpn_fast.owner import owned
 from cpn_fast.pipelines.shards import Shards, training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.progress import Progress
 from cpn_fast.step import Step, load_optimizer, make_optimizer, set_rate
-from cpn_fast.weights import load_into, read_weights, to_network_keys, to_released_keys
+from cpn_fast.weights import (
+    FINAL,
+    is_whole,
+    load_into,
+    own_config,
+    read_weights,
+    run_config,
+    to_network_keys,
+    to_released_keys,
+    write_weights,
+)
 
 DROPOUT, HIDING = range(2)  # streams of random numbers
 
@@ -59,6 +68,11 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     number may change between two starts.
     """
     rank = ranks.join()
+    with owned(config.run, rank):
+        return _fit(config, build, rank)
+
+
+def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) -> Path:
     device = rank.device
     config = sized(config, build, rank)
     train = config.train
@@ -67,12 +81,12 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
         choose_deterministic_algorithms()
     if train.batch % rank.world:
         raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
-    final = config.run / "model.safetensors"
+    final = config.run / FINAL
     if rank.first:
         _open_run(config, device)
-    rank.wait()
+    whole = rank.gather(rank.first and is_whole(final))[0]
     state = checkpoint.newest(config.run / "checkpoints", device)
-    if state is not None and _is_complete(final):
+    if whole and (state is not None or own_config(final) is not None):
         return final
 
     samples, shards = training_list(config, decode=rank.first)
@@ -178,9 +192,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
             if stops:
                 raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
     if rank.first:
-        tensors = {name: tensor.contiguous() for name, tensor in to_released_keys(network.state_dict()).items()}
-        with replacing(final) as file:
-            file.write(safetensors.torch.save(tensors))
+        write_weights(final, to_released_keys(network.state_dict()), config=configs.dump(config))
     rank.wait()
     return final
 
@@ -248,14 +260,13 @@ def _open_run(config: Config, device: torch.device) -> None:
     """Make the run's folder; refuse that of another config."""
     resolved = configs.dump(config)
     path = config.run / "config.yaml"
-    if path.exists() and (config.run / "metrics.jsonl").exists():  # else nothing was trained, as with missing weights
-        old = configs.dump(configs.load(path))  # keys that are newer than the run have their defaults
-        before, now = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(resolved))
-        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    found = run_config(config.run)
+    if found is not None:
+        differing = differing_keys(configs.read(found[1], str(found[0])), config)
         if differing:
             raise UserError(
-                f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}. "
-                "Give this one another name, or delete that folder"
+                f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}, says "
+                f"{found[0].name}. Give this one another name, or delete that folder"
             )
     remove_partials(config.run, config.run / "checkpoints")
     checkpoint.prune(config.run / "checkpoints", config.train.keep_checkpoints)
@@ -294,6 +305,12 @@ def decisive(config: Config) -> dict[str, Any]:
     return _flat(yaml.safe_load(configs.dump(config)))
 
 
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Which of the ``decisive`` keys differ."""
+    before, now = decisive(one), decisive(other)
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+
 def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None:
     """Note in a run's folder which images and tags it ``begins`` with; warn on stderr if it began with others."""
     digest = hashlib.sha256()
@@ -319,12 +336,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return found
-
-
-def _is_complete(weights: Path) -> bool:
-    """Whether they are there with every byte that their header tells of."""
-    try:
-        with safetensors.safe_open(weights, "pt"):
-            return True
-    except (OSError, safetensors.SafetensorError):
-        return False

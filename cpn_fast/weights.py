@@ -7,10 +7,14 @@ backbone as a submodule, ``backbone.conv1a.weight``; ``to_network_keys`` and ``t
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
+import json
 import math
 import re
 import struct
+import sys
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,18 +22,24 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from cpn_fast import checkpoint
 from cpn_fast.config import BACKBONES, PACKAGE, Model
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.models import build_backbone
 from cpn_fast.models.network import HEADS
 
+FINAL = "model.safetensors"
+"""A run's weights, in its folder."""
 _SHOWN = 5
+_NOTE = "cpn_fast"
+"""Key of our entry in a file's metadata."""
 _NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -39,9 +49,74 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     A .pth or .pt file is a state dict, bare or under ``state_dict`` or ``model`` (training checkpoints); prefixes
     that data parallelism and compilation add are removed. A .params file is ResNet38's; its ImageNet classifier is
     left out. ``package:NAME`` stands for the one weight file in an installed Python package. Nothing in a file is
-    executed. Raises UserError for a missing, damaged or foreign file.
+    executed. Raises UserError for a missing, damaged or foreign file, and for weights that are not finite.
     """
     return _read(in_package(path)).tensors
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], *, config: str = "") -> None:
+    """Write a .safetensors file with a checksum that ``read_weights`` compares, and the config (YAML) of a run."""
+    # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
+    own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    note = json.dumps({"sha256": _digest(own, config), "config": config})  # one entry, for their order is not defined
+    metadata = {_NOTE: note} if config else {"format": "pt", _NOTE: note}
+    with replacing(path) as file:
+        file.write(safetensors.torch.save(own, metadata=metadata))
+
+
+def own_config(path: Path) -> str | None:
+    """The config (YAML) of the run that wrote a .safetensors file or a checkpoint; None of others."""
+    if path.suffix != ".safetensors":
+        return checkpoint.config_of(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return str(json.loads((file.metadata() or {})[_NOTE])["config"]) or None
+    except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError):
+        return None
+
+
+def run_config(run: Path) -> tuple[Path, str] | None:
+    """The config (YAML) that a run was trained with, and the file that says so; None if nothing was trained there.
+
+    Checkpoints and weights know theirs; ``config.yaml`` is asked where neither is there.
+    """
+    for path in (*checkpoint.existing(run / "checkpoints"), run / FINAL):
+        if path.exists() and (text := own_config(path)) is not None:
+            return path, text
+    path = run / "config.yaml"
+    if path.exists() and (run / "metrics.jsonl").exists():  # else no step was made, as with missing weights
+        return path, path.read_text(encoding="utf-8", errors="replace")
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a .safetensors file is there with every byte as it was written; one that is not is named on stderr."""
+    if not path.is_file():
+        return False
+    try:
+        _read_safetensors(path)
+    except UserError as error:
+        print(f"Warning: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def require_finite(scores: np.ndarray, weights: Path | str, image: str) -> None:
+    """Raise UserError, which names the file of weights, for a network's output of an image that is not finite."""
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"{weights}: what the network makes of {image} is not finite. Its weights are too large for the precision, "
+            "or spoilt: set train.precision to fp32, or take other weights"
+        )
+
+
+def _digest(tensors: Mapping[str, Tensor], config: str) -> str:
+    digest = hashlib.sha256(config.encode(errors="backslashreplace"))
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def in_package(path: Path) -> Path:
@@ -168,16 +243,14 @@ def convert(source: Path, destination: Path) -> Conversion:
         raise UserError(f"{destination}: exists already; remove it or choose another name")
     content = _read(source)
     _check_backbone(source, content.tensors)
-    # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
-    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}
-    try:
+    if destination.suffix == ".pth":
+        # A copy of each: views would drag their whole storage along.
+        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}
         with replacing(destination) as file:
-            if destination.suffix == ".pth":
-                torch.save(tensors, file)
-            else:
-                file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    except OSError as error:
-        raise UserError(f"{destination}: cannot be written: {error}") from None
+            torch.save(tensors, file)
+    else:
+        tensors = content.tensors
+        write_weights(destination, tensors)
     trained = [tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in _NOT_TRAINED]
     return Conversion(destination, len(tensors), sum(tensor.numel() for tensor in trained), tuple(content.dropped))
 
@@ -217,6 +290,11 @@ def _read(path: Path) -> _Content:
     for key, tensor in content.tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise UserError(f"{path}: {key} is sparse or quantised; expected dense tensors")
+        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+            raise UserError(
+                f"{path}: {int((~finite).sum()):,} of the {tensor.numel():,} numbers of {key} are not finite. The file "
+                "is spoilt, or its training failed: copy it again, or train anew"
+            )
     try:
         return _Content(to_released_keys(content.tensors), content.dropped)
     except UserError as error:
@@ -225,13 +303,31 @@ def _read(path: Path) -> _Content:
 
 def _read_safetensors(path: Path) -> _Content:
     try:
-        return _Content(safetensors.torch.load_file(path), [])
+        with safetensors.safe_open(path, "pt") as file:
+            note = (file.metadata() or {}).get(_NOTE)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a readable .safetensors file: {error}") from None
+    if note is not None:  # others write none
+        try:
+            written = json.loads(note)
+            whole = written["sha256"] == _digest(tensors, written["config"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{path}: damaged: its content does not have the checksum that was written with it. Copy it again; a "
+                "run's is made of the last checkpoint when the command that wrote it is given again"
+            )
+    return _Content(tensors, [])
 
 
 def _read_torch(path: Path) -> _Content:
     try:
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
+            with zipfile.ZipFile(path) as records:
+                if (broken := records.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"damaged: the checksum of {broken} does not fit")
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

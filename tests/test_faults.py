@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cpn_fast import cli, config
 from cpn_fast.dataset import load_samples
@@ -102,6 +103,7 @@ def command(name: str, world: World) -> list[str]:
     return {
         "superpixels": ["superpixels", str(world.config)],
         "train": ["train", str(world.config), "--set", "name=fresh"],
+        "train again": ["train", str(world.run.parent / "again.yaml")],
         "cam": ["cam", str(world.config), "--checkpoint", weights, "--set", "name=fresh"],
         "cam again": ["cam", str(world.config), "--checkpoint", weights],
         "evaluate": ["evaluate", str(world.config), "--cams", str(world.run / "cams/val/seeds")],
@@ -182,6 +184,21 @@ def with_a_claim(path: Path) -> None:
         archive.writestr("cam.npy", member)
 
 
+def again(world: World, **train: float) -> None:
+    """Writes the config that the run was trained with, with some keys of section train changed."""
+    tree = yaml.safe_load((world.run / "config.yaml").read_text())
+    tree["train"] |= train
+    tree["out"] = str(world.run.parent)
+    (world.run.parent / "again.yaml").write_text(yaml.safe_dump(tree))
+
+
+def spoil(path: Path) -> None:
+    """As a foreign tool would write them, without a checksum."""
+    tensors = load_file(path)
+    tensors["fc8.weight"][0] = float("nan")
+    save_file(tensors, path)
+
+
 def nested(depth: int) -> str:
     return "\n".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9) if i else 'x'}]" for i in range(depth))
 
@@ -246,6 +263,12 @@ FAULTS: dict[str, Callable[[World], object]] = {
     "weights that run code": lambda w: torch.save({"a": Payload()}, w.run / "code.pth"),
     "a run that is a file": lambda w: (w.run.parent / "fresh").write_text(""),
     "a damaged config.yaml in the run": lambda w: (w.run / "config.yaml").write_bytes(b"\xff\x00"),
+    "a config.yaml of another run": lambda w: (w.run / "config.yaml").write_text(
+        (w.run / "config.yaml").read_text().replace("prcm: true", "prcm: false")
+    ),
+    "another config, and metrics.jsonl is gone": lambda w: ((w.run / "metrics.jsonl").unlink(), again(w, lr=0.9)),
+    "a bit of the weights that flipped": lambda w: (flip(w.run / "model.safetensors"), again(w)),
+    "weights that are not finite": lambda w: spoil(w.run / "model.safetensors"),
     "a damaged superpixel map": lambda w: flip(superpixels(w) / "val_0001.png"),
     "a damaged superpixel manifest": lambda w: (superpixels(w) / "manifest.json").write_bytes(b"\xff{"),
     "a damaged seed": lambda w: flip(w.seed),

@@ -248,6 +248,8 @@ def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"none: no images in that folder"):
         predict.run(small_run, [tmp_path / "none"], tmp_path, None)
     shutil.copy(small_run / "model.safetensors", tmp_path)
+    assert cpn_fast.load(tmp_path).config == cpn_fast.load(small_run).config  # which the weights know
+    save_file(load_file(small_run / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"no config\.yaml beside it"):
         cpn_fast.load(tmp_path)
     with pytest.raises(UserError, match=r"tags that are no class: cat\. Classes are: fish"):

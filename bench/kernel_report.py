@@ -31,15 +31,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cpn_fast.kernels import losses_triton, pixel_triton, region_triton
-from cpn_fast.kernels.launch import family, fitting_configs
+from cpn_fast.kernels.launch import Blocks, family, fitting
 
-ARCHITECTURES = (80, 86, 89, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = {"bf16": "half", "fp16": "half", "fp32": "tf32"}
-LIMITS = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64)}
+LIMITS = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
 """Shared memory in KiB and warps of a multiprocessor (CUDA C++ Programming Guide)."""
 RESERVED = 1 << 10  # bytes of shared memory that the system takes for every program
 REGISTERS = 65536
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+BACK = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 POINTERS = {  # what is not of the products' dtype
     "out": "fp32", "total": "fp32", "norm": "fp32", "cam": "fp32", "high": "fp32", "highs": "fp32", "sums": "fp32",
@@ -59,6 +61,8 @@ class Case:
     constants: dict[str, Any]
     config: triton.Config
     has_product: bool = False
+    pipelined: bool = False
+    """Whether its loop has to copy ahead of its products."""
     all_float32: bool = False
 
     @property
@@ -78,6 +82,12 @@ class Result:
     spills: int
     shared: int
     tensor_core: str
+    loop: int
+    """Instructions of the loop with the products; 0 where there is none."""
+    copies: int
+    """Copies to shared memory in it that run ahead."""
+    loads: int
+    """Loads in it that are waited for."""
     occupancy: float
     """Share of a multiprocessor's warps that registers and shared memory let it hold."""
     verdict: str
@@ -85,8 +95,18 @@ class Result:
 
 BLOCKS = ((64, 3, 32), (64, 4, 128), (64, 4, 16), (64, 3, 128), (64, 3, 64), (64, 1, 128), (16, 1, 16))
 """Channels in one product, how many products, and columns of classes; the paper's first."""
+LAYOUTS: dict[str, dict[str, int]] = {
+    "NCHW": {"stride_ep": 1, "stride_cp": 1, "stride_gp": 1, "stride_op": 1},
+    "NHWC": {"stride_ed": 1, "stride_cc": 1, "stride_gc": 1, "stride_oc": 1},
+}
+"""The strides that are 1."""
 REGION_BLOCKS = (32, 64, 16)
 """Classes; the paper's first."""
+
+
+def configuration(blocks: Blocks) -> triton.Config:
+    sizes = {"BM": blocks.targets, "BN": blocks.sources, "RESIDENT": blocks.resident}
+    return triton.Config(sizes, num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
@@ -97,16 +117,20 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
     for dk, chunks, cb in BLOCKS if shapes == "all" else BLOCKS[:1]:
         size, channels = f" D={dk * chunks} CB={cb}", dk * chunks
         pixel: dict[str, Any] = {"DK": dk, "CHUNKS": chunks, "CB": cb, **product}
-        prepare = {"DP": channels, "CB": cb, "DK": dk, "BP": 32}
-        yield Case("pixel prepare" + size, pixel_triton._prepare_kernel, prepare, plain)
-        for config in fitting_configs(pixel_triton.FORWARD, numbers, gpu, channels, cb):
-            constants = {**pixel, "NORMALISE": True, "stride_op": 1}
-            yield Case("pixel forward" + size, pixel_triton._forward_kernel, constants, config, True)
-        for config in fitting_configs(pixel_triton.BACKWARD, numbers, gpu, channels, cb):
-            constants = {**pixel, "CP": min(pixel_triton.CP, cb), "stride_ed": 1}
-            yield Case("pixel backward" + size, pixel_triton._backward_kernel, constants, config, True)
-        constants = {"CB": cb, "BP": 32}
-        yield Case("pixel prepare backward" + size, pixel_triton._prepare_backward_kernel, constants, plain)
+        for layout, strides in LAYOUTS.items():
+            prepare = {"DK": dk, "CHUNKS": chunks, "CB": cb, "BP": 32, **strides}
+            yield Case(f"pixel prepare {layout}" + size, pixel_triton._prepare_kernel, prepare, plain)
+            constants = {"CB": cb, "BP": 32, **strides}
+            name = f"pixel prepare backward {layout}" + size
+            yield Case(name, pixel_triton._prepare_backward_kernel, constants, plain)
+        constants = {**pixel, "NORMALISE": True, "stride_op": 1}
+        blocks = fitting(pixel_triton.FORWARD, numbers, gpu, channels, cb)
+        yield Case("pixel forward" + size, pixel_triton._forward_kernel, constants, configuration(blocks), True, True)
+        for groups in (1, 2) if cb == 128 else (1,):
+            blocks = fitting(pixel_triton.BACKWARD, numbers, gpu, channels, cb * groups)
+            constants = {**pixel, "CP": min(pixel_triton.CP, cb), "UNROLLED": blocks.unrolled}
+            name = "pixel backward" + size + (" groups" if groups > 1 else "")
+            yield Case(name, pixel_triton._backward_kernel, constants, configuration(blocks), True, blocks.unrolled)
 
     regional = triton.Config({}, **region_triton.OPTIONS)
     join = {"DB": region_triton.JOINED, "SB": region_triton.SPLITS}
@@ -143,24 +167,25 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
         ):
             label = f"losses {name}" + (" (own)" if own else "")
             config = triton.Config({}, num_warps=t.OPTIONS["num_warps"], num_stages=t.OPTIONS["num_stages"])
-            yield Case(label, kernel, {**flag, **constants}, config, has_product, True)
+            yield Case(label, kernel, {**flag, **constants}, config, has_product, all_float32=True)
     tcp: dict[str, Any] = {**tile, **sums, "MAP": 3, "PAIR": True, "GRADIENTS": True}
     plain = triton.Config({}, num_warps=t.OPTIONS["num_warps"], num_stages=t.OPTIONS["num_stages"])
-    yield Case("losses tcp", t._tcp_kernel, tcp, plain, True, True)
+    yield Case("losses tcp", t._tcp_kernel, tcp, plain, True, all_float32=True)
     pick: dict[str, Any] = {"WIDTH": 10, "LAST": True, "SMALLEST": True, "BINS": t.BINS}
-    yield Case("losses pick", t._pick_kernel, pick, plain, False, True)
+    yield Case("losses pick", t._pick_kernel, pick, plain, all_float32=True)
     scores: dict[str, Any] = {**tile, "SHIFT": 20, "WIDTH": 11, "BINS": t.BINS}
-    yield Case("suppression histogram", t._score_histogram_kernel, scores, plain, False, True)
+    yield Case("suppression histogram", t._score_histogram_kernel, scores, plain, all_float32=True)
     suppression: dict[str, Any] = {**tile, "SIDE": t.SIDE, "GRADIENTS": True}
-    yield Case("suppression", t._suppression_kernel, suppression, plain, True, True)
+    yield Case("suppression", t._suppression_kernel, suppression, plain, True, all_float32=True)
 
 
-def build(case: Case, dtype: str, arch: int) -> Result:
-    """Compile one case and read its cubin."""
+def compiled(case: Case, dtype: str, arch: int) -> Any:
+    """One case as Triton compiles it; ``asm`` holds its PTX and cubin."""
     function = case.kernel
     while not isinstance(function, triton.runtime.JITFunction):
         function = function.fn
-    constants = {**case.constants, **case.config.kwargs}
+    names = {parameter.name for parameter in function.params}
+    constants = {name: value for name, value in case.constants.items() if name in names} | case.config.kwargs
     types = dict.fromkeys(VALUES + GRADIENTS, dtype) | POINTERS
     if case.kernel is region_triton._pool_backward_kernel:
         types["grad"] = dtype
@@ -175,26 +200,48 @@ def build(case: Case, dtype: str, arch: int) -> Result:
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
     if case.all_float32:
         options["enable_fp_fusion"] = False
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def build(case: Case, dtype: str, arch: int) -> Result:
+    """Compile one case and read its cubin."""
+    kernel = compiled(case, dtype, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage, code = _dump(file.name, "-res-usage"), _dump(file.name, "-sass")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    registers, stack, shared = int(found[1]), int(found[2]), compiled.metadata.shared
+    registers, stack, shared = int(found[1]), int(found[2]), kernel.metadata.shared
     spills, instructions = len(SPILL.findall(code)), sorted(set(TENSOR_CORE.findall(code)))
+    loop = main_loop(code) if case.has_product else []
+    copies, loads = (sum(name in line for line in loop) for name in ("LDGSTS", "LDG."))
     problems = [
         f"{stack} bytes of stack" if stack else "",
         f"{spills} spills" if spills else "",
         "no tensor cores" if case.has_product and not instructions else "",
+        "loop is not pipelined" if case.pipelined and not copies else "",
         "" if shared + RESERVED <= LIMITS[arch][0] << 10 else "too much shared memory",
     ]
     return Result(
         case.name, case.options, dtype, arch, registers, stack, spills, shared, " ".join(instructions),
+        len(loop), copies, loads,
         _occupancy(arch, registers, shared, case.config.num_warps),
         ", ".join(filter(None, problems)) or "pass",
     )  # fmt: skip
+
+
+def main_loop(sass: str) -> list[str]:
+    """The instructions of the longest loop with tensor-core products."""
+    lines = [(int(found[1], 16), found[2]) for found in INSTRUCTION.finditer(sass)]
+    longest: list[str] = []
+    for address, text in lines:
+        jump = BACK.search(text)
+        if jump and int(jump[1], 16) < address:
+            body = [line for place, line in lines if int(jump[1], 16) <= place <= address]
+            if len(body) > len(longest) and any(TENSOR_CORE.search(line) for line in body):
+                longest = body
+    return longest
 
 
 def report(dtypes: list[str], archs: list[int], shapes: str, jobs: int = 1) -> list[Result]:

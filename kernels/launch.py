@@ -1,17 +1,15 @@
-"""What the Triton kernels share: tuning over configurations that are known to compile well, and block sizes.
+"""What the Triton kernels share: blocks that are known to compile well, products, and which GPUs can run them.
 
-``bench/kernel_report.py`` compiles every configuration listed in a kernel's module, at every size of block, for each
-architecture, and fails on one that spills: autotuning only chooses among configurations that passed. The tests do the
-same at the paper's size for one architecture of each family.
+``bench/kernel_report.py`` compiles every entry of a kernel's table, at every size of block, for each architecture, and
+fails on one that spills. The tests do the same at the paper's size for one architecture of each family.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,26 +23,30 @@ _HERE = nullcontext()
 DOT_SIDE = 16  # the smallest side of a tensor-core product
 
 
-Table = dict[tuple[str, str, int, int], list[triton.Config]]
-"""Configurations for a precision ("half", "tf32"), a family of GPUs ("ampere": sm_80 to 89, "hopper": sm_90 on), the
-most channels of an embedding that they take, and the most columns of classes."""
+class Blocks(NamedTuple):
+    """How a pixel kernel is compiled: one fixed choice, so that runs repeat bit for bit and nothing is ever tuned."""
+
+    targets: int  # pixels of a program's block
+    sources: int  # pixels of one turn of its loop
+    resident: bool  # whether the targets' embeddings stay in registers
+    warps: int
+    stages: int
+    unrolled: bool = True  # backward: whether the columns of one group of classes are unrolled; more shared memory
+
+    def options(self) -> dict[str, Any]:
+        """For the launch."""
+        return {
+            "BM": self.targets, "BN": self.sources, "RESIDENT": self.resident,
+            "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
 
 
-def tuned(table: Table, key: list[str]) -> Callable[[Any], Any]:
-    """Decorate a kernel to try its table's configurations once per ``key``; the interpreter takes the first one."""
-    configs = [config for configs in table.values() for config in configs]
-
-    def fitting(_: object, __: object, **arguments: Any) -> list[triton.Config]:
-        gpu = family(torch.cuda.get_device_capability()[0])
-        channels = arguments["DK"] * arguments["CHUNKS"]
-        return fitting_configs(table, arguments["PRECISION"], gpu, channels, arguments["CB"])
-
-    if INTERPRETED:
-        return triton.autotune(configs=configs[:1], key=key)
-    return triton.autotune(configs=configs, key=key, prune_configs_by={"early_config_prune": fitting})
+Table = dict[tuple[str, str, int, int], Blocks]
+"""Blocks for a precision ("half", "tf32"), a family of GPUs, the most channels of an embedding that they take, and the
+most columns of classes."""
 
 
-def fitting_configs(table: Table, numbers: str, gpu: str, channels: int, columns: int) -> list[triton.Config]:
+def fitting(table: Table, numbers: str, gpu: str, channels: int, columns: int) -> Blocks:
     """A precision's and a family's, for as many channels and columns or the fewest more."""
     sizes = [(width, most) for *kind, width, most in table if kind == [numbers, gpu]]
     width, most = min(size for size in sizes if size[0] >= channels and size[1] >= columns)
@@ -52,12 +54,23 @@ def fitting_configs(table: Table, numbers: str, gpu: str, channels: int, columns
 
 
 def family(major: int) -> str:
-    """Which of a table's families a compute capability belongs to."""
-    return "ampere" if major < 9 else "hopper"
+    """Which of a table's families a compute capability belongs to.
+
+    "hopper": sm_90 to 110, with products of a whole warp group and 227 KiB of shared memory; "ampere": sm_80 to 89 and
+    120 on (consumer Blackwell), with products of a warp and as little as 99 KiB.
+    """
+    return "hopper" if major in (9, 10, 11) else "ampere"
+
+
+@functools.cache
+def family_of(device: int) -> str:
+    """The family of a GPU by its index; the interpreter, which has none, is a "hopper"."""
+    return "hopper" if INTERPRETED else family(torch.cuda.get_device_capability(device)[0])
 
 
 def next_power(value: int, least: int = DOT_SIDE) -> int:
-    return max(least, triton.next_power_of_2(value))
+    """The power of two from ``least`` on that holds ``value``; a symbolic value becomes a constant of the graph."""
+    return max(least, 1 << (int(value) - 1).bit_length())
 
 
 @triton.jit

@@ -48,8 +48,8 @@ def operation(
     ``forward`` returns a tuple, of which only the first tensor is differentiable, and neither function returns an input
     or a view of one. ``fake_forward`` and ``fake_backward`` allocate the same outputs. ``save(ctx, inputs, outputs)``
     keeps what is needed; ``differentiate(ctx, grad, backward)`` returns a gradient or None for every input and calls
-    the ``backward`` that it is given, with every input that needs a gradient among its arguments: a second derivative
-    is refused at ``backward``, so all paths to the inputs must lead through it. ``schema`` is ``forward``'s, where its
+    the ``backward`` that it is given, with the first output or the inputs among its arguments: a second derivative is
+    refused at ``backward``, so a path to the inputs must lead through it. ``schema`` is ``forward``'s, where its
     annotations do not say it. ``fuse_backward``: ``backward`` consists of torch's own operators, and a compiler may
     have them one by one instead of the operator.
     """

@@ -20,6 +20,7 @@ cores bound both.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cpn_fast.kernels import eager, launch
-from cpn_fast.kernels.launch import check, next_power, on_device, precision, product, tuned
+from cpn_fast.kernels.launch import Blocks, check, next_power, on_device, precision, product
 from cpn_fast.kernels.operators import operation
 
 PAD = 128  # pixels are padded to a multiple of this, and every block of pixels divides it
@@ -37,38 +38,30 @@ MAX_DEPTH = 4 * DK
 CP = 32  # columns of Y and Z in one product of the backward pass
 
 
-def _configs(*rows: tuple[int, int, bool, int, int]) -> list[triton.Config]:
-    """From target and source pixels of a block, whether the targets stay in registers, warps, stages."""
-    return [
-        triton.Config({"BM": bm, "BN": bn, "RESIDENT": resident}, num_warps=warps, num_stages=stages)
-        for bm, bn, resident, warps, stages in rows
-    ]
-
-
 FORWARD: launch.Table = {
-    ("half", "ampere", 192, 128): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3), (128, 64, True, 8, 2)),
-    ("half", "ampere", 256, 128): _configs((64, 64, False, 4, 3), (64, 64, True, 4, 2), (64, 32, False, 4, 3)),
-    ("half", "hopper", 192, 64): _configs(
-        (128, 64, True, 8, 2), (128, 64, True, 8, 3), (128, 128, True, 8, 2), (64, 64, True, 4, 2)
-    ),
-    ("half", "hopper", 192, 128): _configs((128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2)),
-    ("half", "hopper", 256, 128): _configs((128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2)),
-    ("tf32", "ampere", 192, 64): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3), (128, 64, False, 8, 3)),
-    ("tf32", "ampere", 192, 128): _configs((64, 32, False, 4, 3), (64, 64, False, 4, 2), (128, 64, False, 8, 2)),
-    ("tf32", "ampere", 256, 128): _configs((64, 64, False, 4, 2), (64, 32, False, 4, 2)),
-    ("tf32", "hopper", 192, 128): _configs((64, 64, True, 4, 2), (64, 64, False, 4, 3)),
-    ("tf32", "hopper", 256, 128): _configs((64, 64, False, 4, 3), (64, 32, False, 4, 3)),
+    ("half", "ampere", 192, 128): Blocks(64, 64, True, 4, 2),
+    ("half", "ampere", 256, 128): Blocks(64, 64, False, 4, 2),
+    ("half", "hopper", 256, 128): Blocks(128, 64, True, 8, 2),
+    ("tf32", "ampere", 192, 128): Blocks(64, 32, False, 4, 2),
+    ("tf32", "ampere", 256, 128): Blocks(32, 32, False, 4, 2),
+    ("tf32", "hopper", 192, 128): Blocks(64, 64, True, 4, 2),
+    ("tf32", "hopper", 256, 128): Blocks(64, 32, True, 4, 2),
 }
+MANY = 1 << 30  # columns of several groups
 BACKWARD: launch.Table = {
-    ("half", "ampere", 192, 32): _configs((64, 32, False, 4, 2), (32, 64, True, 4, 2), (32, 64, False, 4, 2)),
-    ("half", "ampere", 192, 128): _configs((32, 64, True, 4, 2), (32, 32, False, 4, 2)),
-    ("half", "ampere", 256, 128): _configs((32, 64, False, 4, 2), (32, 32, False, 4, 2)),
-    ("half", "hopper", 192, 128): _configs((128, 32, False, 8, 3), (64, 64, True, 8, 2), (64, 64, False, 8, 3)),
-    ("half", "hopper", 256, 128): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
-    ("tf32", "ampere", 192, 128): _configs((64, 32, False, 8, 2), (32, 64, False, 4, 2), (32, 32, False, 4, 2)),
-    ("tf32", "ampere", 256, 128): _configs((32, 32, False, 8, 2), (32, 64, False, 8, 2)),
-    ("tf32", "hopper", 192, 128): _configs((64, 64, False, 8, 2), (64, 32, False, 8, 2)),
-    ("tf32", "hopper", 256, 128): _configs((64, 32, False, 8, 2), (64, 32, False, 8, 3)),
+    ("half", "ampere", 192, 128): Blocks(64, 32, False, 4, 2),
+    ("half", "ampere", 256, 64): Blocks(32, 64, False, 4, 2),
+    ("half", "ampere", 256, MANY): Blocks(32, 64, False, 4, 2, unrolled=False),
+    ("half", "hopper", 192, 128): Blocks(128, 64, True, 8, 2),
+    ("half", "hopper", 256, 128): Blocks(64, 64, True, 8, 2),
+    ("half", "hopper", 256, MANY): Blocks(64, 32, False, 8, 2, unrolled=False),
+    ("tf32", "ampere", 192, 64): Blocks(32, 32, False, 4, 2),
+    ("tf32", "ampere", 256, 32): Blocks(32, 32, False, 4, 2),
+    ("tf32", "ampere", 256, MANY): Blocks(32, 32, False, 8, 2, unrolled=False),
+    ("tf32", "hopper", 192, 32): Blocks(128, 32, False, 8, 2),
+    ("tf32", "hopper", 192, 64): Blocks(64, 64, False, 8, 2),
+    ("tf32", "hopper", 256, 32): Blocks(64, 64, False, 8, 2),
+    ("tf32", "hopper", 256, MANY): Blocks(64, 32, False, 8, 2, unrolled=False),
 }
 
 
@@ -77,26 +70,36 @@ def _prepare_kernel(
     g, y, norm, embedding, cam,
     stride_en, stride_ed, stride_ep, stride_cn, stride_cc, stride_cp,
     pixels, padded, D, C, eps,
-    DP: tl.constexpr, CB: tl.constexpr, DK: tl.constexpr, BP: tl.constexpr,
+    DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Unit embeddings, their norms, and the CAM with its column of ones, pixels leading."""
     i_n = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     m_p = o_p < pixels
-    o_d = tl.arange(0, DK).to(tl.int64)
+    o_d = tl.arange(0, DK)
     p_e = embedding + i_n * stride_en + o_p.to(tl.int64)[:, None] * stride_ep
-    b_square = tl.zeros([BP], dtype=tl.float32)
-    for start in range(0, DP, DK):
-        m_e = m_p[:, None] & (start + o_d < D)[None, :]
-        b_e = tl.load(p_e + (start + o_d)[None, :] * stride_ed, mask=m_e, other=0.0).to(tl.float32)  # [BP, DK]
-        b_square += tl.sum(b_e * b_e, 1)
+    b_e0 = _load_channels(p_e, stride_ed, o_d, m_p, D)
+    b_square = tl.sum(b_e0 * b_e0, 1)
+    if CHUNKS > 1:
+        b_e1 = _load_channels(p_e, stride_ed, DK + o_d, m_p, D)
+        b_square += tl.sum(b_e1 * b_e1, 1)
+    if CHUNKS > 2:
+        b_e2 = _load_channels(p_e, stride_ed, 2 * DK + o_d, m_p, D)
+        b_square += tl.sum(b_e2 * b_e2, 1)
+    if CHUNKS > 3:
+        b_e3 = _load_channels(p_e, stride_ed, 3 * DK + o_d, m_p, D)
+        b_square += tl.sum(b_e3 * b_e3, 1)
     b_norm = tl.sqrt(b_square)
     tl.store(norm + i_n * padded + o_p, b_norm)
-    p_g = g + (i_n * padded + o_p)[:, None] * DP
-    for start in range(0, DP, DK):
-        m_e = m_p[:, None] & (start + o_d < D)[None, :]
-        b_e = tl.load(p_e + (start + o_d)[None, :] * stride_ed, mask=m_e, other=0.0).to(tl.float32)  # [BP, DK]
-        tl.store(p_g + (start + o_d)[None, :], (b_e / (b_norm + eps)[:, None]).to(g.dtype.element_ty))
+    b_divisor = (b_norm + eps)[:, None]
+    p_g = g + (i_n * padded + o_p)[:, None] * (DK * CHUNKS) + o_d[None, :]
+    tl.store(p_g, (b_e0 / b_divisor).to(g.dtype.element_ty))
+    if CHUNKS > 1:
+        tl.store(p_g + DK, (b_e1 / b_divisor).to(g.dtype.element_ty))
+    if CHUNKS > 2:
+        tl.store(p_g + 2 * DK, (b_e2 / b_divisor).to(g.dtype.element_ty))
+    if CHUNKS > 3:
+        tl.store(p_g + 3 * DK, (b_e3 / b_divisor).to(g.dtype.element_ty))
 
     o_c = tl.arange(0, CB)
     p_c = cam + i_n * stride_cn + o_p.to(tl.int64)[:, None] * stride_cp
@@ -109,6 +112,13 @@ def _prepare_kernel(
         b_c = tl.where((o_c == CB - 1)[None, :] & m_p[:, None], 1.0, b_c)  # [BP, CB]
         p_y = y + ((i_n * groups + group) * padded + o_p)[:, None] * CB + o_c[None, :]
         tl.store(p_y, b_c.to(y.dtype.element_ty))
+
+
+@triton.jit
+def _load_channels(p_e, stride_ed, o_d, m_p, D):
+    """(BP, DK) of the embedding in float32."""
+    p_e += o_d.to(tl.int64)[None, :] * stride_ed
+    return tl.load(p_e, mask=m_p[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -130,21 +140,12 @@ def _scores(
     b_q, p_q, p_k, b_s, DK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, RESIDENT: tl.constexpr
 ):
     """b_s + g_i . g_j for BM targets and BN sources; the targets' chunks are ``b_q``, or read again at ``p_q``."""
-    if RESIDENT:
-        b_s = product(b_q[0], tl.load(p_k).T, b_s, PRECISION)
-        if CHUNKS > 1:
-            b_s = product(b_q[1], tl.load(p_k + DK).T, b_s, PRECISION)
-        if CHUNKS > 2:
-            b_s = product(b_q[2], tl.load(p_k + 2 * DK).T, b_s, PRECISION)
-        if CHUNKS > 3:
-            b_s = product(b_q[3], tl.load(p_k + 3 * DK).T, b_s, PRECISION)
-    else:
-        for o_chunk in range(0, DK * CHUNKS, DK):
-            b_s = product(tl.load(p_q + o_chunk), tl.load(p_k + o_chunk).T, b_s, PRECISION)
+    for i_chunk in tl.static_range(CHUNKS):  # a loop at run time would keep the caller's from being pipelined
+        b_c = b_q[i_chunk] if RESIDENT else tl.load(p_q + i_chunk * DK)
+        b_s = product(b_c, tl.load(p_k + i_chunk * DK).T, b_s, PRECISION)
     return b_s
 
 
-@tuned(FORWARD, key=["DK", "CHUNKS", "CB", "PRECISION"])
 @triton.jit
 def _forward_kernel(
     out, total, g, y,
@@ -173,10 +174,10 @@ def _forward_kernel(
     if RESIDENT:
         b_q = _load_chunks(p_q, DK, CHUNKS)
     acc = tl.zeros([BM, CB], dtype=tl.float32)
-    for _ in range(0, padded, BN):
+    for _ in range(0, pixels, BN):
         b_s = tl.zeros([BM, BN], dtype=tl.float32)
         b_s = _scores(b_q, p_q, p_k, b_s, DK, CHUNKS, PRECISION, RESIDENT)
-        b_a = tl.maximum(b_s, 0.0).to(y.dtype.element_ty)  # [BM, BN]
+        b_a = tl.maximum(b_s, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y.dtype.element_ty)  # [BM, BN]
         acc = product(b_a, tl.load(p_y), acc, PRECISION)
         p_k += BN * D
         p_y += BN * CB
@@ -205,7 +206,7 @@ def _prepare_backward_kernel(
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     o_c = tl.arange(0, CB)
     b_total = tl.load(total + i_n * padded + o_p)
-    b_scale = tl.where(b_total > eps, pixels / b_total, 0.0)
+    b_scale = tl.where(b_total <= eps, 0.0, pixels / b_total)  # NaN stays
     groups = tl.cdiv(C, CB - 1)
     for group in range(groups):
         o_class = group * (CB - 1) + o_c
@@ -220,16 +221,21 @@ def _prepare_backward_kernel(
         tl.store(p_z, b_z.to(z.dtype.element_ty))
 
 
-@tuned(BACKWARD, key=["DK", "CHUNKS", "CB", "PRECISION"])
+@triton.jit
+def _both(b_both, y, z, o_i, o_j, PRECISION: tl.constexpr):
+    """b_both + Y_i . Z_j + Z_i . Y_j over some columns."""
+    b_both = product(tl.load(y + o_i), tl.load(z + o_j).T, b_both, PRECISION)
+    return product(tl.load(z + o_i), tl.load(y + o_j).T, b_both, PRECISION)
+
+
 @triton.jit
 def _backward_kernel(
     d_embedding, g, y, z, norm,
-    stride_en, stride_ed, stride_ep,
     pixels, padded, D, groups, eps,
-    DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, RESIDENT: tl.constexpr,
+    DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr, UNROLLED: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """d_embedding of BM pixels i; Y and Z are multiplied CP of their columns at a time."""
+    """d_embedding (N, pixels, D) of BM pixels i; Y and Z are multiplied CP of their columns at a time."""
     i_n = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BM
     o_r = tl.arange(0, BM)
@@ -253,17 +259,20 @@ def _backward_kernel(
         acc2 = tl.zeros([BM, DK], dtype=tl.float32)
     if CHUNKS > 3:
         acc3 = tl.zeros([BM, DK], dtype=tl.float32)
-    for start in range(0, padded, BN):
+    for start in range(0, pixels, BN):
         b_s = tl.zeros([BM, BN], dtype=tl.float32)
         b_s = _scores(b_q, p_q, p_k, b_s, DK, CHUNKS, PRECISION, RESIDENT)
         b_both = tl.zeros([BM, BN], dtype=tl.float32)
-        for column in range(0, groups * CB, CP):
-            o_i = (i_n * groups + column // CB) * padded * CB + column % CB
-            o_j = o_i + start * CB
-            o_i += first * CB
-            b_both = product(tl.load(y + o_i + o_mc), tl.load(z + o_j + o_nc).T, b_both, PRECISION)
-            b_both = product(tl.load(z + o_i + o_mc), tl.load(y + o_j + o_nc).T, b_both, PRECISION)
-        b_both = tl.where(b_s > 0, b_both, 0.0).to(g.dtype.element_ty)  # [BM, BN]
+        o_i = (i_n * groups * padded + first) * CB
+        o_j = (i_n * groups * padded + start) * CB
+        if UNROLLED:
+            for column in tl.static_range(0, CB, CP):
+                b_both = _both(b_both, y, z, o_i + column + o_mc, o_j + column + o_nc, PRECISION)
+        else:  # any number of groups, in code that does not grow with them; the outer loop is not pipelined
+            for column in range(0, groups * CB, CP):
+                o_group = column // CB * padded * CB + column % CB
+                b_both = _both(b_both, y, z, o_i + o_group + o_mc, o_j + o_group + o_nc, PRECISION)
+        b_both = tl.where(b_s <= 0, 0.0, b_both).to(g.dtype.element_ty)  # [BM, BN]; NaN stays
         acc0 = product(b_both, tl.load(p_k), acc0, PRECISION)
         if CHUNKS > 1:
             acc1 = product(b_both, tl.load(p_k + DK), acc1, PRECISION)
@@ -284,23 +293,22 @@ def _backward_kernel(
     b_norm = tl.load(norm + i_n * padded + o_m)
     b_scale = 1.0 / ((b_norm + eps) * pixels)
     b_along *= tl.where(b_norm > 0, (b_norm + eps) / b_norm, 0.0)
-    p_d = d_embedding + i_n * stride_en + o_m.to(tl.int64)[:, None] * stride_ep
+    p_d = d_embedding + (i_n * pixels + first) * D + o_r[:, None] * D
     m_m = o_m < pixels
-    _store_chunk(p_d, stride_ed, m_m, p_q, acc0, b_along, b_scale, 0, D, DK)
+    _store_chunk(p_d, m_m, p_q, acc0, b_along, b_scale, 0, D, DK)
     if CHUNKS > 1:
-        _store_chunk(p_d, stride_ed, m_m, p_q, acc1, b_along, b_scale, 1, D, DK)
+        _store_chunk(p_d, m_m, p_q, acc1, b_along, b_scale, 1, D, DK)
     if CHUNKS > 2:
-        _store_chunk(p_d, stride_ed, m_m, p_q, acc2, b_along, b_scale, 2, D, DK)
+        _store_chunk(p_d, m_m, p_q, acc2, b_along, b_scale, 2, D, DK)
     if CHUNKS > 3:
-        _store_chunk(p_d, stride_ed, m_m, p_q, acc3, b_along, b_scale, 3, D, DK)
+        _store_chunk(p_d, m_m, p_q, acc3, b_along, b_scale, 3, D, DK)
 
 
 @triton.jit
-def _store_chunk(p_d, stride_ed, m_m, p_q, acc, b_along, b_scale, CHUNK: tl.constexpr, D, DK: tl.constexpr):
+def _store_chunk(p_d, m_m, p_q, acc, b_along, b_scale, CHUNK: tl.constexpr, D, DK: tl.constexpr):
     o_d = CHUNK * DK + tl.arange(0, DK)
     b_d = (acc - tl.load(p_q + CHUNK * DK).to(tl.float32) * b_along[:, None]) * b_scale[:, None]
-    p_d += o_d.to(tl.int64)[None, :] * stride_ed
-    tl.store(p_d, b_d.to(p_d.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+    tl.store(p_d + o_d[None, :], b_d.to(p_d.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
 
 
 def obstacle(cam: Tensor, embedding: Tensor) -> str | None:
@@ -316,41 +324,60 @@ def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
     return _correlate(cam, embedding, eps)
 
 
-class _Blocks(NamedTuple):
-    """Sizes that follow from a problem's."""
+class _Layout(NamedTuple):
+    """How channels and classes are laid out, and the blocks that go with it."""
 
-    padded: int  # pixels
     chunk: int  # channels in one product
     chunks: int
     columns: int  # classes in one group, and the ones
     groups: int
 
-    @classmethod
-    def of(cls, pixels: int, depth: int, classes: int) -> _Blocks:
-        chunk = min(DK, next_power(depth))
-        columns = min(128, next_power(classes + 1))
-        return cls(
-            triton.cdiv(pixels, PAD) * PAD, chunk, triton.cdiv(depth, chunk), columns, triton.cdiv(classes, columns - 1)
-        )
-
-    def kernel_options(self, dtype: torch.dtype) -> dict[str, Any]:
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         return {"DK": self.chunk, "CHUNKS": self.chunks, "CB": self.columns, "PRECISION": precision(dtype)}
+
+
+def _layout(depth: int, classes: int) -> _Layout:
+    """Symbolic sizes become constants of the graph."""
+    return _layout_of(int(depth), int(classes))
+
+
+@functools.cache
+def _layout_of(depth: int, classes: int) -> _Layout:
+    chunk = min(DK, next_power(depth))
+    columns = min(128, next_power(classes + 1))
+    return _Layout(chunk, -(-depth // chunk), columns, -(-classes // (columns - 1)))
+
+
+@functools.cache
+def _options(layout: _Layout, dtype: torch.dtype, gpu: str, backward: bool) -> dict[str, Any]:
+    """Constants and launch options of the forward or the backward kernel."""
+    numbers = "tf32" if dtype == torch.float32 else "half"
+    channels, constants = layout.chunk * layout.chunks, layout.constants(dtype)
+    if not backward:
+        return constants | launch.fitting(FORWARD, numbers, gpu, channels, layout.columns).options()
+    blocks = launch.fitting(BACKWARD, numbers, gpu, channels, layout.columns * layout.groups)
+    return constants | blocks.options() | {"CP": min(CP, layout.columns), "UNROLLED": blocks.unrolled}
+
+
+def _padded(pixels: int) -> int:
+    return -(-pixels // PAD) * PAD
 
 
 def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, its column sums (N, padded), g (N, padded, D), Y (N, groups, padded, columns), norms (N, padded)."""
-    (batch, classes, pixels), depth = cam.shape, embedding.shape[1]
-    blocks = _Blocks.of(pixels, depth, classes)
+    batch, classes, pixels = cam.shape
+    depth = embedding.shape[1]
+    padded, layout = _padded(pixels), _layout(depth, classes)
     out, total, g, y, norm = _fake_forward(cam, embedding, eps)
+    options = _options(layout, g.dtype, launch.family_of(cam.get_device()), False)
     with on_device(cam):
-        _prepare_kernel[(blocks.padded // 32, batch)](
-            g, y, norm, embedding, cam, *embedding.stride(), *cam.stride(), pixels, blocks.padded, depth, classes, eps,
-            DP=g.shape[2], CB=blocks.columns, DK=blocks.chunk, BP=32,
+        _prepare_kernel[(padded // 32, batch)](
+            g, y, norm, embedding, cam, *embedding.stride(), *cam.stride(), pixels, padded, depth, classes, eps,
+            DK=layout.chunk, CHUNKS=layout.chunks, CB=layout.columns, BP=32,
         )  # fmt: skip
-        _forward_kernel[lambda meta: (blocks.padded // meta["BM"], blocks.groups, batch)](
-            out, total, g, y, *out.stride(), pixels, blocks.padded, classes, eps,
-            NORMALISE=True, **blocks.kernel_options(g.dtype),
-        )  # fmt: skip
+        _forward_kernel[(padded // options["BM"], layout.groups, batch)](
+            out, total, g, y, *out.stride(), pixels, padded, classes, eps, NORMALISE=True, **options
+        )
     return out, total, g, y, norm
 
 
@@ -363,59 +390,56 @@ def _backward(
     norm: Tensor,
     eps: float,
     depth: int,
-    channels_last: bool,
     cam_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The CAM's gradient, or (0,), and the embedding's (N, D, pixels), channels last."""
     batch, classes, pixels = out.shape
-    blocks = _Blocks.of(pixels, depth, classes)
-    d_cam, d_embedding = _fake_backward(grad, out, total, g, y, norm, eps, depth, channels_last, cam_needs_grad)
+    padded, layout = _padded(pixels), _layout(depth, classes)
+    d_cam, d_embedding = _fake_backward(grad, out, total, g, y, norm, eps, depth, cam_needs_grad)
     z = torch.empty_like(y)
-    options = blocks.kernel_options(g.dtype)
+    gpu = launch.family_of(grad.get_device())
+    options = _options(layout, g.dtype, gpu, True)
     with on_device(grad):
-        _prepare_backward_kernel[(blocks.padded // 32, batch)](
-            z, grad, out, total, *grad.stride(), *out.stride(), pixels, blocks.padded, classes, eps,
-            CB=blocks.columns, BP=32,
-        )  # fmt: skip
-        _backward_kernel[lambda meta: (blocks.padded // meta["BM"], batch)](
-            d_embedding, g, y, z, norm, *d_embedding.stride(), pixels, blocks.padded, depth, blocks.groups, eps,
-            CP=min(CP, blocks.columns), **options,
-        )  # fmt: skip
+        _prepare_backward_kernel[(padded // 32, batch)](
+            z, grad, out, total, *grad.stride(), *out.stride(), pixels, padded, classes, eps, CB=layout.columns, BP=32
+        )
+        _backward_kernel[(padded // options["BM"], batch)](
+            d_embedding, g, y, z, norm, pixels, padded, depth, layout.groups, eps, **options
+        )
         if cam_needs_grad:
-            _forward_kernel[lambda meta: (blocks.padded // meta["BM"], blocks.groups, batch)](
-                d_cam, total, g, z, *d_cam.stride(), pixels, blocks.padded, classes, eps, NORMALISE=False, **options
+            options = _options(layout, g.dtype, gpu, False)
+            _forward_kernel[(padded // options["BM"], layout.groups, batch)](
+                d_cam, total, g, z, *d_cam.stride(), pixels, padded, classes, eps, NORMALISE=False, **options
             )
     return d_cam, d_embedding
 
 
 def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (batch, classes, pixels), depth = cam.shape, embedding.shape[1]
-    blocks = _Blocks.of(pixels, depth, classes)
-    statistic = torch.empty(batch, blocks.padded, dtype=torch.float32, device=cam.device)
-    g = embedding.new_empty(batch, blocks.padded, blocks.chunk * blocks.chunks)
-    y = embedding.new_empty(batch, blocks.groups, blocks.padded, blocks.columns)
-    return cam.new_empty(cam.shape), statistic, g, y, torch.empty_like(statistic)
+    batch, classes, pixels = cam.shape
+    padded, layout = _padded(pixels), _layout(embedding.shape[1], classes)
+    total = cam.new_empty((batch, padded), dtype=torch.float32)
+    g = embedding.new_empty((batch, padded, layout.chunk * layout.chunks))
+    y = embedding.new_empty((batch, layout.groups, padded, layout.columns))
+    return cam.new_empty(cam.shape), total, g, y, torch.empty_like(total)
 
 
 def _fake_backward(grad: Tensor, out: Tensor, total: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, depth, channels_last, cam_needs_grad = rest
+    *_, depth, cam_needs_grad = rest
     batch, _, pixels = out.shape
     d_cam = grad.new_empty(out.shape if cam_needs_grad else (0,))
-    if channels_last:
-        return d_cam, g.new_empty(batch, pixels, depth).mT
-    return d_cam, g.new_empty(batch, depth, pixels)
+    return d_cam, g.new_empty((batch, pixels, depth)).mT
 
 
 def _save(ctx, inputs, output) -> None:
     _, embedding, ctx.eps = inputs
     ctx.depth = embedding.shape[1]
-    ctx.channels_last = embedding.stride(1) == 1
     ctx.save_for_backward(*output)
 
 
 def _differentiate(ctx, grad, backward):
     cam_needs_grad = ctx.needs_input_grad[0]
     with eager.full_precision(grad):
-        d_cam, d_embedding = backward(grad, *ctx.saved_tensors, ctx.eps, ctx.depth, ctx.channels_last, cam_needs_grad)
+        d_cam, d_embedding = backward(grad, *ctx.saved_tensors, ctx.eps, ctx.depth, cam_needs_grad)
     return d_cam if cam_needs_grad else None, d_embedding, None
 
 

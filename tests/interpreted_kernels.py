@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -161,24 +160,39 @@ def test_chunks_of_channels(depth: int) -> None:
     assert_matches(kernels.pixel_correlation, [cam, embedding])
 
 
-def blocks(table: launch.Table) -> list[dict[str, Any]]:
+def blocks(table: launch.Table) -> set[tuple[int, int, bool]]:
     """The different blocks of a table; warps and stages mean nothing to the interpreter."""
-    found = {tuple(config.kwargs.items()) for configs in table.values() for config in configs}
-    return [dict(items) for items in sorted(found)]
+    return {(entry.targets, entry.sources, entry.resident) for entry in table.values()}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "block"),
-    [("_forward_kernel", block) for block in blocks(pixel_triton.FORWARD)]
-    + [("_backward_kernel", block) for block in blocks(pixel_triton.BACKWARD)],
+    ("table", "block"),
+    [(name, block) for name in ("FORWARD", "BACKWARD") for block in sorted(blocks(getattr(pixel_triton, name)))],
     ids=str,
 )
-def test_every_block_that_tuning_may_choose(
-    kernel: str, block: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(getattr(pixel_triton, kernel), "configs", [triton.Config(block)])
+def test_every_block_of_the_tables(table: str, block: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = getattr(pixel_triton, table)
+    monkeypatch.setattr(pixel_triton, table, dict.fromkeys(entries, launch.Blocks(*block, 4, 2)))
+    pixel_triton._options.cache_clear()
     cam, _, embedding = tensors(1, 3, 67, 5, 13, torch.float32, False)
     assert_matches(kernels.pixel_correlation, [cam, embedding])
+    pixel_triton._options.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["cam", "embedding", "gradient"])
+def test_a_nan_reaches_all_that_eager_gives_it(dtype: torch.dtype, where: str) -> None:
+    cam, _, embedding = tensors(2, 3, 20, 3, 5, dtype, False)
+    gradient = torch.ones_like(cam)
+    {"cam": cam, "embedding": embedding, "gradient": gradient}[where][1, 2, 1, 1] = float("nan")
+    found, expected = (
+        [t.isnan() for t in (out, *torch.autograd.grad(out, leaves, gradient))]
+        for leaves in [(cam.requires_grad_(), embedding.requires_grad_())]
+        for out in (kernels.pixel_correlation(*leaves, backend=backend) for backend in ("triton", "eager"))
+    )
+    for mine, reference in zip(found, expected, strict=True):
+        assert (mine | ~reference).all()
+        assert mine[0].any() == reference[0].any()  # and the other image is left alone
 
 
 def test_groups_of_classes() -> None:

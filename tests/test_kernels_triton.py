@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,27 +40,59 @@ def test_no_configuration_spills_or_misses_the_tensor_cores(arch: int, dtype: st
     assert {row["tensor_core"] for row in rows if row["kernel"].startswith("pixel forward")} == expected
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
-def test_autotuning_chooses_among_the_reported_configurations(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cpn_fast.kernels import launch, pixel_triton
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [(8.0, "ampere"), (8.9, "ampere"), (9.0, "hopper"), (10.3, "hopper"), (12.0, "ampere"), (13.0, "ampere")],
+)
+def test_consumer_blackwell_and_what_is_not_known_take_the_smaller_blocks(capability: float, family: str) -> None:
+    from cpn_fast.kernels import launch
 
-    if launch.INTERPRETED:
-        pytest.skip("the interpreter does not tune")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    family = "ampere" if capability < (9, 0) else "hopper"
-    for kernel, table in (
-        (pixel_triton._forward_kernel, pixel_triton.FORWARD),
-        (pixel_triton._backward_kernel, pixel_triton.BACKWARD),
-    ):
-        kernel.nargs = {}
-        for precision in ("half", "tf32"):
-            for chunks, columns in itertools.product((1, 3, 4), (16, 32, 64, 128)):
-                found = kernel.prune_configs({"PRECISION": precision, "DK": 64, "CHUNKS": chunks, "CB": columns})
-                fitting = [
-                    (width, most, configs)
-                    for (*kind, width, most), configs in table.items()
-                    if kind == [precision, family] and width >= 64 * chunks and most >= columns
-                ]
-                assert found == min(fitting, key=lambda row: row[:2])[2]
+    assert launch.family(int(capability)) == family
+
+
+def test_the_blocks_are_the_narrowest_that_fit() -> None:
+    from cpn_fast.kernels import launch
+
+    rows = {(64, 32): launch.Blocks(64, 32, True, 4, 2), (64, 128): launch.Blocks(32, 32, True, 4, 2)}
+    wide = launch.Blocks(16, 16, False, 4, 2)
+    table = {("half", "hopper", *size): blocks for size, blocks in rows.items()} | {("half", "hopper", 128, 128): wide}
+    for (channels, columns), expected in (((16, 32), (64, 32)), ((64, 64), (64, 128))):
+        assert launch.fitting(table, "half", "hopper", channels, columns) == rows[expected]
+    assert launch.fitting(table, "half", "hopper", 65, 16) == wide
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "message"),
+    [
+        ("6.2", (9, 4), "needs an NVIDIA GPU, found ROCm"),
+        (None, (7, 5), r"compute capability 8.0 or above \(Ampere\), found 7.5 \(Tesla T4\)"),
+        (None, (8, 0), None),
+        (None, (12, 0), None),
+    ],
+)
+def test_gpus_without_our_instructions_are_refused_by_name(
+    hip: str | None, capability: tuple[int, int], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cpn_fast.kernels import launch
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    launch.gpu_obstacle.cache_clear()
+    found = launch.gpu_obstacle(0)
+    launch.gpu_obstacle.cache_clear()
+    assert found is None if message is None else re.search(message, str(found))
+
+
+def test_a_maximum_keeps_nan_in_the_machine_code() -> None:
+    """The hardware's plain maximum drops it; the interpreter, which is NumPy, does not."""
+    finished = run(
+        "-c",
+        "import sys; sys.path.insert(0, 'bench'); import kernel_report as report\n"
+        "for case in report.cases('bf16', 90, 'paper'):\n"
+        "    if case.name.startswith('pixel forward'): print(report.compiled(case, 'bf16', 90).asm['ptx'])",
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "max.NaN.f32" in finished.stdout
+    assert not re.search(r"max(\.ftz)?\.f32", finished.stdout)

@@ -17,6 +17,7 @@ from cpn_fast import progress
 from cpn_fast.errors import UserError
 from cpn_fast.files import refusal
 from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
+from cpn_fast.terminal import escaping, shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -427,6 +428,11 @@ def main() -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
+    with escaping():
+        _run()
+
+
+def _run() -> None:
     try:
         with acted_on():
             app()
@@ -445,4 +451,4 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     progress.tell("error", message=message)
-    sys.exit(f"Error: {message}")
+    sys.exit(shown(f"Error: {message}"))

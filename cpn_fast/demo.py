@@ -6,10 +6,9 @@ import time
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from cpn_fast import cam, evaluate, train
+from cpn_fast import cam, evaluate, terminal, train
 from cpn_fast import run as chain
 from cpn_fast.config import Config, load
 from cpn_fast.dataset import load_samples
@@ -27,7 +26,7 @@ ROWS = {
 def run(out: Path) -> None:
     """Generate the data set in ``out/data``, run both methods, print their mIoU and write pictures; then take CPN's
     seeds through the other stages and print each one's mIoU."""
-    console = Console()
+    console = terminal.console()
     began = time.perf_counter()
     console.print(f"Generating a data set in {out / 'data'}")
     generate(out / "data")

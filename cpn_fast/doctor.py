@@ -16,11 +16,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 import cpn_fast
-from cpn_fast import precision
+from cpn_fast import precision, terminal
 from cpn_fast.config import Config
 from cpn_fast.errors import UserError
 
@@ -58,7 +57,7 @@ def run(config: Config | None) -> bool:
         table.add_row(
             name, f"[{colours[finding.state]}]{finding.state}[/]", finding.found, finding.mend, end_section=True
         )
-    Console().print(table)
+    terminal.console().print(table)
     return all(finding.state != "broken" for finding in findings)
 
 

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
-from cpn_fast import ranks
+from cpn_fast import ranks, terminal
 from cpn_fast.config import Config, Evaluate
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
@@ -325,7 +325,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> Path:
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """Print the scores of each class in the first result, and the means of every result."""
-    console = console or Console()
+    console = console or terminal.console()
     first = evaluation.results[0]
     names = ("background", *evaluation.classes)
     classes = Table("class", *(_right(name) for name in ("IoU", "precision", "recall")), title=_name(first))
@@ -505,7 +505,13 @@ def _plot_curve(evaluation: Evaluation, curve: Curve) -> Figure:
             face = "white" if result.kind == "oracle" else "black"
             axes.axvline(result.threshold, color="black", lw=0.6)
             axes.plot(result.threshold, value, "o", color="black", mfc=face, label=f"{_name(result)}: {value:.2f}")
-    axes.set(xlabel="background threshold", ylabel="%", xlim=(0, 1), ylim=(0, 100), title=_title(evaluation))
+    axes.set(
+        xlabel="background threshold",
+        ylabel="%",
+        xlim=(0, 1),
+        ylim=(0, 100),
+        title=terminal.plotted(_title(evaluation)),
+    )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -515,10 +521,12 @@ def _plot_classes(evaluation: Evaluation) -> Figure:
     names = ("background", *evaluation.classes)
     figure, axes = _figure(7, 1.2 + 0.26 * len(names))
     values = 100 * first.scores.iou
-    bars = axes.barh(names, np.nan_to_num(values), height=0.75)
+    bars = axes.barh([terminal.plotted(name) for name in names], np.nan_to_num(values), height=0.75)
     axes.bar_label(bars, [_percent(value / 100) for value in values], padding=3)
     mean = _percent(first.scores.mean_iou)
-    axes.set(xlabel="IoU, %", xlim=(0, 107), title=f"{_title(evaluation)}\n{_name(first)}: mean {mean}")
+    axes.set(
+        xlabel="IoU, %", xlim=(0, 107), title=terminal.plotted(f"{_title(evaluation)}\n{_name(first)}: mean {mean}")
+    )
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
     axes.margins(y=0.01)

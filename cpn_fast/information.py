@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
+from cpn_fast import terminal
 from cpn_fast.cam import images_for, load_network, summed_cams, tags
 from cpn_fast.config import Config, Patches
 from cpn_fast.dataset import load_samples
@@ -190,7 +190,7 @@ def _print(rows: Sequence[Row], config: Config, list_path: Path) -> None:
     table = Table(Column("patches", no_wrap=True), *shown, title=title)
     for row, figures in zip(rows, found, strict=True):
         table.add_row(_name(row), *("-" if (v := figures[name]) is None else f"{v:.1%}" for name in shown))
-    Console().print(table)
+    terminal.console().print(table)
 
 
 def _write(rows: Sequence[Row], config: Config, list_path: Path) -> Path:

@@ -16,9 +16,9 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import IO, Any, Literal, TypeVar
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+
+from cpn_fast import terminal
 
 Mode = Literal["text", "quiet", "json"]
 EVERY: dict[Mode, float] = {"text": 60.0, "json": 1.0}
@@ -60,31 +62,33 @@ class Progress:
     def __init__(self, stage: str, total: int, done: int = 0) -> None:
         self.stage, self.total, self.done, self.note = stage, total, done, ""
         self._bars: Bars | None = None
+        self._within = ExitStack()
         self._told, self._told_done = time.monotonic(), -1
         self._reports = os.environ.get("RANK", "0") == "0" and _mode != "quiet"
 
     def __enter__(self) -> Progress:
-        console = Console(stderr=True)
+        console = terminal.console(stderr=True)
         if self._reports and _mode == "text" and console.is_terminal:
             self._bars = Bars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console,
             )
             self._bars.add_task(self.stage, total=self.total, completed=self.done, note="")
             self._bars.start()
+            self._within.callback(self._bars.stop)
+            self._within.enter_context(terminal.escaping())  # rich has put streams of its own before ours
         elif _mode == "json":
             self._line()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-        elif _mode == "json" and self._told_done != self.done:
+        self._within.close()
+        if self._bars is None and _mode == "json" and self._told_done != self.done:
             self._line()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:

@@ -28,6 +28,7 @@ from cpn_fast.predict import CamModel, Model, Segmenter
 from cpn_fast.predict import load as load_model
 from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
+from cpn_fast.terminal import plotted
 
 SHOWN = 8
 """Images in each of the galleries of the best and the worst."""
@@ -191,7 +192,7 @@ def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, An
 def _confusion(tree: dict[str, Any]) -> Figure:
     counts = np.array(tree["results"][0]["confusion"], float)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = tree["classes"]
+    names = [plotted(name) for name in tree["classes"]]
     side = 3 + 0.3 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()

@@ -22,10 +22,9 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from cpn_fast import cam, evaluate, ranks, train
+from cpn_fast import cam, evaluate, ranks, terminal, train
 from cpn_fast import run as chain
 from cpn_fast.config import Config, load
 from cpn_fast.dataset import load_samples
@@ -312,7 +311,7 @@ def _print(name: str, base: Config, rows: tuple[Row, ...], results: list[Result]
     for row, result in zip(rows, results, strict=True):
         digits = 4 if row.measure == "seconds" else 2
         table.add_row(row.name, *("-" if v is None else f"{v:.{digits}f}" for v in (row.paper, result.value)))
-    Console().print(table)
+    terminal.console().print(table)
 
 
 def _as_tree(row: Row, planned: Plan, result: Result) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from cpn_fast import cam, evaluate, ranks, refine, segment, train
+from cpn_fast import cam, evaluate, ranks, refine, segment, terminal, train
 from cpn_fast.config import Config
 from cpn_fast.dataset import load_samples
 from cpn_fast.pipelines.shards import training_list
@@ -54,7 +53,7 @@ def run(config: Config) -> list[Stage]:
         table = Table("result", "list", "mIoU", title=config.name)
         for name, list_path, miou in stages:
             table.add_row(name, list_path.name, "no ground truth" if miou is None else f"{miou:.1%}")
-        Console().print(table)
+        terminal.console().print(table)
     return stages
 
 

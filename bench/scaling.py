@@ -18,9 +18,13 @@ from typing import Any
 
 import torch
 import yaml
+from schedule import write_network
 from timing import arguments, folder, logged_rate, machine, plot_bars, print_table, write_json
 
+from cpn_fast.config import Model
 from cpn_fast.demo_data import DEMO_CLASSES, generate
+from cpn_fast.models import build_backbone
+from cpn_fast.models.network import Network
 
 IMAGES = 4  # a process and step
 
@@ -34,9 +38,13 @@ def config(root: Path, processes: int, steps: int, gpu: bool) -> dict[str, Any]:
         "data": {"root": str(root / "data"), "train_list": "ImageSets/Segmentation/train.txt"},
         "superpixels": {"count": 200 if gpu else 60},
         "augment": {"long_side": [side, 2 * side], "crop": side},
-        "model": {"backbone": "resnet38d" if gpu else "narrow"},
+        "model": {"backbone": "resnet38d" if gpu else "narrow", "weights": str(random_weights(root)) if gpu else None},
         "train": {"batch": IMAGES * processes, "steps": steps, "log_every": 5, "lr": 1e-5, "data_threads": 1},
     }
+
+
+def random_weights(root: Path) -> Path:
+    return root / "random.safetensors"
 
 
 def rate(root: Path, processes: int, steps: int, gpu: bool) -> float:
@@ -60,10 +68,15 @@ def main() -> None:
     options = parser.parse_args()
     device, gpu = options.device, options.device.type == "cuda"
     most = torch.cuda.device_count() if gpu else 2
+    if most == 1:
+        print("nothing to compare: there is one GPU")
+        return
     counts = [count for count in (1, 2, 4, 8) if count <= most]
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         generate(root / "data", seed=0, train=8 * IMAGES, val=1)
+        if gpu:
+            write_network(Network(build_backbone(Model()), len(DEMO_CLASSES), Model()), random_weights(root))
         rates = {count: rate(root, count, options.steps, gpu) for count in counts}
     rows: list[dict[str, Any]] = []
     for count, found in rates.items():

@@ -17,8 +17,10 @@ import functools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,9 +125,14 @@ def write_weights(config: Config, root: Path) -> None:
         "deeplab": deeplab,
     }
     for name, network in networks.items():
-        keep_alive(network)
-        tensors = {key: tensor.contiguous() for key, tensor in to_released_keys(network.state_dict()).items()}
-        (root / f"{name}.safetensors").write_bytes(safetensors.torch.save(tensors))
+        write_network(network, root / f"{name}.safetensors")
+
+
+def write_network(network: Headed, path: Path) -> None:
+    """Its random weights, changed so that they keep features alive."""
+    keep_alive(network)
+    tensors = {key: tensor.contiguous() for key, tensor in to_released_keys(network.state_dict()).items()}
+    path.write_bytes(safetensors.torch.save(tensors))
 
 
 def listed_stages(config: Config, weights: Path) -> dict[str, Callable[[], object]]:
@@ -175,10 +182,10 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def listed_rate(few: int, many: int, of_few: float, of_many: float) -> Rate | None:
-    """From the seconds of two lists; None if the longer one took no longer."""
+def listed_rate(few: int, many: int, of_few: float, of_many: float) -> Rate:
+    """From the seconds of two lists. Raises ValueError if the longer one took no longer."""
     if of_many <= of_few:
-        return None
+        raise ValueError(f"{many} images took {of_many:.2f} s and {few} took {of_few:.2f}: take more with --few")
     rate = (many - few) / (of_many - of_few)
     return Rate(rate, None, None, max(0.0, of_few - few / rate))
 
@@ -221,7 +228,7 @@ def rows_of(images: dict[str, int], rates: dict[str, Rate]) -> list[dict[str, An
     return [*rows, {"stage": "all", **dict.fromkeys(("images", "images/s", "p20", "p80", "start s")), "minutes": known}]
 
 
-def main() -> None:
+def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=Path, help="a folder of JPEGs (default: generated ones)")
     parser.add_argument("--few", type=int, help="images of the shorter list; the longer has four times as many")
@@ -235,6 +242,7 @@ def main() -> None:
     described, out = machine(device) | {"cores": cores}, folder(options.out, device)
     rates: dict[str, Rate] = {}
     left_out: dict[str, str] = {}
+    failures: dict[str, str] = {}
 
     def save(*, finished: bool) -> list[dict[str, Any]]:
         rows = rows_of(images, rates)
@@ -247,8 +255,24 @@ def main() -> None:
             steps=steps,
             goal=GOAL,
             left_out=left_out,
+            failures=failures,
         )
         return rows
+
+    def listed(stage: str) -> Rate:
+        took = {name: seconds(own[stage], device) for name, own in stages.items()}
+        images_of_few = LONGER * few if stage == "superpixels" else few
+        return listed_rate(images_of_few, 4 * images_of_few, took["few"], took["many"])
+
+    def trained(stage: str) -> Rate:
+        run, place = training[stage]
+        known = step_rate(out, described["device"]) if stage == "CPN, training" else None
+        if known is not None:
+            return known
+        whole = seconds(run, device)
+        batch = load(place / "config.yaml").train.batch
+        assert isinstance(batch, int)
+        return logged_rate(place, steps * batch, whole)
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -258,25 +282,16 @@ def main() -> None:
         write_data(root, options.images, LONGER * 4 * few, configs["few"].classes)
         write_weights(configs["few"], root)
         stages = {name: listed_stages(config, root) for name, config in configs.items()}
-        for stage in stages["few"]:
-            took = {name: seconds(own[stage], device) for name, own in stages.items()}
-            images_of_few = LONGER * few if stage == "superpixels" else few
-            rate = listed_rate(images_of_few, 4 * images_of_few, took["few"], took["many"])
-            if rate is None:
-                left_out[stage] = "four times the images took no longer: take more with --few"
-            else:
-                rates[stage] = rate
+        training = trainings(configs["many"])
+        for stage in (*stages["few"], *training):
+            try:
+                rates[stage] = trained(stage) if stage in training else listed(stage)
+            except ModuleNotFoundError as error:
+                left_out[stage] = f"needs {error.name}, which is not installed"
+            except Exception as error:  # the stages that need nothing of this one can still be measured
+                failures[stage] = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
             save(finished=False)
-        known = step_rate(out, described["device"])
-        if known is not None:
-            rates["CPN, training"] = known
-        for stage, (run, place) in trainings(configs["many"]).items():
-            if stage not in rates:
-                whole = seconds(run, device)
-                batch = load(place / "config.yaml").train.batch
-                assert isinstance(batch, int)
-                rates[stage] = logged_rate(place, steps * batch, whole)
-                save(finished=False)
     rows = save(finished=True)
     network = "ResNet38d at 448 px" if gpu else "MobileNetV2 at 225 px"
     print_table(
@@ -284,7 +299,10 @@ def main() -> None:
     )
     for what, why in left_out.items():
         print(f"left out: {what}: {why}")
+    for what, why in failures.items():
+        print(f"failed: {what}: {why}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,6 +20,7 @@ measured first, and the file is written after every row. The profile of all of o
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -483,6 +484,8 @@ def main() -> int:
         except RuntimeError as error:  # such as out of memory: the rows below may still fit
             failures[case.name] = str(error).splitlines()[0]
         torch.compiler.reset()
+        gc.collect()  # the next step finds the memory that this one held
+        torch.cuda.empty_cache()
     save(finished=True)
     print_table(title, rows())
     for what, why in failures.items():

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -160,6 +162,70 @@ def test_calls_that_warm_up_are_not_timed() -> None:
         times = timing.call_times(run, torch.device("cpu"), budget=5.0)
     assert times.repeats == 3  # the compiling call is outside; three fill the budget
     assert (times.low, times.median, times.high) == pytest.approx((1.4, 2.0, 2.6))
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch) -> SimpleNamespace:
+    """What ``timing`` calls of torch.cuda, which notes captures and replays and whose events are 2 ms apart."""
+    import timing
+
+    seen = SimpleNamespace(captures=0, replays=0, fails=None)
+
+    @contextmanager
+    def graph(*_: object, **__: object):
+        seen.captures += 1
+        yield
+        if seen.fails is not None:
+            raise seen.fails
+
+    def replay() -> None:
+        seen.replays += 1
+
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda _: 2.0)
+    stream = mock.MagicMock()
+    fake = SimpleNamespace(
+        Stream=stream,
+        stream=stream,
+        current_stream=stream,
+        CUDAGraph=lambda: SimpleNamespace(replay=replay),
+        graph=graph,
+        Event=lambda **_: event,
+        synchronize=lambda _: None,
+        OutOfMemoryError=torch.cuda.OutOfMemoryError,
+    )
+    monkeypatch.setattr(timing.torch, "cuda", fake)
+    monkeypatch.setattr(timing, "overwriting", lambda _: None)
+    return seen
+
+
+def test_the_device_s_time_is_that_of_replays(pretended_gpu: SimpleNamespace) -> None:
+    import timing
+
+    run = mock.Mock()
+    times = timing.device_times(run, torch.device("cuda"), budget=0.0)
+    assert run.call_count == 3 + 1  # warm-up and capture
+    assert (pretended_gpu.captures, pretended_gpu.replays) == (1, 1 + 10)
+    assert times == timing.Times(0.002, 0.002, 0.002, 10)
+
+
+def test_a_kernel_bench_has_both_times_or_says_why_not(pretended_gpu: SimpleNamespace) -> None:
+    import timing
+
+    columns = timing.kernel_columns(mock.Mock(), torch.device("cuda"), budget=0.0)
+    assert [*columns] == ["device ms", "device p20", "device p80", "repeats", "call ms", "call p20", "call p80"]
+    assert columns["device ms"] == 2.0
+    assert columns["repeats"] == 10
+    assert timing.kernel_time(columns) == "device ms"
+
+    pretended_gpu.fails = RuntimeError("operation not permitted when stream is capturing\nmore")
+    columns = timing.kernel_columns(mock.Mock(), torch.device("cuda"), budget=0.0)
+    assert columns["device ms"] is None
+    assert columns["not captured"] == "operation not permitted when stream is capturing"
+    assert timing.kernel_time(columns) == "call ms"
+
+    pretended_gpu.fails = torch.cuda.OutOfMemoryError()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        timing.kernel_columns(mock.Mock(), torch.device("cuda"), budget=0.0)
 
 
 def test_a_result_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -395,7 +461,8 @@ def test_the_schedule_adds_starts_and_rates_up_to_minutes() -> None:
 
     rate = schedule.listed_rate(10, 40, 7.0, 22.0)  # 2 images a second after 2 seconds
     assert rate == schedule.Rate(2.0, None, None, 2.0)
-    assert schedule.listed_rate(10, 40, 7.0, 7.0) is None
+    with pytest.raises(ValueError, match=r"40 images took 7\.00 s and 10 took 7\.00: take more with --few"):
+        schedule.listed_rate(10, 40, 7.0, 7.0)
     rows = schedule.rows_of({"a": 118, "b": 59}, {"a": rate, "b": rate})
     assert [row["minutes"] for row in rows] == pytest.approx([61 / 60, 31.5 / 60, 92.5 / 60])
     rows = schedule.rows_of({"a": 118, "b": 59}, {"a": rate})

@@ -135,6 +135,39 @@ def _find(
     return list(samples.values())
 
 
+def cannot_be_learned(samples: Sequence[Sample], classes: Sequence[str]) -> list[str]:
+    """Sentences on the classes that no image shows, and on those that every image shows, by the samples' labels."""
+    labels = np.stack([sample.label for sample in samples if sample.label is not None])
+    counts = labels.sum(0).tolist()
+    never = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    always = [name for name, count in zip(classes, counts, strict=True) if count == len(labels)]
+    found = []
+    if never:
+        found.append(f"no image shows {some(never)}: add images of them, or drop the class")
+    if always:
+        found.append(f"every image shows {some(always)}, which is to be told from nothing: add images without it")
+    return found
+
+
+def cannot_be_scored(samples: Sequence[Sample], classes: Sequence[str], *, workers: int) -> list[str]:
+    """A sentence on the classes of which no ground truth has a pixel. Raises UserError for masks as ``read_mask``."""
+    paths = [sample.mask for sample in samples if sample.mask is not None]
+    shown = np.zeros(256, bool)
+    with ThreadPoolExecutor(workers) as pool:
+        for values in pool.map(lambda path: np.unique(read_mask(path)), paths):
+            shown[values] = True
+    never = [name for value, name in enumerate(classes, 1) if not shown[value]]
+    if not paths or not never:
+        return []
+    which = "any class" if len(never) == len(classes) else some(never)
+    return [f"no ground truth of {len(paths)} images has a pixel of {which}: their scores will be empty"]
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and an ellipsis if there are more."""
+    return ", ".join(names[:most]) + " ..." * (len(names) > most)
+
+
 def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verified: Path | None = None) -> None:
     """Decode every image and mask of ``samples`` in ``workers`` threads.
 

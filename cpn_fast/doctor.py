@@ -167,20 +167,22 @@ def dense_crf() -> Finding:
 
 
 def data(config: Config) -> Finding:
-    from cpn_fast.dataset import load_samples
+    from cpn_fast.dataset import cannot_be_learned, cannot_be_scored, load_samples
     from cpn_fast.pipelines.shards import training_list
 
-    samples, shards = training_list(config)
-    if shards is None:  # else the files may be elsewhere
-        load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=False)
+    samples, shards = training_list(config)  # of shards, the files may be elsewhere
     tags = np.stack([sample.label for sample in samples if sample.label is not None])
-    without = [name for name, count in zip(config.classes, tags.sum(0), strict=True) if count == 0]
     place = config.data.train_list if shards is None else shards.folder
+    negatives = int((~tags.any(1)).sum())
     found = f"{len(samples)} images in {place}, {tags.sum(1).mean():.2f} tags each"
-    if without:
-        found += f"; no image shows {', '.join(without)}"
-        return Finding("slow", found, "list images of them, or drop the class")
+    found += f", {negatives} of them negatives" if negatives else ""
     found += f", {sum(sample.mask is not None for sample in samples)} with a mask"
+    doubts = cannot_be_learned(samples, config.classes)
+    if shards is None:
+        scored = load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=None)
+        doubts += cannot_be_scored(scored, config.classes, workers=config.train.data_threads)
+    if doubts:
+        return Finding("slow", "; ".join([found, *doubts]), "the tags or the ground truth, before hours are spent")
     try:
         load_samples(config.data, config.classes, config.segment.eval_list, labels=False, masks=False)
     except UserError as error:

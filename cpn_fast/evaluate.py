@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -29,7 +30,7 @@ from rich.table import Column, Table
 
 from cpn_fast import ranks, terminal
 from cpn_fast.config import Config, Evaluate
-from cpn_fast.dataset import Sample, load_samples
+from cpn_fast.dataset import Sample, load_samples, some
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_json, remove_partials, replacing
 from cpn_fast.masks import IGNORE, read_mask
@@ -365,6 +366,16 @@ def run(
         )
     else:
         evaluation = evaluate_masks(samples, source, config.classes, list_name=name, workers=workers)
+    never = [
+        name for name, pixels in zip(config.classes, evaluation.results[0].scores.true[1:], strict=True) if not pixels
+    ]
+    if len(never) == len(config.classes):
+        raise UserError(
+            f"{config.data.root / config.data.masks}: no ground truth of the {len(samples)} images has a pixel of any "
+            f"class ({some(never)}), so nothing can be scored. Mask values of the classes are 1 to {len(never)}"
+        )
+    if never and ranks.join().first:
+        print(f"Warning: no ground truth has a pixel of {some(never)}, and no score counts them", file=sys.stderr)
     place, home = source.resolve(), config.run.resolve()
     parts = place.relative_to(home).parts if place.is_relative_to(home) else place.parts[-2:]
     folder = config.run / "evaluation" / list_path.stem / "-".join(parts)

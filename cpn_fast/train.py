@@ -21,7 +21,7 @@ from cpn_fast import checkpoint, precision, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
-from cpn_fast.dataset import Sample
+from cpn_fast.dataset import Sample, cannot_be_learned
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_note, remove_partials, replacing, write_json
 from cpn_fast.finite import GradientGuard
@@ -91,6 +91,8 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
 
     samples, shards = training_list(config, decode=rank.first)
     if rank.first:
+        for doubt in cannot_be_learned(samples, config.classes):
+            print(f"Warning: {doubt}", file=sys.stderr)
         remember_list(config.run, samples, begins=state is None)
     torch.manual_seed(train.seed)
     method = build(config)

@@ -3,11 +3,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cpn_fast import config, doctor
+from cpn_fast import config, doctor, evaluate
 from cpn_fast.cli import app
+from cpn_fast.errors import UserError
+from cpn_fast.masks import read_mask, write_mask
+from cpn_fast.seeds import Seed, write_seed
 
 
 def test_everything_that_make_setup_installs_works(tiny_config) -> None:
@@ -40,6 +44,25 @@ def test_a_class_that_no_image_shows_is_pointed_out(tiny_config) -> None:
     finding = doctor.data(settings.model_copy(update={"classes": (*settings.classes, "unicorn")}))
     assert finding.state == "slow"
     assert "no image shows unicorn" in finding.found
+
+
+def test_a_class_on_every_image_and_one_without_ground_truth_are_pointed_out(
+    tiny_config, small_voc: Path, tmp_path: Path
+) -> None:
+    tags, masks = tmp_path / "tags.csv", tmp_path / "masks"
+    ids = (small_voc / "ImageSets/Segmentation/train.txt").read_text().split()
+    tags.write_text("".join(f"{id_},thing\n" for id_ in ids))
+    for id_ in ids:
+        shape = read_mask(small_voc / f"SegmentationClass/{id_}.png").shape
+        write_mask(masks / f"{id_}.png", np.full(shape, 255, np.uint8))
+        write_seed(tmp_path / f"seeds/{id_}.npz", Seed(np.array([0]), np.zeros((1, *shape), np.float32)))
+    settings = config.load(tiny_config(), ["classes=[thing]", f"data.labels={tags}", f"data.masks={masks}"])
+    finding = doctor.data(settings)
+    assert finding.state == "slow"
+    assert "every image shows thing, which is to be told from nothing: add images without it" in finding.found
+    assert f"no ground truth of {len(ids)} images has a pixel of any class" in finding.found
+    with pytest.raises(UserError, match=r"masks: no ground truth of the 12 images has a pixel of any class \(thing\)"):
+        evaluate.run(settings, cams=tmp_path / "seeds", masks=None, list_path=None, threshold_from=None)
 
 
 def test_lists_that_later_stages_need_are_looked_for(tiny_config) -> None:

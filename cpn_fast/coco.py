@@ -39,6 +39,8 @@ from cpn_fast.progress import track
 
 IMAGES, LISTS, MASKS = Path("JPEGImages"), Path("ImageSets/Segmentation"), Path("SegmentationClass")
 TAGS = Path("tags.json")
+LONGEST = 5_000_000
+"""Pixels of an outline."""
 
 
 class Imported(NamedTuple):
@@ -163,10 +165,15 @@ def config_lines(imported: Imported, root: Path) -> str:
 
 def mask_of(image: Image, objects: Sequence[Object], values: dict[int, int]) -> np.ndarray:
     """uint8 (H, W) with ``values`` of the categories. Raises ValueError for an outline that cannot be drawn."""
-    drawn = [(object_, _pixels(object_, image)) for object_ in objects]
     mask = np.zeros((image.height, image.width), np.uint8)
-    for object_, pixels in sorted(drawn, key=lambda pair: (not pair[0].iscrowd, -np.count_nonzero(pair[1]))):
+    lowest = np.iinfo(np.int32).max
+    area = np.full(mask.shape, lowest, np.int32)  # of the object that is seen; a crowd is below all of them
+    for object_ in objects:  # one at a time: together they would take a byte for every pixel each
+        pixels = _pixels(object_, image)
+        own = lowest if object_.iscrowd else np.count_nonzero(pixels)
+        pixels &= area >= own
         mask[pixels] = IGNORE if object_.iscrowd else values[object_.category_id]
+        area[pixels] = own
     return mask
 
 
@@ -187,13 +194,20 @@ def _pixels(object_: Object, image: Image) -> np.ndarray:
     for outline in outlines:
         if len(outline) % 2:
             raise ValueError(f"{where}: an outline has {len(outline)} numbers, expected x and y in turn")
-        # An outline's length is what pycocotools takes memory by.
         if not all(-side <= z <= 2 * side for z, side in zip(outline, shape[::-1] * len(outline), strict=False)):
             raise ValueError(f"{where}: an outline goes far beyond the {size} of the image")
+        if (length := _length(outline)) > LONGEST:
+            raise ValueError(f"{where}: an outline is {length:,.0f} pixels long, expected at most {LONGEST:,}")
     areas = [outline for outline in outlines if len(outline) >= 6]  # pycocotools takes two points for a box
     if not areas:
         return np.zeros(shape, bool)
     return rasteriser.decode(rasteriser.merge(rasteriser.frPyObjects(areas, *shape))).astype(bool)
+
+
+def _length(outline: Sequence[float]) -> float:
+    """Of all edges, in pixels. It is what pycocotools takes memory by, about 60 bytes a pixel."""
+    points = np.asarray(outline).reshape(-1, 2)
+    return float(np.abs(np.diff(points, axis=0, append=points[:1])).max(1, initial=0).sum())
 
 
 def _parsed(text: str) -> list[int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,26 @@ def test_the_config_has_cocos_classes() -> None:
     assert len(coco.coco_classes()) == 80
     assert coco.coco_classes()[:2] == ("person", "bicycle")
     assert coco.coco_classes()[-1] == "toothbrush"
+
+
+def test_many_objects_of_a_large_image_are_drawn_one_at_a_time() -> None:
+    side, count = 2000, 60
+    image = coco.Image(id=1, file_name="x.jpg", height=side, width=side)
+    objects = [
+        coco.Object(id=k, image_id=1, category_id=1 + k % 2, segmentation=[square(0, 0, side - 9 * k, side - 9 * k)])
+        for k in range(count)
+    ]
+    tracemalloc.start()
+    mask = coco.mask_of(image, objects, {1: 1, 2: 2})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 12 * side**2  # all at once would be 60
+    assert mask[0, 0] == 2  # the smallest is on top
+
+
+def test_an_outline_of_endless_length_is_refused_by_its_annotation() -> None:
+    image = coco.Image(id=1, file_name="x.jpg", height=4000, width=4000)
+    zigzag = [z for k in range(3000) for z in (0, k, 3999, k)]
+    object_ = coco.Object(id=7, image_id=1, category_id=1, segmentation=[zigzag])
+    with pytest.raises(ValueError, match=r"annotation 7 of x\.jpg: an outline is 2\d,\d{3},\d{3} pixels long"):
+        coco.mask_of(image, [object_], {1: 1})

@@ -56,6 +56,7 @@ from cpn_fast.config import Model, Patches
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
 from cpn_fast.models import build_backbone, network
 from cpn_fast.models.backbone import Backbone
+from cpn_fast.models.resnet38d import Block, Bottleneck
 from cpn_fast.patches import Pair, complementary_pair
 
 CLASSES, SUPERPIXELS = 20, 200
@@ -78,6 +79,8 @@ class Ways:
     interleaved: int = 1
     folded: bool = False
     """These two are of ``step_variants.Variant``."""
+    by_blocks: bool = False
+    """torch.compile of each residual block alone, where equal ones share what is generated."""
 
 
 WORDS = {
@@ -93,10 +96,10 @@ WORDS = {
 }
 ONLY_ON_GPU = {"compiled": "compiles for minutes on a CPU and is no faster there", "cuda_graph": "needs a GPU"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "variant: b5 on interleaved pixels": {"interleaved": 2},
     "variant: b5 to b7 on interleaved pixels": {"interleaved": 4},
     "variant: norms folded into convolutions": {"folded": True},
-    "variant: b5 to b7 interleaved, norms folded": {"interleaved": 4, "folded": True},
+    "variant: b5 on interleaved pixels": {"interleaved": 2},
+    "variant: blocks compiled one by one": {"by_blocks": True},
 }
 
 
@@ -131,8 +134,13 @@ class Step:
         self.layout = layout
         self.forward: Callable[[Tensor], network.Cams] = self.network
         self.losses: Callable[..., Tensor] = our_losses if ways.fused_losses else released_losses
-        if ways.compiled:
+        if ways.by_blocks:
+            for module in self.network.backbone.modules():
+                if isinstance(module, Block | Bottleneck):
+                    module.compile(dynamic=False)
+        elif ways.compiled:
             self.forward = torch.compile(self.network, dynamic=False, options={"fallback_random": True})
+        if ways.compiled:
             self.losses = torch.compile(our_losses, dynamic=False)
         groups: dict[float, list[Tensor]] = {0.001: [], 0.01: []}
         for name, parameter in self.network.named_parameters():
@@ -401,9 +409,12 @@ def cases(gpu: bool, batch: int) -> list[Case]:
 
 
 def decisive_first(found: list[Case]) -> list[Case]:
-    """As released, all of ours, its variants, more images; then what is between, the last first."""
-    captured = [case for case in found if case.ways.cuda_graph]
-    return [found[0], *captured, *reversed(found[1 : len(found) - len(captured)])] if captured else found
+    """As released, all of ours, more images, variants; then what is between, the last first."""
+    if not any(case.ways.cuda_graph for case in found):
+        return found
+    between = [case for case in found[1:] if not case.ways.cuda_graph]
+    whole, *variants, larger = (case for case in found if case.ways.cuda_graph)
+    return [found[0], whole, larger, *variants, *reversed(between)]
 
 
 def measured(case: Case, data: Data, backbone: str, flops: float, peak: float) -> tuple[dict[str, Any], Step]:

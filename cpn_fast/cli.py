@@ -14,7 +14,7 @@ import typer
 
 import cpn_fast
 from cpn_fast import progress
-from cpn_fast.errors import UserError
+from cpn_fast.errors import UserError, is_out_of_memory
 from cpn_fast.files import refusal
 from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
 from cpn_fast.terminal import escaping, shown
@@ -440,6 +440,14 @@ def _run() -> None:
         _fail(str(error))
     except OSError as error:  # the last net: those who write or read name the file
         _fail(f"{os.fsdecode(error.filename) if error.filename else 'a file'}: {refusal(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or "no more can be allocated").strip().splitlines()[0]
+        _fail(
+            f"the memory is full ({reason}). Lower what is computed at a time: the key batch (of train, "
+            "affinity.train, segment.train or cam) or cam.pixels; or set train.checkpoint_activations=true"
+        )
     except Stopped as stopped:
         message = f"{stopped}. The same command goes on from there."
         progress.tell("stopped", message=message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import cv2
@@ -26,18 +27,32 @@ class Gallery:
         self.network, self.precision = network, config.train.precision
         self.device = next(network.parameters()).device
         self.images = np.stack([_fitted(image, config.augment.crop) for image, _ in shown])
+        self.warned = False
         self.labels = torch.from_numpy(np.stack([label for _, label in shown])).to(self.device)
 
+    def picture(self) -> np.ndarray | None:
+        """uint8 RGB: a row for each image, beside it the strongest of its classes' raw and, if any, refined CAMs.
+
+        None, with a warning on stderr the first time, where the GPU's memory is full: training goes on without it.
+        """
+        try:
+            return self._drawn()
+        except torch.OutOfMemoryError:
+            if not self.warned:
+                print("Warning: no pictures of CAMs, for which the GPU's memory has no room", file=sys.stderr)
+            self.warned = True
+            return None
+        finally:
+            self.network.train()
+
     @torch.no_grad()
-    def picture(self) -> np.ndarray:
-        """uint8 RGB: a row for each image, beside it the strongest of its classes' raw and, if any, refined CAMs."""
+    def _drawn(self) -> np.ndarray:
         mean, std = (torch.tensor(value, device=self.device) for value in (self.network.mean, self.network.std))
         images = ((torch.from_numpy(self.images).to(self.device) - mean) / std).permute(0, 3, 1, 2)
         self.network.eval()
         with autocast(self.precision, self.device):
             # Not the call, which torch.compile may have taken over for the shapes of training.
             cams = self.network.forward(images.contiguous(memory_format=torch.channels_last), self.labels.float())
-        self.network.train()
         small = [cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for image in self.images]
         columns = [small] + [self._over(small, maps) for maps in cams if maps is not None]
         return np.concatenate([np.concatenate(column) for column in columns], axis=1)

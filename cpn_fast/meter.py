@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,22 @@ AHEAD = 2
 """Steps that a GPU has still to make when the host waits for one: it never runs dry, and signals find the host near."""
 
 
+class Wait(NamedTuple):
+    """From when a batch was asked for to when it was there."""
+
+    seconds: float
+    """Of the host."""
+    marks: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """Before and after it in the GPU's own work, which the host may be far ahead of."""
+
+    def of_device(self) -> float:
+        """Seconds in which the device had nothing else to do; on a GPU only once the step is made."""
+        if self.marks is None:
+            return self.seconds
+        before, after = self.marks
+        return before.elapsed_time(after) / 1000
+
+
 class _Told(NamedTuple):
     """A step's figures on their way to the host."""
 
@@ -35,8 +52,7 @@ class _Told(NamedTuple):
     there: torch.cuda.Event | None
     line: dict[str, Any] | None
     """What is known beforehand of the line that ends with this step."""
-    batches: Sequence[Batch]
-    """Kept, for their memory is the pipeline's, which must not have it back before the step is made."""
+    waits: Sequence[Wait]
 
 
 class Meter:
@@ -44,10 +60,13 @@ class Meter:
 
     Figures are copied to the host without waiting for them, and read when they must be there. Means are over all
     processes; the first writes. A continued run's first line, and its first mAP, cover what came since it continued.
+    What is not finite, as at a step that is skipped, counts in no mean and no mAP; where nothing is left, the line has
+    none. ``waiting`` is the share of the time in which this process's device had nothing to do for want of data.
     """
 
     def __init__(self, config: Config, batch: int, guard: GradientGuard, start: int, steps_per_epoch: int) -> None:
         self.path, self.rank, self.guard = config.run / "metrics.jsonl", guard.rank, guard
+        self.on_cuda = guard.rank.device.type == "cuda"
         self.batch, self.accumulate, self.steps_per_epoch = batch, config.train.accumulate, max(1, steps_per_epoch)
         self.board = None
         if self.rank.first:
@@ -59,7 +78,8 @@ class Meter:
         self.under_way: deque[_Told] = deque()
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
-        self.began, self.waited = time.perf_counter(), 0.0
+        self.began = time.perf_counter()
+        self.waits: list[Wait] = []
         self._restart()
 
     def __enter__(self) -> Meter:
@@ -70,15 +90,23 @@ class Meter:
             self.board.close()
 
     def _restart(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.steps = self.skipped = 0
+        self.sums: dict[str, tuple[float, int]] = {}
+        """Name of a figure -> its sum over the steps at which it is finite, and how many these are."""
+        self.skipped, self.waited = 0, 0.0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, with the time spent waiting for them noted."""
+        """The batches, with the time that the device waits for each of them noted."""
         while True:
-            began = time.perf_counter()
+            began, before = time.perf_counter(), None
+            if self.on_cuda:
+                before = torch.cuda.Event(enable_timing=True)
+                before.record()
             batch = next(batches)
-            self.waited += time.perf_counter() - began
+            marks = None
+            if before is not None:
+                marks = before, torch.cuda.Event(enable_timing=True)
+                marks[1].record()
+            self.waits.append(Wait(time.perf_counter() - began, marks))
             yield batch
 
     def add(self, step: int, lr: float, figures: Figures, batches: Sequence[Batch], *, ends_line: bool) -> None:
@@ -88,17 +116,17 @@ class Meter:
             now = time.perf_counter()
             images = (step - self.last_added) * self.accumulate * self.batch
             line = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr}
-            line |= {"images_per_second": images / (now - self.began), "waiting": self.waited / (now - self.began)}
-            self.began, self.waited, self.last_added = now, 0.0, step
+            line |= {"images_per_second": images / (now - self.began), "seconds": now - self.began}
+            self.began, self.last_added = now, step
         labels, indices = (torch.cat(parts) for parts in zip(*((b.labels, b.indices) for b in batches), strict=True))
-        on_cuda = figures.values.is_cuda
         values, labels, indices = (x.to("cpu", non_blocking=True) for x in (figures.values, labels, indices))
         logits = None if figures.logits is None else figures.logits.to("cpu", non_blocking=True)
         there = None
-        if on_cuda:
-            there = torch.cuda.Event()
+        if self.on_cuda:
+            there = torch.cuda.Event(blocking=True)  # else the host spins on a core that DALI could use
             there.record()
-        self.under_way.append(_Told(step, figures.names, values, logits, labels, indices, there, line, batches))
+        waits, self.waits = self.waits, []
+        self.under_way.append(_Told(step, figures.names, values, logits, labels, indices, there, line, waits))
 
     def read(self, step: int, *, wait: bool) -> str | None:
         """Take in figures, after ``step`` was added: all of them, or without ``wait`` on a GPU those AHEAD steps old.
@@ -129,19 +157,24 @@ class Meter:
             self.skipped += 1
             values["gradient_norm"] = 0.0
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
+            if math.isfinite(value):
+                total, count = self.sums.get(name, (0.0, 0))
+                self.sums[name] = total + value, count + 1
+        self.waited += sum(wait.of_device() for wait in told.waits)
         if told.logits is not None:
-            self.logits.append(told.logits)
-            self.labels.append(told.labels)
+            scored = told.logits.float().isfinite().all(dim=1)  # a step that is skipped may have logits of no use
+            self.logits.append(told.logits[scored])  # clones: the originals' pinned memory is used again
+            self.labels.append(told.labels[scored])
         return None if told.line is None else self._write(told.line, scale)
 
     def _write(self, line: dict[str, Any], scale: float) -> str:
-        own = {name: value / self.steps for name, value in self.sums.items()}
-        everywhere = self.rank.gather(own)
-        norm = own.pop("gradient_norm")
-        means = {name: sum(means[name] for means in everywhere) / len(everywhere) for name in own}
-        measured = {name: line.pop(name) for name in ("images_per_second", "waiting")}
+        everywhere = self.rank.gather(self.sums)
+        names = dict.fromkeys(name for sums in everywhere for name in sums)  # in the order of the first process
+        found = {name: [sums[name] for sums in everywhere if name in sums] for name in names}
+        means = {name: sum(total for total, _ in own) / sum(count for _, count in own) for name, own in found.items()}
+        norm = means.pop("gradient_norm")
+        seconds = line.pop("seconds")
+        measured = {"images_per_second": line.pop("images_per_second"), "waiting": min(1.0, self.waited / seconds)}
         line |= {**means, **measured, "gradient_norm": norm}
         if scale != 1:
             line["scale"] = scale
@@ -151,7 +184,8 @@ class Meter:
         if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
             seen = self.rank.gather((torch.cat(self.labels), torch.cat(self.logits).float()))
             labels, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
-            line["mAP"] = mean_average_precision(labels, logits)
+            if labels.any():
+                line["mAP"] = mean_average_precision(labels, logits)
             self.logits.clear()
             self.labels.clear()
         if self.board is not None:
@@ -162,7 +196,8 @@ class Meter:
                     self.board.add_scalar(name, value, step)
         self.last_step = step
         self._restart()
-        return f"loss {means['loss']:.3f}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}"
+        loss = f"{means['loss']:.3f}" if "loss" in means else "not finite"
+        return f"loss {loss}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}"
 
 
 def mean_average_precision(labels: Tensor, logits: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,8 +101,10 @@ def _training(path: Path, folder: Path) -> dict[str, Any]:
         "images a second (median of the lines)": f"{statistics.median(rates):.1f}",
         "time in steps": f"{seconds / 60:,.1f} minutes",
         "waiting for data": f"{statistics.mean(line['waiting'] for line in lines):.1%} of it",
-        "loss at the end": f"{last['loss']:.4f}",
     }
+    losses = [line["loss"] for line in lines if "loss" in line]  # a line has none where no step's was finite
+    if losses:
+        figures["loss at the end"] = f"{losses[-1]:.4f}"
     maps = [line["mAP"] for line in lines if "mAP" in line]
     if maps:
         figures["classification mAP of the last epoch"] = f"{maps[-1]:.1%}"
@@ -113,9 +116,9 @@ def _training(path: Path, folder: Path) -> dict[str, Any]:
 
 def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """A plot for each quantity: the total loss with its parts, classification mAP, learning rate, speed."""
-    known = ("step", "epoch", "lr", "images_per_second", "waiting", "gradient_norm", "skipped", "mAP")
+    known = ("step", "epoch", "lr", "images_per_second", "waiting", "gradient_norm", "scale", "skipped", "mAP")
     panels = {
-        "loss": [key for key in lines[0] if key not in known],
+        "loss": [key for key in dict.fromkeys(itertools.chain(*lines)) if key not in known],
         "classification mAP": ["mAP"],
         "learning rate": ["lr"],
         "gradient norm": ["gradient_norm"],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cpn_fast.config import Train
-from cpn_fast.errors import UserError
+from cpn_fast.errors import UserError, is_out_of_memory
 from cpn_fast.finite import gradient_norm
 from cpn_fast.methods import Method
 from cpn_fast.models.backbone import Headed
@@ -103,14 +103,20 @@ class Step:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)  # the capture registers torch's own
+            self.optimizer.zero_grad(set_to_none=True)  # else these gradients stay beside those of the graph
+            failed: BaseException | None = None
             try:  # DALI's threads go on meanwhile: what they do must not end the capture
                 with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
-                    self.figures = self._make()
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(
-                    f"the step cannot be captured in a CUDA graph: {reason}. Go on with train.cuda_graph=false"
-                ) from error
+                    try:
+                        self.figures = self._make()
+                    except BaseException as error:
+                        failed = error
+                        raise
+            except RuntimeError as error:  # of a capture that failed, the end fails too and says nothing of the reason
+                failed = failed or error
+                if not isinstance(failed, RuntimeError):
+                    raise failed from None
+                raise UserError(_why_not_captured(failed)) from failed
         self.graph.replay()
         assert self.figures is not None
         return self.figures
@@ -140,6 +146,16 @@ class Step:
         values = {**means, "gradient_norm": norm, "scale": scale}
         logits = [losses.logits for losses in all_losses if losses.logits is not None]
         return Figures(tuple(values), torch.stack([*values.values()]), torch.cat(logits) if logits else None)
+
+
+def _why_not_captured(error: RuntimeError) -> str:
+    if is_out_of_memory(error):
+        return (
+            "the GPU's memory does not hold the step as a CUDA graph, which keeps all of its memory for itself: set "
+            "train.cuda_graph=false or train.checkpoint_activations=true, or lower train.batch in a run of another name"
+        )
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"the step cannot be captured in a CUDA graph: {reason}. Go on with train.cuda_graph=false"
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from cpn_fast.gallery import COUNT, Gallery
 from cpn_fast.meter import Meter
 from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
-from cpn_fast.models.dropout import SharedDropout2d
+from cpn_fast.models.dropout import SharedDropout
 from cpn_fast.models.network import HEADS, Network
 from cpn_fast.models.timm_backbone import TimmBackbone, pretrained_by_timm
 from cpn_fast.owner import owned
@@ -74,18 +74,18 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
 
 def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) -> Path:
     device = rank.device
+    if config.train.deterministic:  # before `sized` makes the first use of cuBLAS
+        choose_deterministic_algorithms()
     config = sized(config, build, rank)
     train = config.train
     assert train.batch != "auto"
-    if train.deterministic:
-        choose_deterministic_algorithms()
     if train.batch % rank.world:
         raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
     final = config.run / FINAL
     if rank.first:
         _open_run(config, device)
     whole = rank.gather(rank.first and is_whole(final))[0]
-    state = checkpoint.newest(config.run / "checkpoints", device)
+    state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
     if whole and (state is not None or own_config(final) is not None):
         return final
 
@@ -130,7 +130,7 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
         start = state["step"]
     share = train.batch // rank.world
     for module in network.modules():
-        if isinstance(module, SharedDropout2d):
+        if isinstance(module, SharedDropout):
             module.number, module.world, module.images = rank.number, rank.world, share
     pipeline = TrainingPipeline(
         samples,
@@ -155,6 +155,7 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
     make_step = Step(method, optimizer, generator, train, rank, device)
     if state is not None and make_step.scaler.is_enabled():
         make_step.scaler.load_state_dict(state["scaler"])
+    del state
     guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
     meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate)
     data = meter.timed(pipeline)
@@ -189,7 +190,9 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
                     config=configs.dump(config),
                 )
             if gallery is not None and keeps:
-                meter.show("cams", gallery.picture(), done)
+                picture = gallery.picture()
+                if picture is not None:
+                    meter.show("cams", picture, done)
             progress.advance(note=note)
             if stops:
                 raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")

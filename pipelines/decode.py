@@ -65,7 +65,11 @@ def device_id(device: torch.device) -> int | None:
 
 
 def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, bytes | None]]) -> list[Tensor]:
-    """The next batch of a pipeline's outputs as tensors, which share DALI's memory and keep it from being used again.
+    """The next batch of a pipeline's outputs as tensors, on a GPU ordered with the current stream.
+
+    On a CPU they share DALI's memory, which is not used again while they live. On a GPU they are copies: tensors that
+    share DALI's memory go back to a thread of DALI's that synchronises the device, which spoils a capture of a CUDA
+    graph, and there an error of any kernel ends the process before Python can tell it.
 
     ``files``, names and contents if those are no files, are looked through when the pipeline fails: UserError names a
     damaged one.
@@ -81,7 +85,17 @@ def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, by
             if kind == "JPEG" and not _is_decoded(path.read_bytes() if content is None else content):
                 raise UnreadableImage(path, "damaged JPEG data") from None
         raise
-    return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
+    if stream is None:
+        return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+    from nvidia.dali.plugin.pytorch.torch_utils import to_torch_type
+
+    copies = []
+    for output in outputs:
+        dense = output.as_tensor()
+        copy = torch.empty(dense.shape(), dtype=to_torch_type[dense.dtype], device=device)
+        copies.append(feed_ndarray(dense, copy, cuda_stream=stream))
+    return copies
 
 
 def _is_decoded(jpeg: bytes) -> bool:

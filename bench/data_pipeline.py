@@ -67,7 +67,7 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
         crop[put] = pixels[taken]
         image_and_map = [np.ascontiguousarray(crop.transpose(2, 0, 1))]
         if self.cache:
-            labels = Image.open(self.cache.path(sample.id)).resize(size, Image.Resampling.NEAREST)
+            labels = Image.open(self.cache.path(sample)).resize(size, Image.Resampling.NEAREST)
             if flip:
                 labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             padded = np.zeros((augment.crop, augment.crop), np.int32)
@@ -102,7 +102,7 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
 def ours(
     samples: Sequence[Sample], augment: Augment, cache: SuperpixelCache | None, device: torch.device, threads: int
 ) -> TrainingPipeline:
-    path = (lambda sample: cache.path(sample.id)) if cache else None
+    path = cache.path if cache else None
     return TrainingPipeline(
         samples,
         augment,

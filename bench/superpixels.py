@@ -81,7 +81,7 @@ def time_pairs(title: str, crops: list[np.ndarray], repeats: int, device: torch.
             Image.fromarray(crop).save(sample.image)
         cache = SuperpixelCache(Path(temporary), config)
         cache.build(samples, workers=1)
-        entries = [cache.path(sample.id) for sample in samples]
+        entries = [cache.path(sample) for sample in samples]
         ways: dict[str, tuple[Callable[[int], np.ndarray], Callable[[int, np.ndarray], Pair]]] = {
             "released": (
                 lambda index: released_segments(floats[index]),

@@ -68,7 +68,7 @@ def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
     settings = load(config, overrides)
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
-    cache.build(samples, workers=settings.train.data_threads)
+    cache.build(samples)
     print(f"Superpixels of {len(samples)} images are in {cache.folder}")
     _done("superpixels", next=_command("train", config, overrides=overrides), superpixels=cache.folder)
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -145,13 +146,37 @@ def dali() -> Finding:
     return Finding("ok", f"{version}; decodes JPEG and PNG of 8 and 16 bits")
 
 
-def superpixels() -> Finding:
-    from cpn_fast.config import Superpixels
-    from cpn_fast.pipelines.superpixels import engine, segment
+BESIDE_TORCH = """
+import sys; sys.path[:] = {path!r}
+import torch
+from cpn_fast.pipelines import slic
+slic.png_of_file({image!r}, slic.Settings(200, 10.0, 10), 8, "")
+"""
+SHARED_LIBRARY = 'LDFLAGS="-Wl,--no-as-needed -l:libstdc++.so.6" pip install --force-reinstall --no-cache-dir '
 
-    blocks = np.random.default_rng(0).integers(0, 255, (4, 5, 3)).astype(np.uint8)
-    labels = segment(np.ascontiguousarray(blocks.repeat(16, 0).repeat(16, 1)), Superpixels(count=20))
-    return Finding("ok", f"{engine()}; {len(np.unique(labels))} superpixels where 20 were asked for")
+
+def superpixels() -> Finding:
+    """Segment a photo as the cache does, and in another process that has loaded torch."""
+    from cpn_fast.config import Superpixels
+    from cpn_fast.demo_data import generate
+    from cpn_fast.pipelines.superpixels import engine, read_image, segment
+
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder), train=1, val=1)
+        image = next(Path(folder).rglob("*.jpg"))
+        labels = segment(read_image(image), Superpixels())
+        found = f"{engine()}; {len(np.unique(labels))} superpixels where 200 were asked for"
+        script = BESIDE_TORCH.format(path=sys.path, image=str(image))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        found += (
+            f"; beside torch it dies of {signal.Signals(-done.returncode).name}, which runs do not, for they keep it"
+        )
+        found += " in processes of its own"
+        return Finding("slow", found, SHARED_LIBRARY + "--no-build-isolation --no-deps fast-slic")
+    if done.returncode > 0:
+        return Finding("broken", f"{found}; beside torch: {done.stderr.strip().splitlines()[-1]}", "make setup")
+    return Finding("ok", f"{found}, beside torch too")
 
 
 def dense_crf() -> Finding:

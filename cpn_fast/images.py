@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import warnings
@@ -11,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from cpn_fast.errors import UserError
@@ -52,6 +54,23 @@ def opened(path: Path, content: IO[bytes] | Path | None = None) -> Iterator[Imag
         raise
     except Exception as error:  # decoders raise many types on damaged files
         raise UnreadableImage(path, _reason(path, error)) from None
+
+
+def read_image(path: Path, content: bytes | None = None) -> np.ndarray:
+    """Decode a file, or ``content`` that ``path`` names, as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
+
+    Of 16 bits the upper 8 are taken. Raises UserError for a missing, truncated or otherwise unreadable file.
+    """
+    with opened(path, None if content is None else io.BytesIO(content)) as image:
+        return upright(image)
+
+
+def upright(image: Image.Image) -> np.ndarray:
+    """Pixels of an opened image as ``read_image`` gives them."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
+        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+    return np.array(turned.convert("RGB"))
 
 
 def _reason(path: Path, error: Exception) -> str:

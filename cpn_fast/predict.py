@@ -24,7 +24,7 @@ from cpn_fast.config import Config, read
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.files import remove_partials, replacing, write_json
-from cpn_fast.images import UnreadableImage
+from cpn_fast.images import UnreadableImage, read_image, upright
 from cpn_fast.kernels import pooled_logits
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.masks import overlay, write_mask
@@ -33,7 +33,6 @@ from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.owner import owned
-from cpn_fast.pipelines.superpixels import read_image, upright
 from cpn_fast.precision import autocast
 from cpn_fast.progress import tell, track
 from cpn_fast.seeds import Seed, unit_scale

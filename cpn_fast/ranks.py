@@ -10,7 +10,9 @@ import atexit
 import functools
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -53,6 +55,15 @@ class Rank(NamedTuple):
         device = torch.device("cuda", self.local)
         torch.cuda.set_device(device)
         return device
+
+    @property
+    def cores(self) -> int:
+        """CPU cores for this process: those that this machine, or its container, leaves to each of its processes."""
+        cores = len(os.sched_getaffinity(0))
+        with suppress(OSError, ValueError):  # "max 100000" without a limit
+            quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+            cores = min(cores, -(-quota // period))
+        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Every ``world``-th item. No two processes have one in common, so give all of them the same list."""

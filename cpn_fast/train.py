@@ -119,8 +119,8 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
         map_path, shards = None, shards.with_superpixels(config.superpixel_cache, config.superpixels)
     else:
         cache = SuperpixelCache(config.superpixel_cache, config.superpixels)
-        cache.build(samples, workers=train.data_threads)
-        map_path = superpixel_path(cache)
+        cache.build(samples)
+        map_path = cache.path
 
     optimizer = make_optimizer(network, train, device)
     start = 0
@@ -255,10 +255,6 @@ def measure_features(network: Headed, images: Sequence[np.ndarray], side: int) -
 def keyed_seed(*key: int) -> int:
     """A seed for (seed, step, stream): streams of different keys are independent."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def superpixel_path(cache: SuperpixelCache) -> Callable[[Sample], Path]:
-    return lambda sample: cache.path(sample.id)
 
 
 def _open_run(config: Config, device: torch.device) -> None:

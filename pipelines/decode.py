@@ -13,8 +13,7 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from cpn_fast.images import UnreadableImage, opened
-from cpn_fast.pipelines.superpixels import upright
+from cpn_fast.images import UnreadableImage, opened, upright
 
 
 class Encoded(NamedTuple):

@@ -110,7 +110,7 @@ def pack(
     """
     rank = ranks.join()
     if cache is not None:
-        cache.build(samples, workers)
+        cache.build(samples)
     ordered = [samples[index] for index in np.random.default_rng(seed).permutation(len(samples))]
     tags = _tags(ordered, classes)
     made_by = {
@@ -134,7 +134,7 @@ def pack(
             for index, sample in enumerate(own, first):
                 _add(archive, f"{index:09d}{sample.image.suffix.lower()}", sample.image)
                 if cache is not None:
-                    _add(archive, f"{index:09d}.{SUPERPIXELS}", cache.path(sample.id))
+                    _add(archive, f"{index:09d}.{SUPERPIXELS}", cache.path(sample))
         with replacing(tar.with_suffix(".idx")) as file:  # last: its presence says that the shard is done
             file.write(_index(_members(tar)).encode())
     return sum(rank.gather(len(missing)))

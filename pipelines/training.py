@@ -174,7 +174,8 @@ class TrainingPipeline:
     def _segment(self, images: Tensor, config: Superpixels) -> Tensor:
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self._mean, self._std))
         pixels = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
-        superpixels = segment_batch(pixels.contiguous().cpu().numpy(), config, self._threads)
+        names = [self._samples[index].image for index in self._chosen(self._step)[2]]
+        superpixels = segment_batch(pixels.contiguous().cpu().numpy(), config, self._threads, names)
         return torch.from_numpy(superpixels).to(self._device)
 
     def _chosen(self, step: int) -> tuple[int, range, np.ndarray]:

@@ -269,7 +269,7 @@ FAULTS: dict[str, Callable[[World], object]] = {
     "another config, and metrics.jsonl is gone": lambda w: ((w.run / "metrics.jsonl").unlink(), again(w, lr=0.9)),
     "a bit of the weights that flipped": lambda w: (flip(w.run / "model.safetensors"), again(w)),
     "weights that are not finite": lambda w: spoil(w.run / "model.safetensors"),
-    "a damaged superpixel map": lambda w: flip(superpixels(w) / "val_0001.png"),
+    "a damaged superpixel map": lambda w: flip(next(superpixels(w).glob("val_0001-*.png"))),
     "a damaged superpixel manifest": lambda w: (superpixels(w) / "manifest.json").write_bytes(b"\xff{"),
     "a damaged seed": lambda w: flip(w.seed),
     "a seed of a few bytes that claims 2^60 numbers": lambda w: with_a_claim(w.seed),

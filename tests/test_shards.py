@@ -84,21 +84,21 @@ def test_shards_are_plain_webdataset(folder: Path, shards: Shards, loose: list[S
         tars = sorted(map(str, folder.glob("*.tar")))
         pipeline.set_outputs(*fn.readers.webdataset(paths=tars, ext=["jpg", "superpixels.png"]))
     images, maps = pipeline.run()
-    files = {sample.id: sample.image for sample in loose}
+    by_id = {sample.id: sample for sample in loose}
     assert len(tars) == 3
-    assert sorted(sample.id for sample in shards.samples) == sorted(files)
+    assert sorted(sample.id for sample in shards.samples) == sorted(by_id)
     for place, sample in enumerate(shards.samples):
-        assert images.at(place).tobytes() == files[sample.id].read_bytes()
-        assert maps.at(place).tobytes() == cache.path(sample.id).read_bytes()
+        assert images.at(place).tobytes() == by_id[sample.id].image.read_bytes()
+        assert maps.at(place).tobytes() == cache.path(by_id[sample.id]).read_bytes()
 
 
 def test_any_samples_can_be_read(shards: Shards, loose: list[Sample], cache: SuperpixelCache) -> None:
-    files = {sample.id: sample.image for sample in loose}
+    by_id = {sample.id: sample for sample in loose}
     for indices in ([0, 3, 4, 5, 11], [7], list(range(12))):
         for index, (image, png) in zip(indices, shards.read(indices), strict=True):
-            id = shards.samples[index].id
-            assert image == files[id].read_bytes()
-            assert png == cache.path(id).read_bytes()
+            sample = by_id[shards.samples[index].id]
+            assert image == sample.image.read_bytes()
+            assert png == cache.path(sample).read_bytes()
 
 
 def test_tags_come_along(shards: Shards, loose: list[Sample]) -> None:
@@ -186,7 +186,7 @@ def test_batches_are_those_of_loose_files_in_the_same_order(shards, loose, cache
     order = training._order
     monkeypatch.setattr(training, "_order", lambda seed, epoch, count, shard: order(seed, epoch, count, SIZE))
     ordered = [by_id[sample.id] for sample in shards.samples]
-    expected = take(make(ordered, None, map_path=lambda sample: cache.path(sample.id)), 13)
+    expected = take(make(ordered, None, map_path=cache.path), 13)
     assert all(same(a, b) for a, b in zip(own, expected, strict=True))
     assert len({int(label) for batch in own for label in batch.map.unique()}) > 10
 

@@ -2,25 +2,27 @@ from __future__ import annotations
 
 import io
 import json
-import re
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
+import skimage.measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from cpn_fast import owner
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.pipelines import superpixels
-from cpn_fast.pipelines.superpixels import SuperpixelCache, engine, read_image, segment, segment_batch
+from cpn_fast.pipelines import slic, superpixels
+from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image, segment, segment_batch
 
 CONFIG = Superpixels(count=30)
 
@@ -40,7 +42,7 @@ def save_samples(folder: Path, count: int) -> list[Sample]:
 
 
 def stored(cache: SuperpixelCache, sample: Sample) -> np.ndarray:
-    return np.asarray(Image.open(cache.path(sample.id)))
+    return np.asarray(Image.open(cache.path(sample)))
 
 
 # Reading
@@ -161,34 +163,83 @@ def test_deterministic_in_threads_and_for_views():
     assert np.array_equal(segment(flipped, CONFIG), segment(flipped.copy(), CONFIG))
 
 
-def test_every_instruction_set_gives_the_same(monkeypatch):
-    from fast_slic import Slic
+INSTRUCTION_SETS = """
+import sys; sys.path[:] = {path!r}
+import fast_slic, numpy as np
+from cpn_fast.pipelines import slic
+images = np.random.default_rng(0).integers(0, 256, (3, 97, 131, 3)).astype(np.uint8)
+best = [slic.segment(image, slic.Settings(30, 10.0, 10)) for image in images]
+slic._slic = lambda: fast_slic.Slic
+assert slic.engine() == "standard"
+assert all((slic.segment(image, slic.Settings(30, 10.0, 10)) == labels).all() for image, labels in zip(images, best))
+"""
 
-    images = [picture(97, 131, seed) for seed in range(3)]
-    best = [segment(image, CONFIG) for image in images]
-    monkeypatch.setattr(superpixels, "_slic", lambda: Slic)
-    assert engine().endswith("(standard)")
-    for image, labels in zip(images, best, strict=True):
-        assert np.array_equal(segment(image, CONFIG), labels)
+
+def test_every_instruction_set_gives_the_same():
+    """In a process of its own, as fast-slic always is: torch has not been loaded there."""
+    subprocess.run([sys.executable, "-c", INSTRUCTION_SETS.format(path=sys.path)], check=True)
 
 
 def test_refuses_a_build_for_another_cpu(monkeypatch):
     import fast_slic
 
-    superpixels._slic.cache_clear()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    slic._slic.cache_clear()
+    monkeypatch.setattr(slic, "_cpu_flags", lambda: {"fpu", "sse4_2"})
     monkeypatch.setattr(fast_slic, "supported_archs", ("standard", "x64/avx2"))
     with pytest.raises(UserError, match="AVX2, which this CPU lacks"):
-        segment(picture(), CONFIG)
+        slic.engine()
     monkeypatch.setattr(fast_slic, "supported_archs", ("standard",))
-    assert engine().endswith("(standard)")
-    superpixels._slic.cache_clear()
+    assert slic.engine() == "standard"
+    slic._slic.cache_clear()
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])
 def test_refuses_other_arrays(image):
     with pytest.raises(ValueError, match="expected uint8"):
         segment(image, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "count", "factor"),
+    [
+        (375, 500, 200, 1),
+        (4000, 6000, 200, 1),  # a camera's 24 megapixels
+        (32_767, 40, 200, 1),
+        (32_768, 40, 200, 2),  # coordinates have 16 bits
+        (40, 70_000, 1, 3),
+        (2**26, 1, 200, 2049),
+        (1860, 1860, 1, 1),
+        (1861, 1861, 1, 2),  # 621 rows of every three, whose coordinates may add up to 1,861 x 621 x 1,861 > 2^31
+        (8192, 8192, 1, 5),
+        (8192, 8192, 32_000, 2),  # 2^26 pixels and a border: the index overflows at 2^29
+    ],
+)
+def test_what_fast_slic_cannot_hold_is_segmented_smaller(height, width, count, factor):
+    assert slic.shrink(height, width, count) == factor
+
+
+@pytest.mark.parametrize(("height", "width", "count"), [(40_000, 100, 200), (20, 33_000, 2), (32_767, 9, 500)])
+def test_long_images_have_superpixels(height, width, count):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    labels = segment(image, Superpixels(count=count))
+    assert labels.shape == (height, width)
+    found = labels.max() + 1
+    assert 2 <= found <= count  # far fewer than asked for, for fast-slic begins with as many rows as columns
+    assert skimage.measure.label(labels + 1, connectivity=1).max() == found == len(np.unique(labels))
+
+
+def test_an_enlarged_map_follows_edges():
+    image = np.zeros((40_000, 64, 3), np.uint8)
+    image[20_000:] = 255
+    labels = segment(image, Superpixels(count=50))
+    assert not set(labels[:19_998].ravel()) & set(labels[20_002:].ravel())
+
+
+@pytest.mark.parametrize("compactness", [0.001, 10_000])
+@pytest.mark.parametrize("count", [1, 200, 32_000])
+def test_every_setting_that_the_config_allows(compactness, count):
+    labels = segment(picture(300, 200), Superpixels(count=count, compactness=compactness))
+    assert len(np.unique(labels)) == labels.max() + 1 <= count
 
 
 # Caching
@@ -199,7 +250,7 @@ def test_build_stores_each_segmentation(tmp_path):
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
     assert cache.missing(samples) == samples
     assert cache.build(samples, workers=3) == 5
-    assert cache.folder == tmp_path / "cache" / "slic-n30-c10-i10-v2"
+    assert cache.folder == tmp_path / "cache" / "slic-n30-c10-i10-v3"
     for sample in samples:
         assert stored(cache, sample).dtype == np.uint8
         assert np.array_equal(stored(cache, sample), segment(read_image(sample.image), CONFIG))
@@ -226,36 +277,36 @@ def test_more_labels_take_16_bits(tmp_path):
 
 
 def damage_truncate(cache, samples):
-    path = cache.path(samples[1].id)
+    path = cache.path(samples[1])
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def damage_empty(cache, samples):
-    cache.path(samples[1].id).write_bytes(b"")
+    cache.path(samples[1]).write_bytes(b"")
 
 
 def damage_flip(cache, samples):
-    path = cache.path(samples[1].id)
+    path = cache.path(samples[1])
     content = path.read_bytes()
     middle = len(content) // 2
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
 def damage_zero(cache, samples):
-    path = cache.path(samples[1].id)
+    path = cache.path(samples[1])
     path.write_bytes(bytes(path.stat().st_size))
 
 
 def damage_remove(cache, samples):
-    cache.path(samples[1].id).unlink()
+    cache.path(samples[1]).unlink()
 
 
 def damage_swap(cache, samples):
-    cache.path(samples[1].id).write_bytes(cache.path(samples[0].id).read_bytes())
+    cache.path(samples[1]).write_bytes(cache.path(samples[0]).read_bytes())
 
 
 def damage_foreign(cache, samples):
-    Image.fromarray(np.zeros((5, 5), np.uint8)).save(cache.path(samples[1].id))
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(cache.path(samples[1]))
 
 
 def damage_new_image(cache, samples):
@@ -274,7 +325,6 @@ def damage_turned_in_place(cache, samples):
     Image.open(io.BytesIO(content)).save(turned, "PNG", exif=exif)
     assert len(upright.getvalue()) == len(turned.getvalue())
     samples[1].image.write_bytes(upright.getvalue())
-    cache.path(samples[1].id).unlink()
     cache.build(samples, workers=1)
     samples[1].image.write_bytes(turned.getvalue())
 
@@ -297,12 +347,12 @@ def test_damaged_entries_are_made_again(tmp_path, damage):
     samples = save_samples(tmp_path / "images", 3)
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
     cache.build(samples, workers=2)
-    before = cache.path(samples[0].id).stat().st_mtime_ns
+    before = cache.path(samples[0]).stat().st_mtime_ns
     damage(cache, samples)
     assert cache.missing(samples) == [samples[1]]
     assert cache.build(samples, workers=2) == 1
     assert np.array_equal(stored(cache, samples[1]), segment(read_image(samples[1].image), CONFIG))
-    assert cache.path(samples[0].id).stat().st_mtime_ns == before
+    assert cache.path(samples[0]).stat().st_mtime_ns == before
 
 
 def test_other_parameters_are_another_folder(tmp_path):
@@ -361,13 +411,14 @@ def test_a_bad_image_stops_the_build_but_keeps_what_is_done(tmp_path):
 def test_interrupted_build_stops_soon_and_continues(tmp_path, monkeypatch):
     samples = save_samples(tmp_path / "images", 40)
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
+    make = SuperpixelCache._make_one
 
-    def interrupt(image, config):
+    def interrupt(self, sample):
         if len(list(cache.folder.glob("*.png"))) >= 3:
             raise KeyboardInterrupt
-        return segment(image, config)
+        make(self, sample)
 
-    monkeypatch.setattr(superpixels, "segment", interrupt)
+    monkeypatch.setattr(SuperpixelCache, "_make_one", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cache.build(samples, workers=2)
     assert 30 < len(cache.missing(samples)) < 40
@@ -391,22 +442,22 @@ import os, signal, sys
 from pathlib import Path
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
-from cpn_fast.pipelines import superpixels
+from cpn_fast.pipelines import slic, superpixels
 
 images, folder, fate = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 samples = [Sample(image.stem, image, None, None) for image in sorted(images.iterdir())]
 cache = superpixels.SuperpixelCache(folder, Superpixels(count=30))
-segment = superpixels.segment
+make = superpixels.SuperpixelCache._make_one
 
-def segment_or_die(image, config):
+def make_or_die(self, sample):
     if len(list(cache.folder.glob("*.png"))) == 3:
         print("about to die", flush=True)
         sys.stdin.readline()
         os.kill(os.getpid(), signal.SIGKILL)
-    return segment(image, config)
+    make(self, sample)
 
 if fate == "dies":
-    superpixels.segment = segment_or_die
+    superpixels.SuperpixelCache._make_one = make_or_die
 else:
     print("ready", flush=True)
     sys.stdin.readline()
@@ -441,17 +492,59 @@ def test_two_processes_share_one_build_and_outlive_a_killed_one(tmp_path):
     assert all(np.array_equal(stored(cache, s), segment(read_image(s.image), CONFIG)) for s in samples)
 
 
-@pytest.mark.parametrize("id", ["", "../x", "a/../../x", "/x", "."])
-def test_ids_that_leave_the_folder_are_refused(tmp_path, id):
-    with pytest.raises(UserError, match=re.escape(repr(id))):
-        SuperpixelCache(tmp_path, CONFIG).path(id)
+@pytest.mark.parametrize("id", ["2007_000042.v2", "..", "../../x", "/x", "ü ñ", "dogs/a", "é" * 120, "a" * 250])
+def test_any_id_is_a_short_name_in_the_folder(tmp_path, id):
+    image = tmp_path / "x.jpg"
+    Image.fromarray(picture()).save(image)
+    cache = SuperpixelCache(tmp_path / "cache", CONFIG)
+    path = cache.path(Sample(id, image, None, None))
+    assert path.parent == cache.folder
+    assert len(os.fsencode(path.name)) < 200
+    assert path.name.startswith(Path(id).name[:60])
+    assert cache.build([Sample(id, image, None, None)], workers=1) == 1
 
 
-@pytest.mark.parametrize("id", ["2007_000042.v2", "..", "ü ñ", "dogs/a"])
-def test_ids_are_names_inside_the_folder(tmp_path, id):
-    cache = SuperpixelCache(tmp_path, CONFIG)
-    assert cache.path(id) == cache.folder / f"{id}.png"
-    assert cache.path(id).resolve().is_relative_to(cache.folder)
+def test_data_sets_with_the_same_names_share_a_folder(tmp_path):
+    one, other = (save_samples(tmp_path / name, 2) for name in ("one", "other"))
+    for sample in other:
+        Image.fromarray(255 - picture(40, 60)).save(sample.image)
+    cache = SuperpixelCache(tmp_path / "cache", CONFIG)
+    assert [cache.build(samples, workers=1) for samples in (one, other, one, other)] == [2, 2, 0, 0]
+    for sample in (*one, *other):
+        assert np.array_equal(stored(cache, sample), segment(read_image(sample.image), CONFIG))
+
+
+def test_moved_images_keep_their_superpixels(tmp_path):
+    samples = save_samples(tmp_path / "images", 2)
+    cache = SuperpixelCache(tmp_path / "cache", CONFIG)
+    cache.build(samples, workers=1)
+    (tmp_path / "images").rename(tmp_path / "photos")
+    moved = [Sample(sample.id, tmp_path / "photos" / sample.image.name, None, None) for sample in samples]
+    assert cache.build(moved, workers=1) == 0
+
+
+def test_an_image_that_is_gone_is_named_and_not_its_superpixels(tmp_path):
+    samples = save_samples(tmp_path / "images", 2)
+    cache = SuperpixelCache(tmp_path / "cache", CONFIG)
+    cache.build(samples, workers=1)
+    samples[1].image.unlink()
+    samples[1].image.symlink_to("/nonexistent/image_1.jpg")
+    for call in (cache.missing, cache.build):
+        with pytest.raises(UserError) as raised:
+            call(samples)
+        assert str(raised.value).startswith(str(samples[1].image))
+
+
+def test_who_waits_for_another_builder_says_so(tmp_path, monkeypatch, capfd):
+    samples = save_samples(tmp_path / "images", 1)
+    cache = SuperpixelCache(tmp_path / "cache", CONFIG)
+    cache.folder.mkdir(parents=True)
+    monkeypatch.setattr(owner, "SAID_AFTER", 0.1)
+    held = owner.lock(cache.folder / owner.LOCK)
+    assert held is not None
+    threading.Timer(1, os.close, (held,)).start()
+    assert cache.build(samples, workers=1) == 1
+    assert f"Waiting for {cache.folder}: it is in use by another process" in capfd.readouterr().err
 
 
 def test_unwritable_folder_is_named(tmp_path):
@@ -470,7 +563,7 @@ def test_complete_cache_is_readable_where_nothing_can_be_written(tmp_path, monke
 
     for name in ("mkdir", "write_bytes", "replace", "unlink"):
         monkeypatch.setattr(Path, name, refuse)
-    monkeypatch.setattr(superpixels, "FileLock", refuse)
+    monkeypatch.setattr(superpixels, "owned", refuse)
     assert cache.build(samples, workers=1) == 0
 
 
@@ -478,7 +571,7 @@ def test_entry_is_a_plain_grayscale_png(tmp_path):
     samples = save_samples(tmp_path / "images", 1)
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
     cache.build(samples, workers=1)
-    content = cache.path("image_0").read_bytes()
+    content = cache.path(samples[0]).read_bytes()
     assert np.array_equal(
         cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED),
         np.asarray(Image.open(io.BytesIO(content))),

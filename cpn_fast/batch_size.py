@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 
 import torch
@@ -80,8 +81,11 @@ def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, ima
     return fits
 
 
-def try_steps(config: Config, build: Callable[[Config], Method], device: torch.device, images: int) -> None:
-    """Two steps, the second of which finds momentum; of a method of its own, on random images with all classes."""
+def try_steps(config: Config, build: Callable[[Config], Method], device: torch.device, images: int) -> float:
+    """Two steps, the second of which finds momentum; of a method of its own, on random images with all classes.
+
+    Returns how many seconds the second one took.
+    """
     method = build(config)
     method.network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     train = config.train.model_copy(update={"compile": False, "cuda_graph": False})
@@ -94,5 +98,9 @@ def try_steps(config: Config, build: Callable[[Config], Method], device: torch.d
     )
     optimizer = make_optimizer(method.network, train, device)
     step = Step(method, optimizer, torch.Generator(device), train, Rank(0, 1, 0), device)
+    seconds = 0.0
     for _ in range(2):
-        step([batch] * train.accumulate)
+        began = time.perf_counter()
+        step([batch] * train.accumulate).values.tolist()  # waits for a GPU
+        seconds = time.perf_counter() - began
+    return seconds

@@ -59,6 +59,27 @@ def options(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Your photos.", show_default=False)],
+    tags: Annotated[
+        Path | None, typer.Option(help="What each shows: CSV, JSON, VOC's XML ...; else looked for in FOLDER.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the config and lists; FOLDER's name and -cpn.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Pretrained weights of MobileNetV2 or ResNet38d.")] = None,
+) -> None:
+    """Write a config for a folder of tagged photos that trains on this machine in about an hour."""
+    from cpn_fast import init
+
+    made = init.run(folder.expanduser(), tags and tags.expanduser(), out, weights)
+    for line in made.remarks:
+        print(line)
+    print(f"The config is {made.config}. Next, to the end:\n")
+    for command in ("doctor", "run"):
+        print(f"    cpn-fast {command} {shlex.quote(str(made.config))}")
+    _done("init", next=_command("doctor", made.config), config=made.config)
+
+
+@app.command()
 def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
     """Fill the superpixel cache for the training list; what is there already is kept."""
     from cpn_fast.config import load

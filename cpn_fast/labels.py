@@ -31,6 +31,7 @@ from xml.parsers import expat
 
 import numpy as np
 
+from cpn_fast.config import VOC_CLASSES
 from cpn_fast.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff")
@@ -95,6 +96,48 @@ def listed_in(path: Path, images: Collection[str]) -> list[str]:
     if len(names) > 1 and match(names[0]) is None and match(names[1]) is not None:
         names = names[1:]
     return list(dict.fromkeys(names))
+
+
+def class_names(path: Path, images: Collection[str]) -> list[str]:
+    """The class names in a source of labels of some ``images``: a table's columns in their order, else by the alphabet.
+
+    Of a .npy, which has none, VOC's if it has 20. Raises UserError for a source that cannot be read.
+    """
+    if path.suffix == ".npy":
+        first: Any = next(iter(_load_npy(path).values()), None)
+        first = first.value if isinstance(first, _Array) else first
+        if np.shape(first) != (len(VOC_CLASSES),):
+            raise UserError(
+                f"{path}: expected VOC's {len(VOC_CLASSES)} classes; of others it has no names: write a CSV"
+            )
+        return list(VOC_CLASSES)
+    try:
+        if path.is_dir():
+            found: Names = _read_xml_folder(path, images)[0]
+        elif path.suffix == ".json":
+            found = _read_json(path, images)[0]
+        else:
+            header, row = _first_rows(path, Ids(images))
+            columns = [name for name, cell in zip(header, row, strict=False) if name and cell.lower() in _TICKS]
+            if columns and len(columns) == sum(map(bool, row)):
+                return columns
+            found = _read_csv(path, images, ())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable: {error}") from None
+    return sorted({name for names in found.values() for name, _ in names})
+
+
+def _first_rows(path: Path, match: Ids) -> tuple[list[str], list[str]]:
+    """The cells behind the first one of a header, and of the first row of an image."""
+    for separator in (",", ";", "\t"):
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header: list[str] = []
+            for number, row in enumerate(csv.reader(file, delimiter=separator, skipinitialspace=True)):
+                cells = [cell.strip() for cell in row]
+                if cells and match(cells[0]) is not None:
+                    return header, cells[1:]
+                header = cells[1:] if number == 0 else header
+    return [], []
 
 
 def _first_cells(path: Path, separator: str) -> list[str]:
@@ -221,7 +264,7 @@ def _names(cell: str, classes: Sequence[str]) -> list[str]:
     if cell in classes:
         return [cell]
     parts = re.split("[;,]", cell)
-    if len(parts) == 1 and not any(" " in name for name in classes):
+    if len(parts) == 1 and classes and not any(" " in name for name in classes):
         parts = cell.split()
     return [name for part in parts if (name := part.strip())]
 
@@ -290,7 +333,10 @@ class Ids:
         self.known = set(ids)
 
     def __call__(self, name: object) -> str | None:
-        """None for a name of no id. A path stands for the longest of its ends that is one."""
+        """None for a name of no id. A path stands for the longest of its ends that is an id, or the one that ends so.
+
+        ``dogs/1`` is not ``cats/1``, whatever other ids there are.
+        """
         if isinstance(name, (int, np.integer)) and not isinstance(name, bool):
             return str(name) if str(name) in self.known else self.numbers.get(str(name))
         if not isinstance(name, str):
@@ -303,17 +349,18 @@ class Ids:
         if dot and f".{ending.lower()}" in IMAGE_SUFFIXES:
             parts[-1] = stem
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        return next((end for end in ends if end in self.known), self.names.get(ends[-1]))
+        return next((end for end in ends if end in self.known), self.ends.get(ends[0]))
 
     def file(self, id_: str) -> list[str]:
         """Names of files of an id: its own, and without its folders if no other id has that name."""
         name = id_.rpartition("/")[2]
-        return [id_, name] if name != id_ and self.names.get(name) == id_ else [id_]
+        return [id_, name] if self.ends.get(name) == id_ else [id_]
 
     @functools.cached_property
-    def names(self) -> dict[str, str | None]:
-        """Name without folders -> id; None where several have it."""
-        return _unambiguous((id_.rpartition("/")[2], id_) for id_ in self.known)
+    def ends(self) -> dict[str, str | None]:
+        """Path without its first folders -> id; None where several end so."""
+        parts = ((id_.split("/"), id_) for id_ in self.known)
+        return _unambiguous(("/".join(own[start:]), id_) for own, id_ in parts for start in range(1, len(own)))
 
     @functools.cached_property
     def numbers(self) -> dict[str, str | None]:

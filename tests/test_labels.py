@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cpn_fast.config import VOC_CLASSES
 from cpn_fast.errors import UserError
-from cpn_fast.labels import read_labels
+from cpn_fast.labels import Ids, read_labels
 
 CLASSES = ("cat", "dog", "potted plant")
 REAL = Path(__file__).parents[2] / "shared" / "voc12mini" / "cls_labels.npy"
@@ -363,3 +363,20 @@ def test_whole_numbers_stand_for_ids_by_their_digits_where_only_one_has_them(tmp
     np.save(path, {2007000032: np.array([1, 0, 0]), 7: np.array([0, 1, 0])}, allow_pickle=True)
     found = read_labels(path, ["2007_000032", "a7", "b7"], CLASSES)
     assert names(found) == {"2007_000032": ["cat"]}
+
+
+@given(
+    st.lists(st.text("ab/", min_size=1, max_size=5), max_size=4, unique=True), st.text("ab/", min_size=1, max_size=6)
+)
+def test_a_name_finds_only_ids_that_are_its_end_or_end_with_it(ids: list[str], name: str) -> None:
+    found = Ids(ids)(name)
+    assert found is None or f"/{name}".endswith(f"/{found}") or f"/{found}".endswith(f"/{name}")
+    if name in ids:
+        assert found == name
+
+
+def test_a_photo_of_another_folder_gives_no_tags(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("cats/1,cat\ndogs/1,dog\n")
+    assert names(read_labels(path, ["cats/1"], CLASSES)) == {"cats/1": ["cat"]}
+    assert names(read_labels(path, ["photos/dogs/1"], CLASSES)) == {"photos/dogs/1": ["dog"]}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast import ranks
+from cpn_fast import ranks, reading
 from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
@@ -202,7 +202,7 @@ def _forget_other_pictures(folder: Path, threshold: float) -> None:
 
 def _made_by(config: Config, weights: Path) -> dict[str, Any]:
     return {
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
         "classes": list(config.classes),
         "model": config.model.model_dump(mode="json"),
         "cam": config.cam.model_dump(mode="json", exclude={"batch", "pixels", "mask_threshold"}),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cpn_fast import reading
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 
@@ -70,6 +71,7 @@ def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
 def config_of(path: Path) -> str | None:
     """The config (YAML) of the run that a checkpoint is of, without reading its tensors; None if it cannot be read."""
     try:
+        reading.require_regular(path, reading.WEIGHTS)
         with zipfile.ZipFile(path) as records:
             (pickled,) = (name for name in records.namelist() if name.endswith("data.pkl"))
             records.read(pickled)  # compares its checksum
@@ -83,6 +85,7 @@ def config_of(path: Path) -> str | None:
 def read(path: Path, device: torch.device) -> dict[str, Any]:
     """The state as ``write`` was given it; raises UserError for a damaged or foreign file."""
     try:
+        reading.require_regular(path, reading.WEIGHTS)
         with zipfile.ZipFile(path) as records:  # torch does not compare the checksums that it writes
             broken = records.testzip()
         if broken is not None:

@@ -28,6 +28,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from cpn_fast import reading
 from cpn_fast.config import load
 from cpn_fast.dataset import raise_problems
 from cpn_fast.errors import UserError
@@ -234,7 +235,7 @@ def _parsed(text: str) -> list[int]:
 def _read(path: Path) -> tuple[Instances, str]:
     """The JSON and its SHA-256."""
     try:
-        content = path.read_bytes()
+        content = reading.read_bytes(path, reading.INSTANCES)
         return Instances.model_validate_json(content), hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
         there = sorted(str(file) for file in path.parent.glob("*.json"))
@@ -307,7 +308,7 @@ def _merged(root: Path, list_path: Path, own: dict[str, list[str]]) -> dict[str,
     """The data set's tags with those of one list, which replace what this list had before."""
     path = root / TAGS
     try:
-        tags: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+        tags: dict[str, list[str]] = json.loads(reading.read_text(path, reading.LABELS))
     except FileNotFoundError:
         return own
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
+from cpn_fast import reading
 from cpn_fast.errors import UserError
 
 VOC_CLASSES = (
@@ -562,9 +563,9 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     return parse(tree, str(path))
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        tree = yaml.safe_load(reading.read_text(path, reading.CONFIG))
     except (FileNotFoundError, IsADirectoryError):
         there = [str(file) for folder in (path.parent, path, Path("configs")) for file in sorted(folder.glob("*.yaml"))]
         stems = {Path(name).stem: name for name in reversed(there)}
@@ -579,9 +580,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "base" not in tree:
         return tree
     base = path.parent / str(tree.pop("base"))
-    if base in above:
+    if os.path.realpath(base) in above:
         raise UserError(f"{path}: base {base} leads back to itself")
-    return _merged(_read(base, (*above, base)), tree)
+    return _merged(_read(base, (*above, os.path.realpath(base))), tree)
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import ExifTags
 
+from cpn_fast import reading
 from cpn_fast.config import Data
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_json, write_json
@@ -215,7 +216,7 @@ def _from_here(path: Path) -> str:
 
 def _lines(path: Path, root: Path) -> Iterable[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = reading.read_text(path, reading.LIST)
     except FileNotFoundError:
         found = {file for folder in (path.parent, root / "ImageSets/Segmentation") for file in folder.glob("*.txt")}
         there = sorted(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in found)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cpn_fast import reading
 from cpn_fast.errors import UserError
 from cpn_fast.owner import lock, lock_when_free
 
@@ -88,7 +89,7 @@ def _partial(path: Path) -> Path:
 def read_json(path: Path) -> Any:
     """Raises OSError or ValueError, and nothing else."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(reading.read_bytes(path, reading.NOTE))
     except RecursionError:
         raise ValueError("brackets within brackets without end") from None
 
@@ -111,7 +112,7 @@ def write_json(path: Path, tree: Any, *, indent: int | None = None) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to the first that is torn (a killed run's last one) or damaged."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    for text in reading.read_bytes(path, reading.NOTE).splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
             lines.append({**line, "step": int(line["step"])})

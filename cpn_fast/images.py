@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
+from cpn_fast import reading
 from cpn_fast.errors import UserError
 
 MAX_PIXELS = 2**26
@@ -40,10 +41,13 @@ class UnreadableImage(UserError):
 
 
 @contextmanager
-def opened(path: Path, content: IO[bytes] | Path | None = None) -> Iterator[ImageFile]:
+def opened(path: Path, content: IO[bytes] | None = None) -> Iterator[ImageFile]:
     """The image of a file, or of its ``content``. What goes wrong with it in the block becomes an UnreadableImage."""
     try:
-        with Image.open(content or path, formats=FORMATS) as image:
+        with (
+            content or reading.opened(path, reading.IMAGE) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -86,7 +90,7 @@ def _reason(path: Path, error: Exception) -> str:
 def can_be_kept(path: Path) -> bool:
     """Whether a PNG of an earlier start is there and whole; one that is not whole is named on standard error."""
     try:
-        content = path.read_bytes()
+        content = reading.read_bytes(path, reading.MASK)
     except OSError:
         return False
     if not (whole := is_whole_png(content)):

@@ -19,6 +19,7 @@ import csv
 import difflib
 import functools
 import io
+import itertools
 import json
 import pickle
 import pickletools
@@ -31,6 +32,7 @@ from xml.parsers import expat
 
 import numpy as np
 
+from cpn_fast import reading
 from cpn_fast.config import VOC_CLASSES
 from cpn_fast.errors import UserError
 
@@ -38,6 +40,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff")
 """Endings of image files, in lower case; any case will do."""
 MAX_PICKLE = 256 * 2**20
 """Bytes; COCO's 82,783 images x 80 classes need 30 MB."""
+
+SHOWN = 10
+"""Problems that an error lists; it counts the others, of which there may be as many as names."""
 
 Names = Mapping[str, list[tuple[str, str]]]
 """id -> (class name, where it was read)."""
@@ -47,8 +52,8 @@ class LabelError(UserError):
     """All that is wrong with single labels of a source; ``labels`` has what could be read beside it."""
 
     def __init__(self, path: Path, problems: Sequence[str], labels: dict[str, np.ndarray]) -> None:
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        listed = "\n".join(f"  {line}" for line in [*problems[:10], *more])
+        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        listed = "\n".join(f"  {line}" for line in [*problems[:SHOWN], *more])
         super().__init__(f"{path}: {len(problems)} problem(s) in the labels\n{listed}")
         self.labels = labels
 
@@ -130,7 +135,7 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
 def _first_rows(path: Path, match: Ids) -> tuple[list[str], list[str]]:
     """The cells behind the first one of a header, and of the first row of an image."""
     for separator in (",", ";", "\t"):
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _csv_text(path) as file:
             header: list[str] = []
             for number, row in enumerate(csv.reader(file, delimiter=separator, skipinitialspace=True)):
                 cells = [cell.strip() for cell in row]
@@ -141,12 +146,16 @@ def _first_rows(path: Path, match: Ids) -> tuple[list[str], list[str]]:
 
 
 def _first_cells(path: Path, separator: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _csv_text(path) as file:
         rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
         try:
             return [row[0].strip() for row in rows if row and row[0].strip()]
         except csv.Error as error:
             raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
+
+
+def _csv_text(path: Path) -> io.StringIO:
+    return io.StringIO(reading.read_bytes(path, reading.LABELS).decode("utf-8-sig"), newline="")
 
 
 def _encode(path: Path, found: Names, problems: Sequence[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
@@ -162,14 +171,15 @@ def _encode(path: Path, found: Names, problems: Sequence[str], classes: Sequence
                 unknown[name].append(place)
         label.flags.writeable = False
         labels[id_] = label
-    problems = [*problems, *(_explain_unknown(name, places, classes) for name, places in unknown.items())]
+    explained = [_explain_unknown(*item, classes) for item in itertools.islice(unknown.items(), SHOWN)]
+    problems = [*problems, *explained, *itertools.islice(unknown, SHOWN, None)]
     if problems:
         raise LabelError(path, problems, labels)
     return labels
 
 
 def _explain_unknown(name: str, places: list[str], classes: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], classes, n=1, cutoff=0.5)
     hint = (
         f"did you mean {near[0]}?" if near else f"classes are {', '.join(classes[:20])}{' ...' * (len(classes) > 20)}"
     )
@@ -189,9 +199,12 @@ def _read_xml_folder(folder: Path, ids: Iterable[str]) -> tuple[Names, list[str]
         paths = [folder / f"{name}.xml" for name in match.file(id_)]
         path = next((path for path in paths if path.is_file()), paths[0])
         try:
-            found[id_] = [(name, f"{path.name} line {line}") for name, line in _object_names(path.read_bytes())]
+            names = _object_names(reading.read_bytes(path, reading.XML))
+            found[id_] = [(name, f"{path.name} line {line}") for name, line in names]
         except FileNotFoundError:
             continue
+        except OSError as error:
+            problems.append(f"{path.name}: not readable: {error}")
         except (expat.ExpatError, LookupError, ValueError) as error:
             problems.append(f"{path.name}: not VOC's XML: {error}")
     return found, problems
@@ -201,16 +214,16 @@ def _object_names(xml: bytes) -> list[tuple[str, int]]:
     """Class name and line of every object."""
     parser = expat.ParserCreate()
     stack: list[str] = []
-    names: list[tuple[str, int]] = []
+    names: list[tuple[list[str], int]] = []  # pieces: joined once, for an XML may have a million
 
     def start(tag: str, _: dict[str, str]) -> None:
         stack.append(tag)
         if stack == ["annotation", "object", "name"]:
-            names.append(("", parser.CurrentLineNumber))
+            names.append(([], parser.CurrentLineNumber))
 
     def text(piece: str) -> None:
         if stack == ["annotation", "object", "name"]:
-            names[-1] = (names[-1][0] + piece, names[-1][1])
+            names[-1][0].append(piece)
 
     def refuse_entity(*_: Any) -> None:
         # Nested entities expand a small file into gigabytes.
@@ -221,7 +234,7 @@ def _object_names(xml: bytes) -> list[tuple[str, int]]:
     parser.CharacterDataHandler = text
     parser.EntityDeclHandler = refuse_entity
     parser.Parse(xml, True)
-    return [(name.strip(), line) for name, line in names]
+    return [("".join(pieces).strip(), line) for pieces, line in names]
 
 
 # CSV and JSON
@@ -237,7 +250,7 @@ def _read_separated(path: Path, separator: str, ids: Collection[str], classes: S
     match = Ids(ids)
     listed: list[tuple[str, str, list[str]]] = []  # id, place, cells
     header: list[str] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _csv_text(path) as file:
         rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
         try:
             for number, (key, *cells) in enumerate(filter(None, rows)):
@@ -309,7 +322,7 @@ def _read_json(path: Path, ids: Collection[str]) -> tuple[Names, list[str]]:
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_repeated_keys)
+        tree = json.loads(reading.read_text(path, reading.LABELS), object_pairs_hook=_refuse_repeated_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(tree, dict):
@@ -348,13 +361,18 @@ class Ids:
         stem, dot, ending = parts[-1].rpartition(".")
         if dot and f".{ending.lower()}" in IMAGE_SUFFIXES:
             parts[-1] = stem
-        ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        return next((end for end in ends if end in self.known), self.ends.get(ends[0]))
+        ends = ("/".join(parts[start:]) for start in range(max(0, len(parts) - self.depth), len(parts)))
+        return next((end for end in ends if end in self.known), self.ends.get("/".join(parts)))
 
     def file(self, id_: str) -> list[str]:
         """Names of files of an id: its own, and without its folders if no other id has that name."""
         name = id_.rpartition("/")[2]
         return [id_, name] if self.ends.get(name) == id_ else [id_]
+
+    @functools.cached_property
+    def depth(self) -> int:
+        """Parts of the id with the most."""
+        return max((id_.count("/") + 1 for id_ in self.known), default=1)
 
     @functools.cached_property
     def ends(self) -> dict[str, str | None]:
@@ -402,12 +420,8 @@ def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[st
 
 
 def _load_npy(path: Path) -> dict[Any, Any]:
-    if path.stat().st_size > MAX_PICKLE:
-        raise UserError(
-            f"{path}: {path.stat().st_size / 2**20:.0f} MB; label files of up to {MAX_PICKLE >> 20} MB are read"
-        )
     try:
-        return _unpickle_dict(path.read_bytes())
+        return _unpickle_dict(reading.read_bytes(path, MAX_PICKLE))
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile pickle can raise anything

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpn_fast import train
+from cpn_fast import reading, train
 from cpn_fast.annotations import writer
 from cpn_fast.cam import images_for, summed_cams
 from cpn_fast.config import Config, read
@@ -283,14 +283,14 @@ def _config_of(weights: Path) -> Config:
         raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")
     if own is None:
         assert source is not None
-        return read(source.read_text(encoding="utf-8", errors="replace"), str(source))
+        return read(reading.read_bytes(source, reading.CONFIG).decode(errors="replace"), str(source))
     config = read(own, str(weights))
     if source is None:
         return config
     try:
-        beside = read(source.read_text(encoding="utf-8"), str(source))
+        beside = read(reading.read_text(source, reading.CONFIG), str(source))
         differing = ", ".join(train.differing_keys(config, beside))
-    except (UserError, ValueError):
+    except (UserError, OSError, ValueError):
         differing = "it cannot be read"
     if not differing:
         return beside

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import time
 from pathlib import Path
 
+from cpn_fast import reading
 from cpn_fast.images import UnreadableImage
 
 CHUNK = 2**20  # bytes
@@ -34,10 +34,8 @@ def image_digest(path: Path) -> str:
         if known is not None and known[0] == state:
             return known[1]
         sha = hashlib.sha256()
-        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+        with reading.opened(path, reading.IMAGE) as file:
             opened = os.fstat(file.fileno())
-            if not stat.S_ISREG(opened.st_mode):
-                raise UnreadableImage(path, "no regular file")
             while chunk := file.read(CHUNK):
                 sha.update(chunk)
     except OSError as error:
@@ -50,7 +48,3 @@ def image_digest(path: Path) -> str:
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # the opening of a FIFO would wait for a writer

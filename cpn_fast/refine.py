@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast import ranks, train
+from cpn_fast import ranks, reading, train
 from cpn_fast.affinity import combined_labels, fitting_radius, pair_affinities, random_walk
 from cpn_fast.cam import images_for, tags
 from cpn_fast.config import Config, CrfName
@@ -76,7 +76,7 @@ def run(config: Config) -> Path:
     _claim(rank, folder / "affinity", made_by | train.decisive(settings))
     weights = train.fit(settings, Affinity)
     made_by = {
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
         "seeds": origin,
         "radius": config.affinity.radius,
         **config.walk.model_dump(mode="json"),
@@ -204,7 +204,7 @@ def _seeds(config: Config, samples: Sequence[Sample]) -> tuple[Path, str]:
     manifest = folder / "made_by.json"
     if not manifest.exists():
         raise UserError(f"{manifest}: expected beside the seeds, which `cpn-fast cam` makes, and not found")
-    return folder / "seeds", hashlib.sha256(manifest.read_bytes()).hexdigest()
+    return folder / "seeds", hashlib.sha256(reading.read_bytes(manifest, reading.NOTE)).hexdigest()
 
 
 def _remember_tags(folder: Path, samples: Sequence[Sample]) -> str:

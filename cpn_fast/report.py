@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from cpn_fast import reading
 from cpn_fast.config import Config, load, parse
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
@@ -67,7 +68,7 @@ def run(folder: Path) -> Path:
         ],
         environment=_json(environment) if environment.is_file() else {},
         changed=_changed(config),
-        config=(folder / "config.yaml").read_text(),
+        config=reading.read_text(folder / "config.yaml", reading.CONFIG),
     )
     path = folder / "report.html"
     with replacing(path) as file:
@@ -169,7 +170,7 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
     tree = _json(path)
     plots = [
-        {"alt": alt, "data": _data(path.with_name(name).read_bytes(), "png")}
+        {"alt": alt, "data": _data(reading.read_bytes(path.with_name(name), reading.IMAGE), "png")}
         for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))
         if path.with_name(name).is_file()
     ]

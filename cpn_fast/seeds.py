@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cpn_fast import reading
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.progress import track
@@ -78,7 +79,7 @@ def write_seed(path: Path, seed: Seed) -> None:
 def read_seed(path: Path) -> Seed:
     """Read what ``write_seed`` wrote. Raises UserError for a missing, damaged or foreign file."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
             classes, cam = _member(archive, "classes"), _member(archive, "cam")
     except FileNotFoundError:
         raise UserError(f"{path}: no such seed; `cpn-fast cam` writes them") from None

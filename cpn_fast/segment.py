@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast import ranks, train
+from cpn_fast import ranks, reading, train
 from cpn_fast.cam import images_for
 from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, dense_crf, process_pool
@@ -97,7 +97,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
 
     folder = config.run / "segment" / list_path.stem
     made_by = {
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
         **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
     }
     if rank.first:
@@ -203,5 +203,5 @@ def _digest(samples: Sequence[Sample]) -> str:
     for sample in samples:
         assert sample.mask is not None
         digest.update(sample.id.encode())
-        digest.update(sample.mask.read_bytes())
+        digest.update(reading.read_bytes(sample.mask, reading.MASK))
     return digest.hexdigest()

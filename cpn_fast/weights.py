@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpn_fast import checkpoint
+from cpn_fast import checkpoint, reading
 from cpn_fast.config import BACKBONES, PACKAGE, Model
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
@@ -69,6 +69,7 @@ def own_config(path: Path) -> str | None:
     if path.suffix != ".safetensors":
         return checkpoint.config_of(path)
     try:
+        reading.require_regular(path, reading.WEIGHTS)
         with safetensors.safe_open(path, "pt") as file:
             return str(json.loads((file.metadata() or {})[_NOTE])["config"]) or None
     except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError):
@@ -85,7 +86,7 @@ def run_config(run: Path) -> tuple[Path, str] | None:
             return path, text
     path = run / "config.yaml"
     if path.exists() and (run / "metrics.jsonl").exists():  # else no step was made, as with missing weights
-        return path, path.read_text(encoding="utf-8", errors="replace")
+        return path, reading.read_bytes(path, reading.CONFIG).decode(errors="replace")
     return None
 
 
@@ -275,13 +276,14 @@ def _read(path: Path) -> _Content:
     readers = {".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch, ".params": _read_params}
     if path.suffix not in readers:
         raise UserError(f"{path}: expected a weight file that ends in {', '.join(readers)}")
-    if not path.is_file():
+    if not path.exists():
         there = ", ".join(sorted(str(file) for file in path.parent.glob("*") if file.suffix in readers))
         raise UserError(
             f"{path}: no such file of weights. There are: {there or 'none in that folder'}. `cpn-fast train` writes "
             "model.safetensors; README says where pretrained weights come from"
         )
     try:
+        reading.require_regular(path, reading.WEIGHTS)
         content = readers[path.suffix](path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

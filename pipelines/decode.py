@@ -13,6 +13,7 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from cpn_fast import reading
 from cpn_fast.images import UnreadableImage, opened, upright
 
 
@@ -32,7 +33,7 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
     all others (CMYK, PNG), which then travel as raw RGB. Raises UserError for a missing or unreadable file.
     """
     try:
-        content = path.read_bytes() if content is None else content
+        content = reading.read_bytes(path, reading.IMAGE) if content is None else content
     except OSError as error:
         raise UnreadableImage(path, str(error)) from None
     with opened(path, io.BytesIO(content)) as image:
@@ -81,7 +82,9 @@ def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, by
             with opened(path, None if content is None else io.BytesIO(content)) as image:
                 image.load()
                 kind = image.format
-            if kind == "JPEG" and not _is_decoded(path.read_bytes() if content is None else content):
+            if kind == "JPEG" and not _is_decoded(
+                reading.read_bytes(path, reading.IMAGE) if content is None else content
+            ):
                 raise UnreadableImage(path, "damaged JPEG data") from None
         raise
     if stream is None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cpn_fast import ranks
+from cpn_fast import ranks, reading
 from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
@@ -179,7 +179,7 @@ class SuperpixelCache:
 
 def _is_intact(path: Path, image: Path) -> bool:
     try:
-        content = path.read_bytes()
+        content = reading.read_bytes(path, reading.MASK)
         if not is_whole_png(content):
             return False
         with opened(path, io.BytesIO(content)) as png:

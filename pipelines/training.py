@@ -25,6 +25,7 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.nn import functional as F
 
+from cpn_fast import reading
 from cpn_fast.config import Augment, Rgb, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
@@ -395,7 +396,7 @@ def _read_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, int, i
     A palette PNG becomes a gray one of its indices: the header's type is changed and the palette left out.
     """
     try:
-        data = path.read_bytes() if data is None else data
+        data = reading.read_bytes(path, reading.MASK) if data is None else data
         if not is_whole_png(data):
             raise ValueError("empty file" if not data else "no PNG, or its checksums do not fit its content")
         width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)

@@ -30,7 +30,7 @@ from timing import RESULTS, print_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cpn_fast.kernels import losses_triton, pixel_triton, region_triton
+from cpn_fast.kernels import losses_triton, pixel_triton, region_triton, slic_triton
 from cpn_fast.kernels.launch import Blocks, family, fitting
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -64,6 +64,8 @@ class Case:
     pipelined: bool = False
     """Whether its loop has to copy ahead of its products."""
     all_float32: bool = False
+    whole: dict[str, str] | None = None
+    """Types of a kernel of whole numbers; what it does not name is i32."""
 
     @property
     def options(self) -> str:
@@ -132,6 +134,9 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
             name = "pixel backward" + size + (" groups" if groups > 1 else "")
             yield Case(name, pixel_triton._backward_kernel, constants, configuration(blocks), True, blocks.unrolled)
 
+    if dtype == "bf16":  # kernels of whole numbers, once
+        yield from superpixel_cases()
+
     regional = triton.Config({}, **region_triton.OPTIONS)
     join = {"DB": region_triton.JOINED, "SB": region_triton.SPLITS}
     yield Case("region join", region_triton._join_kernel, join, regional)
@@ -179,6 +184,25 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
     yield Case("suppression", t._suppression_kernel, suppression, plain, True, all_float32=True)
 
 
+def superpixel_cases() -> Iterator[Case]:
+    s = slic_triton
+    assign, pixels, join = (triton.Config({}, **options) for options in (s.ASSIGN, s.PIXELS, s.JOIN))
+    ints = dict.fromkeys(
+        ("packed", "light", "curve", "labels", "parents", "centres", "sizes", "regions", "roots", "numbers"), "*i32"
+    ) | {"images": "*u8", "mask": "*u8", "sums": "*i64", "best": "*i64", "weight": "i64"}
+    warp, block = {"BLOCK": s.WARP}, {"BLOCK": s.BLOCK}
+    for first, last in ((True, False), (False, False), (False, True)):
+        flags = {"HAS_MASK": True, "FIRST": first, "LAST": last, "PART": s.PART}
+        name = "slic assign" + " first" * first + " last" * last
+        yield Case(name, s._assign_kernel, {**flags, **warp}, assign, whole=ints)
+    yield Case("slic means", s._means_kernel, warp, assign, whole=ints)
+    for name, kernel in (
+        ("colours", s._colours_kernel), ("link", s._link_kernel), ("root", s._root_kernel), ("number", s._number_kernel)
+    ):  # fmt: skip
+        yield Case(f"slic {name}", kernel, block, pixels, whole=ints)
+    yield Case("slic join", s._join_kernel, {"BLOCK": s.JOINED}, join, whole=ints | {"parts": "*i32"})
+
+
 def compiled(case: Case, dtype: str, arch: int) -> Any:
     """One case as Triton compiles it; ``asm`` holds its PTX and cubin."""
     function = case.kernel
@@ -193,7 +217,12 @@ def compiled(case: Case, dtype: str, arch: int) -> Any:
     attributes = {}
     for index, parameter in enumerate(function.params):
         name = parameter.name
-        signature[name] = "constexpr" if name in constants else _type(name, types, case.all_float32)
+        if name in constants:
+            signature[name] = "constexpr"
+        elif case.whole is not None:
+            signature[name] = case.whole.get(name, "i32")
+        else:
+            signature[name] = _type(name, types, case.all_float32)
         if signature[name].startswith("*") or name == "padded":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)

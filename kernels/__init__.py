@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cpn_fast.kernels import eager, losses_tiled, operators, pixel_tiled, region_tiled
+from cpn_fast.kernels import eager, losses_tiled, operators, pixel_tiled, region_tiled, slic_eager
 
 __all__ = [
     "ComplementaryLosses",
@@ -39,6 +39,7 @@ __all__ = [
     "pooled_logits",
     "region_correlation",
     "region_pooling",
+    "slic",
 ]
 
 Backend = Literal["eager", "tiled", "triton"]
@@ -46,13 +47,15 @@ Backend = Literal["eager", "tiled", "triton"]
 _PIXEL: dict[str, Any] = {"eager": eager, "tiled": pixel_tiled}
 _REGION: dict[str, Any] = {"eager": eager, "tiled": region_tiled}
 _LOSSES: dict[str, Any] = {"eager": eager, "tiled": losses_tiled}
+_SLIC: dict[str, Any] = {"eager": slic_eager}
 if importlib.util.find_spec("triton"):
-    from cpn_fast.kernels import losses_triton, pixel_triton, region_triton
+    from cpn_fast.kernels import losses_triton, pixel_triton, region_triton, slic_triton
     from cpn_fast.kernels.launch import check
 
     _PIXEL["triton"] = pixel_triton
     _REGION["triton"] = region_triton
     _LOSSES["triton"] = losses_triton
+    _SLIC["triton"] = slic_triton
 
 
 class ComplementaryLosses(NamedTuple):
@@ -212,6 +215,58 @@ def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
             for small, large in zip(cam.shape[2:], size, strict=True)
         )
         return ((cam.to(wide) * width).sum(dim=3) * height).sum(dim=2)
+
+
+def slic(
+    images: Tensor,
+    *,
+    count: int,
+    compactness: float,
+    iterations: int,
+    mask: Tensor | None = None,
+    backend: Literal["eager", "triton"] | None = None,
+) -> Tensor:
+    """SLIC superpixels (Achanta et al. 2012; docs/superpixels.md says what differs): int32 (B, H, W).
+
+    ``images`` (B, 3, H, W) are sRGB from 0 to 255, uint8 or floating, which are rounded and cut off. Labels run from 0
+    without gaps, in the order of their regions' first pixels; there are at most ``count``, and each is one 4-connected
+    region. Where ``mask`` (B, H, W), bool, is False, labels are -1 and colours do not matter; of a mask in more pieces
+    than there is room for, the last pieces share the last label. ``compactness`` is the weight of distance against
+    colour, ``iterations`` are rounds of k-means.
+
+    The same bits on every device, with every backend and on every call. Not differentiable. Sides are below 2^20 and
+    their product below 2^31. Triton does not wait for the host and may be captured in a CUDA graph; eager loops until
+    regions are joined, which on CUDA waits.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images: expected (B, 3, H, W), H and W at least 1, found {tuple(images.shape)}")
+    if max(images.shape[2:]) >= 1 << 20 or images.shape[2] * images.shape[3] >= 1 << 31:
+        raise ValueError(f"images: expected sides below 2^20 and less than 2^31 pixels, found {tuple(images.shape)}")
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected uint8 or a floating dtype, found {images.dtype}")
+        images = images.detach().round().clamp(0, 255).to(torch.uint8)
+    if mask is not None:
+        expected = (len(images), *images.shape[2:])
+        if mask.shape != expected:
+            raise ValueError(f"mask: expected (B, H, W) = {expected} from images, found {tuple(mask.shape)}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected bool, found {mask.dtype}")
+        _check_device("mask", mask, "images", images)
+    for name, number, limit in (("count", count, 32_000), ("iterations", iterations, 1_000)):
+        if not 1 <= number <= limit:
+            raise ValueError(f"{name}: expected 1 to {limit:,}, found {number}")
+    if not 0 < compactness <= 10_000:
+        raise ValueError(f"compactness: expected above 0 and at most 10,000, found {compactness}")
+    if backend is None:
+        fits = images.is_cuda and "triton" in _SLIC and _SLIC["triton"].obstacle(images) is None
+        backend = "triton" if fits else "eager"
+    if backend not in _SLIC:
+        raise ValueError(f"backend: expected one of {', '.join(_SLIC)} or None, found {backend!r}")
+    if backend == "triton" and (reason := slic_triton.obstacle(images)) is not None:
+        raise ValueError(f"backend 'triton' {reason}: use 'eager'")
+    module = _SLIC[backend] if len(images) else slic_eager
+    return module.slic(images, mask, count, float(compactness), iterations)
 
 
 def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> Any:

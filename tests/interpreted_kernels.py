@@ -324,6 +324,30 @@ def test_background_suppression(counts: list[int]) -> None:
         assert_close("gradient", mine, reference.double(), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "masked"),
+    [
+        ((2, 13, 17), {"count": 4, "compactness": 10, "iterations": 2}, True),
+        ((1, 9, 8), {"count": 12, "compactness": 0.5, "iterations": 2}, False),  # many small parts, joined in rounds
+        ((1, 1, 40), {"count": 3, "compactness": 10_000, "iterations": 1}, False),
+        ((1, 40, 60), {"count": 2, "compactness": 10, "iterations": 1}, False),  # more than one program for a cell
+    ],
+    ids=str,
+)
+def test_superpixels_have_the_same_bits(size: tuple[int, ...], options: dict[str, Any], masked: bool) -> None:
+    batch, height, width = size
+    generator = torch.Generator().manual_seed(sum(size))
+    images = torch.randint(0, 256, (height, batch, 3, width), generator=generator, dtype=torch.uint8)
+    images = images.permute(1, 2, 0, 3)
+    mask = None
+    if masked:
+        mask = torch.ones(size, dtype=torch.bool)
+        mask[0, :5] = mask[0, :, 12:] = False
+        mask[1] = torch.rand(height, width, generator=generator) < 0.7
+    found, expected = (kernels.slic(images, **options, mask=mask, backend=name) for name in ("triton", "eager"))
+    assert torch.equal(found, expected)
+
+
 def test_registered_operators_pass_opcheck() -> None:
     cam, keys, features = (t.flatten(2).requires_grad_() for t in tensors(1, 3, 8, 2, 3, torch.float32, False))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -335,6 +359,8 @@ def test_registered_operators_pass_opcheck() -> None:
     leaves = (raw.requires_grad_(), refined.requires_grad_(), visible, labels)
     torch.library.opcheck(losses_triton._losses, (*leaves, *options), test_utils=checks)
     scores = refined[0].detach().requires_grad_()
+    images = torch.arange(18, dtype=torch.uint8).view(1, 3, 2, 3)
+    torch.library.opcheck(torch.ops.cpn_fast.slic_triton, (images, None, 1, 10.0, 1), test_utils=checks)
     arguments = (scores, labels, [3, 3], 0.25, True)
     torch.library.opcheck(losses_triton._suppression, arguments, test_utils=checks)
 

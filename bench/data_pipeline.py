@@ -12,6 +12,7 @@ GPU, where the batches end, against a DataLoader with a process for each core, w
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -46,7 +47,9 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
     """The released order of operations, with torchvision's jitter on Pillow images."""
 
     def __init__(self, samples: Sequence[Sample], augment: Augment, cache: SuperpixelCache | None) -> None:
-        self.samples, self.augment, self.cache = samples, augment, cache
+        self.samples, self.augment = samples, augment
+        different = {sample.id: sample for sample in samples}
+        self.maps = {id_: cache.path(sample) for id_, sample in different.items()} if cache else {}
         self.rng = np.random.default_rng(0)
 
     def __len__(self) -> int:
@@ -66,8 +69,8 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
         crop = np.zeros((augment.crop, augment.crop, 3), np.float32)
         crop[put] = pixels[taken]
         image_and_map = [np.ascontiguousarray(crop.transpose(2, 0, 1))]
-        if self.cache:
-            labels = Image.open(self.cache.path(sample)).resize(size, Image.Resampling.NEAREST)
+        if self.maps:
+            labels = Image.open(self.maps[sample.id]).resize(size, Image.Resampling.NEAREST)
             if flip:
                 labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             padded = np.zeros((augment.crop, augment.crop), np.int32)
@@ -168,7 +171,7 @@ def rate(batches: Iterator[Any], count: int, clock: Callable[[], float]) -> floa
     return count * BATCH / (clock() - start)
 
 
-def compare(samples: Sequence[Sample], cache: SuperpixelCache, rounds: int, count: int) -> list[dict[str, Any]]:
+def compare(samples: Sequence[Sample], cache: SuperpixelCache, rounds: int, count: int) -> Iterator[dict[str, Any]]:
     """Per row the medians, and the lowest and highest ratio of a round."""
     pairs: dict[str, tuple[Iterator[Any], Iterator[Any]]] = {
         "decode only": (pillow_decoding(samples), our_decoding(samples))
@@ -180,29 +183,27 @@ def compare(samples: Sequence[Sample], cache: SuperpixelCache, rounds: int, coun
                 pillow(samples, augment, own_cache),
                 iter(ours(samples, augment, own_cache, CPU, 1)),
             )
-    rows = []
     for name, pair in pairs.items():
         for batches in pair:
             rate(batches, 3, time.process_time)  # warms up, and fills the prefetch queue
         rates = np.array([[rate(batches, count, time.process_time) for batches in pair] for _ in range(rounds)])
         peer, own = np.median(rates, 0)
         ratios = rates[:, 1] / rates[:, 0]
-        rows.append(
-            {
-                "what": name,
-                "pillow": float(peer),
-                "ours": float(own),
-                "ratio": float(own / peer),
-                "lowest": float(ratios.min()),
-                "highest": float(ratios.max()),
-            }
-        )
-    return rows
+        yield {
+            "what": name,
+            "pillow": float(peer),
+            "ours": float(own),
+            "ratio": float(own / peer),
+            "lowest": float(ratios.min()),
+            "highest": float(ratios.max()),
+        }
 
 
-def on_gpu(samples: Sequence[Sample], cache: SuperpixelCache, device: torch.device, count: int) -> list[dict[str, Any]]:
+def on_gpu(
+    samples: Sequence[Sample], cache: SuperpixelCache, device: torch.device, count: int
+) -> Iterator[dict[str, Any]]:
     """Per row the medians of ten rounds in a row, and 20th and 80th percentiles."""
-    cores, rows = os.cpu_count() or 1, []
+    cores = os.cpu_count() or 1
     for crop, augment in SETTINGS.items():
         check_same(samples, crop, cache)
         long_list = PillowDataset([*samples] * 1000, augment, cache)  # its processes start once, and not in every epoch
@@ -215,8 +216,7 @@ def on_gpu(samples: Sequence[Sample], cache: SuperpixelCache, device: torch.devi
             low, row[name], high = (float(value) for value in np.quantile(rates, (0.2, 0.5, 0.8)))
             row |= {f"{name} p20": low, f"{name} p80": high}
             del batches
-        rows.append(row | {"ratio": row["ours"] / row["pillow"]})
-    return rows
+        yield row | {"ratio": row["ours"] / row["pillow"]}
 
 
 def generate(parent: Path, count: int) -> None:
@@ -246,13 +246,18 @@ def main() -> None:
         cache = SuperpixelCache(Path(temporary), Superpixels())
         cache.build(samples, workers=os.cpu_count() or 1)
         if device.type == "cuda":
-            rows, unit = on_gpu(samples, cache, device, 50), "images/s"
+            measured, unit = on_gpu(samples, cache, device, 50), "images/s"
         else:
-            rows, unit = compare(samples, cache, options.rounds, options.batches), "images/CPU s"
+            measured, unit = compare(samples, cache, options.rounds, options.batches), "images/CPU s"
+        described = machine(device) | {"dali": dali.__version__, "pillow": PIL.__version__}
+        rows: list[dict[str, Any]] = []
+        save = functools.partial(write_json, out / "data_pipeline.json", described, rows, unit=unit)
+        for row in measured:
+            rows.append(row)
+            save(finished=False)
+        save()
 
     print_table(unit, rows)
-    described = machine(device) | {"dali": dali.__version__, "pillow": PIL.__version__}
-    write_json(out / "data_pipeline.json", described, rows, unit=unit)
     bars = {row["what"]: {"Pillow + NumPy": row["pillow"], "ours": row["ours"]} for row in rows}
     plot_bars(out / "data_pipeline.png", "Data pipeline", unit, bars)
 

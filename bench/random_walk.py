@@ -67,6 +67,7 @@ def main() -> None:
     device = options.device
     rows: list[dict[str, Any]] = []
     bars: dict[str, dict[str, float]] = {}
+    described, place = machine(device), folder(options.out, device)
     for size, logt in CASES:
         features, scores = generated(size, device)
         affinities = pair_affinities(features, RADIUS)
@@ -88,10 +89,9 @@ def main() -> None:
             row["times less memory"] = group[0]["extra MB"] / row["extra MB"]
             row["largest difference"] = difference
         rows += group
+        write_json(place / "random_walk.json", described, rows, finished=(size, logt) == CASES[-1])
         bars[f"{size[0]} x {size[1]}, {2**logt} steps"] = {row["way"]: row[time] for row in group}
     print_table("Random walk of one image", rows)
-    place = folder(options.out, device)
-    write_json(place / "random_walk.json", machine(device), rows)
     plot_bars(place / "random_walk.png", "Random walk of one image", "ms", bars)
     print(place / "random_walk.json")
 

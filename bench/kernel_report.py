@@ -251,6 +251,7 @@ def build(case: Case, dtype: str, arch: int) -> Result:
         "no tensor cores" if case.has_product and not instructions else "",
         "loop is not pipelined" if case.pipelined and not copies else "",
         "" if shared + RESERVED <= LIMITS[arch][0] << 10 else "too much shared memory",
+        "too much tensor memory" if (getattr(kernel.metadata, "tmem_size", 0) or 0) > 512 else "",
     ]
     return Result(
         case.name, case.options, dtype, arch, registers, stack, spills, shared, " ".join(instructions),

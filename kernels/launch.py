@@ -56,10 +56,10 @@ def fitting(table: Table, numbers: str, gpu: str, channels: int, columns: int) -
 def family(major: int) -> str:
     """Which of a table's families a compute capability belongs to.
 
-    "hopper": sm_90 to 110, with products of a whole warp group and 227 KiB of shared memory; "ampere": sm_80 to 89 and
-    120 on (consumer Blackwell), with products of a warp and as little as 99 KiB.
+    "ampere": sm_80 to 89 and 120 on (consumer Blackwell), with products of a warp and as little as 99 KiB of shared
+    memory; "hopper": sm_90, with products of a warp group; "blackwell": sm_100 to 110, with sums in tensor memory.
     """
-    return "hopper" if major in (9, 10, 11) else "ampere"
+    return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(major, "ampere")
 
 
 @functools.cache

@@ -94,9 +94,11 @@ def operation(
     Direct.__name__ = name  # what a profiler shows
 
     def call(*inputs: Any) -> Tensor:
-        if _is_direct(inputs):
+        if not _is_direct(inputs):
+            return in_graph(*inputs)[0]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return Direct.apply(*inputs)
-        return in_graph(*inputs)[0]
+        return forward(*inputs)[0]
 
     return call
 

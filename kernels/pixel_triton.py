@@ -46,6 +46,9 @@ FORWARD: launch.Table = {
     ("tf32", "ampere", 256, 128): Blocks(32, 32, False, 4, 2),
     ("tf32", "hopper", 192, 128): Blocks(64, 64, True, 4, 2),
     ("tf32", "hopper", 256, 128): Blocks(64, 32, True, 4, 2),
+    ("half", "blackwell", 256, 128): Blocks(128, 64, True, 8, 2),
+    ("tf32", "blackwell", 192, 128): Blocks(64, 64, True, 4, 2),
+    ("tf32", "blackwell", 256, 128): Blocks(64, 32, True, 4, 2),
 }
 MANY = 1 << 30  # columns of several groups
 BACKWARD: launch.Table = {
@@ -62,6 +65,9 @@ BACKWARD: launch.Table = {
     ("tf32", "hopper", 192, 64): Blocks(64, 64, False, 8, 2),
     ("tf32", "hopper", 256, 32): Blocks(64, 64, False, 8, 2),
     ("tf32", "hopper", 256, MANY): Blocks(64, 32, False, 8, 2, unrolled=False),
+    ("half", "blackwell", 192, 32): Blocks(64, 64, False, 8, 2),
+    ("half", "blackwell", 256, MANY): Blocks(64, 32, False, 8, 2, unrolled=False),
+    ("tf32", "blackwell", 256, MANY): Blocks(64, 32, False, 8, 2, unrolled=False),
 }
 
 

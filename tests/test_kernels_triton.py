@@ -42,7 +42,7 @@ def test_no_configuration_spills_or_misses_the_tensor_cores(arch: int, dtype: st
 
 @pytest.mark.parametrize(
     ("capability", "family"),
-    [(8.0, "ampere"), (8.9, "ampere"), (9.0, "hopper"), (10.3, "hopper"), (12.0, "ampere"), (13.0, "ampere")],
+    [(8.0, "ampere"), (8.9, "ampere"), (9.0, "hopper"), (10.3, "blackwell"), (12.0, "ampere"), (13.0, "ampere")],
 )
 def test_consumer_blackwell_and_what_is_not_known_take_the_smaller_blocks(capability: float, family: str) -> None:
     from cpn_fast.kernels import launch

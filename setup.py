@@ -46,6 +46,7 @@ setup(
     ],
     extras_require={
         "coco": ["pycocotools>=2.0.8"],
+        "onnx": ["onnx>=1.16", "onnxscript>=0.5"],
         "timm": ["timm>=1.0.16", "torchvision"],
         "dev": [
             "pytest>=8",
@@ -55,6 +56,9 @@ setup(
             "mypy>=1.11",
             "scikit-image>=0.22",
             "pycocotools>=2.0.8",
+            "onnx>=1.16",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.18",
             "types-PyYAML",
         ],
     },

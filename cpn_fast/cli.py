@@ -354,13 +354,13 @@ def import_coco(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Weights, or a run's folder for .pt2.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Weights; for .pt2 and .onnx a run's folder.")],
     destination: Annotated[
-        Path, typer.Argument(metavar="DESTINATION", help="A new file: .safetensors or .pth, or .pt2.")
+        Path, typer.Argument(metavar="DESTINATION", help="A new file: .safetensors or .pth, or .pt2 or .onnx.")
     ],
 ) -> None:
-    """Convert weights (.params, .pth, .safetensors) to .safetensors or .pth, or a run to a program of plain torch."""
-    if destination.suffix != ".pt2":
+    """Convert weights (.params, .pth, .safetensors), or write a run or its segmenter for torch.export or as ONNX."""
+    if destination.suffix not in (".pt2", ".onnx"):
         from cpn_fast.weights import convert
 
         print(convert(source, destination))
@@ -369,11 +369,14 @@ def convert(
     from cpn_fast import predict
 
     model = predict.load(source, "cpu")
-    if not isinstance(model, predict.CamModel):
-        raise UserError(f"{source}: a segmenter; .pt2 is written of the run that it belongs to, as in runs/voc")
     model.export(destination)
-    print(f"{destination}: probabilities, cams = torch.export.load({str(destination)!r}).module()(images, tags)")
-    print(f"images: RGB from 0 to 255, float32 (N, 3, H, W); tags: 0 or 1, float32 (N, {len(model.classes)})")
+    inputs = ", ".join(["images", "tags"][: len(model.outputs)])
+    print(f"{destination}: takes {inputs}; gives {', '.join(model.outputs)}")
+    print("images: RGB from 0 to 255, float32 (N, 3, H, W)")
+    if isinstance(model, predict.CamModel):
+        print(f"tags: 0 or 1, float32 (N, {len(model.classes)})")
+    if destination.suffix == ".pt2":
+        print(f"network = torch.export.load({str(destination)!r}).module()")
     _done("convert", program=destination)
 
 

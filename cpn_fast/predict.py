@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
+import logging
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +57,8 @@ class Prediction(NamedTuple):
     """uint8 (H, W): 0 background, i + 1 for ``Model.classes[i]``."""
 
 
+EXPORTS = (".pt2", ".onnx")
+"""Endings of what ``Model.export`` writes."""
 Net = TypeVar("Net", bound=Headed)
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
 Tags: TypeAlias = "str | Sequence[str] | None"
@@ -64,6 +69,9 @@ class Model:
 
     blank: str
     """What it means that no class was found in an image."""
+    network: Headed
+    outputs: tuple[str, ...]
+    """Names of what an exported network gives."""
 
     def __init__(self, config: Config, weights: Path) -> None:
         self.config, self.weights = config, weights
@@ -96,6 +104,44 @@ class Model:
         """As ``predict``, for many files, the largest first. ``tags`` may differ by path; None of those left out."""
         raise NotImplementedError
 
+    def graph(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """What ``export`` writes, and examples of what it takes beside images."""
+        raise NotImplementedError
+
+    def export(self, path: Path | str) -> None:
+        """Write the network as a program of ``torch.export`` (.pt2) or as ONNX (.onnx), which need no cpn_fast to run.
+
+        It takes images, float32 RGB (N, 3, H, W) from 0 to 255. A ``CamModel`` also takes tags, float32 (N, classes) of
+        0 and 1, and gives the probability of each class, (N, classes), and the map ``cam.map`` of the tagged ones, at
+        least 0, (N, classes, H, W). A ``Segmenter`` gives the probability of background and of each class, (N, 1 +
+        classes, H, W). N, H and W are free, H and W from 17 on. It is one scale without a flip or CRF, in float32; PCM
+        is the plain formula, which holds the affinities of all pairs of cells. ONNX needs ``pip install onnx
+        onnxscript``. Raises UserError if the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix not in EXPORTS:
+            raise UserError(f"{path}: expected a name that ends in {' or '.join(EXPORTS)}")
+        if path.exists():
+            raise UserError(f"{path}: exists already; remove it or choose another name")
+        if path.suffix == ".onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
+            raise UserError(f"{path}: ONNX is written by packages that are not installed: pip install onnx onnxscript")
+        graph, others = self.graph()
+        device = next(graph.parameters()).device
+        side = self.network.backbone.fit(97)
+        free = torch.export.Dim.AUTO
+        with torch.no_grad():
+            program = torch.export.export(
+                graph.eval().to(device),
+                (torch.zeros(2, 3, side, side, device=device), *others),
+                dynamic_shapes=({0: free, 2: free, 3: free}, *({0: free} for _ in others)),
+            )
+            content = _onnx(program, self.outputs) if path.suffix == ".onnx" else None
+        with replacing(path) as file:
+            if content is None:
+                torch.export.save(program, file)
+            else:
+                file.write(content)
+
 
 def _as_file(image: Picture, path: Path) -> Path:
     """Where the pipelines can read an image: its file, or ``path``, to which its pixels are written."""
@@ -123,6 +169,13 @@ class Segmenter(Model):
         super().__init__(config, weights)
         self.network = network
 
+    network: DeepLab
+    outputs = ("probabilities",)
+
+    def graph(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return _SegmenterGraph(network), ()
+
     def predict_files(
         self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
     ) -> Iterator[tuple[Path, Prediction]]:
@@ -145,6 +198,8 @@ class CamModel(Model):
     """A network of CPN, SEAM or the plain CAM; images go through the same steps as in ``cpn-fast cam``."""
 
     blank = f"no class has a probability of {PRESENT} (see the JSON); --tags names what is there"
+    network: Network
+    outputs = ("probabilities", "maps")
 
     def __init__(self, config: Config, weights: Path, network: Network, device: torch.device) -> None:
         super().__init__(config, weights)
@@ -174,30 +229,9 @@ class CamModel(Model):
             scores = dict(zip(self.classes, probabilities.tolist(), strict=True))
             yield paths[batch.indices[0]], Prediction(scores, seed, seed.mask(self.config.cam.mask_threshold))
 
-    def export(self, path: Path | str) -> None:
-        """Write the network as a program of ``torch.export`` (.pt2), which plain torch loads and runs without cpn_fast.
-
-        Called with images, float32 RGB (N, 3, H, W) from 0 to 255, and tags, float32 (N, classes) of 0 and 1, it gives
-        the probability of each class, (N, classes), and the map ``cam.map`` of the tagged ones, at least 0, (N,
-        classes, H, W). N, H and W are free, H and W from 17 on. It is one scale without a flip, in float32; PCM is the
-        plain formula, which holds the affinities of all pairs of cells. Raises UserError if the file cannot be written.
-        """
-        path = Path(path)
-        if path.exists():
-            raise UserError(f"{path}: exists already; remove it or choose another name")
+    def graph(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        graph = _Graph(network, self.config.cam.map).to(self.device).eval()
-        side = network.backbone.fit(97)
-        images, tags = torch.zeros(2, 3, side, side), torch.ones(2, len(self.classes))
-        free = torch.export.Dim.AUTO
-        with torch.no_grad():
-            program = torch.export.export(
-                graph,
-                (images.to(self.device), tags.to(self.device)),
-                dynamic_shapes=({0: free, 2: free, 3: free}, {0: free}),
-            )
-        with replacing(path) as file:
-            torch.export.save(program, file)
+        return _CamGraph(network, self.config.cam.map), (torch.ones(2, len(self.classes), device=self.device),)
 
     def _probabilities(self, scales: Sequence[Tensor]) -> Tensor:
         """float32 (classes,) on the CPU, of the image at the scale nearest to its own size."""
@@ -218,25 +252,53 @@ class CamModel(Model):
         return torch.tensor([name in tags for name in self.classes])
 
 
-class _Graph(nn.Module):
-    """What ``CamModel.export`` writes."""
+def _onnx(program: torch.export.ExportedProgram, outputs: Sequence[str]) -> bytes:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, and says so
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecations inside the exporter
+        written = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+    assert written is not None
+    return written.model_proto.SerializeToString()
+
+
+class _Normalised(nn.Module):
+    """A network that takes RGB from 0 to 255."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: Network, map: Literal["refined", "raw"]) -> None:
+    def __init__(self, network: Headed) -> None:
         super().__init__()
-        self.network, self.map = network, map
+        self.network = network
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(network, name)).view(3, 1, 1))
 
+    def normalised(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class _CamGraph(_Normalised):
+    """What ``Model.export`` writes of a ``CamModel``."""
+
+    def __init__(self, network: Network, map: Literal["refined", "raw"]) -> None:
+        super().__init__(network)
+        self.map = map
+
     def forward(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
         size = images.shape[2], images.shape[3]
-        cams = self.network((images - self.mean) / self.std, tags)
+        cams = self.network(self.normalised(images), tags)
         probabilities = pooled_logits(cams.raw[:, 1:], size=size).sigmoid()
         maps = cams.refined if self.map == "refined" else F.relu(cams.raw)
         maps = maps[:, 1:] * tags[:, :, None, None]
         return probabilities, F.interpolate(maps, size, mode="bilinear", align_corners=True)
+
+
+class _SegmenterGraph(_Normalised):
+    """What ``Model.export`` writes of a ``Segmenter``."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(self.normalised(images))
+        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True).softmax(1)
 
 
 def load(path: Path | str, device: str | torch.device | None = None) -> Model:

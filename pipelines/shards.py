@@ -1,8 +1,9 @@
 """WebDataset shards: a training list in some large files instead of many small ones, for millions of images.
 
 A folder holds ``shards.json``, ``tags.csv`` (a line for each sample, in their order) and for each shard
-``shard-00000.tar`` with DALI's index of it, ``shard-00000.idx``, as its wds2idx writes it. The members of sample 12 are
-``000000012.jpg``, the image file as it was, and its superpixels, ``000000012.superpixels.png``.
+``shard-00000.tar`` with DALI's index of it, ``shard-00000.idx``, as its wds2idx writes it. Sample 12 is the image file
+as it was, ``000000012-89abcdef-01234567.jpg``, and its superpixels, ``000000012-89abcdef-01234567.superpixels.png``:
+names hold the checksums (CRC-32) of both, with which what is read is compared: 0.08 ms of a core for 100 kB.
 """
 
 from __future__ import annotations
@@ -12,31 +13,42 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
 import os
+import re
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from nvidia.dali import Pipeline, fn
 
-from cpn_fast import ranks
+from cpn_fast import ranks, reading
 from cpn_fast.config import Config, Superpixels
 from cpn_fast.dataset import Sample, check_files, load_checked, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_note, replacing, write_json
+from cpn_fast.files import read_json, read_note, replacing, write_json
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.progress import track
 
-FORMAT = 1
+FORMAT = 2
 SIZE = 1000  # samples of a shard: about 100 MB of VOC's images
 READ = 32  # samples that DALI's reader gives at a time
 IMAGE = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 SUPERPIXELS = "superpixels.png"
+AGAIN = "Copy the folder again, or pack it anew (cpn-fast shards)"
+_KEY = re.compile(r"(\d{9,})-([0-9a-f]{8})(?:-([0-9a-f]{8}))?\.")
+
+
+class _Member(NamedTuple):
+    """Where the index says that a file is."""
+
+    offset: int
+    size: int
+    checksum: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,29 +80,82 @@ class Shards:
 
         DALI's reader reads them, one shard after the other, by an index of these samples alone.
         """
+        members = {}
         with tempfile.TemporaryDirectory() as parts:
             paths, index_paths = [], []
             for number, chosen in itertools.groupby(indices, key=lambda index: index // self.size):
-                tar = _shard(self.folder, number)
-                lines = tar.with_suffix(".idx").read_text().splitlines()[1:]
-                paths.append(str(tar))
+                lines, own = self._indexed(number, list(chosen))
+                members.update(own)
+                paths.append(str(_shard(self.folder, number)))
                 index_paths.append(f"{parts}/{number}.idx")
-                Path(index_paths[-1]).write_text(_index([lines[index % self.size] for index in chosen]))
+                Path(index_paths[-1]).write_text(_index(lines))
             pipeline = Pipeline(READ, 1, None, prefetch_queue_depth=2)
             with pipeline:
-                members = fn.readers.webdataset(
+                files = fn.readers.webdataset(
                     paths=paths,
                     index_paths=index_paths,
                     ext=[IMAGE, *([] if self.bits is None else [SUPERPIXELS])],
                     missing_component_behavior="error",
                     dont_use_mmap=True,  # slow on the network's file systems, where many shards are
                 )
-                pipeline.set_outputs(*(members if isinstance(members, list) else [members]))
-            pipeline.build()
+                pipeline.set_outputs(*(files if isinstance(files, list) else [files]))
+            try:
+                pipeline.build()
+            except RuntimeError as error:
+                raise self._damage(indices, members, error) from None
         for first in range(0, len(indices), READ):
-            outputs = pipeline.run()
-            for place in range(min(READ, len(indices) - first)):
-                yield tuple(np.asarray(output.at(place)).tobytes() for output in outputs)
+            try:
+                outputs = pipeline.run()
+            except RuntimeError as error:
+                raise self._damage(indices, members, error) from None
+            for place, index in enumerate(indices[first : first + READ]):
+                contents = tuple(np.asarray(output.at(place)).tobytes() for output in outputs)
+                for content, member in zip(contents, members[index], strict=False):
+                    if _checksum(content) != member.checksum:
+                        raise self._other_content(index)
+                yield contents
+
+    def _indexed(self, number: int, chosen: Sequence[int]) -> tuple[list[str], dict[int, list[_Member]]]:
+        """The index's lines of some samples of a shard, and what they say. Raises UserError if it is damaged."""
+        tar = _shard(self.folder, number)
+        path = tar.with_suffix(".idx")
+        count = min(self.size, len(self.samples) - number * self.size)
+        found = {}
+        try:
+            head, *lines = reading.read_bytes(path, reading.INDEX).decode("ascii").splitlines()
+            if head != f"v1.2 {count}" or len(lines) != count:
+                raise ValueError(f"{len(lines)} lines for {count} samples")
+            length = tar.stat().st_size
+            for index in chosen:
+                words = lines[index % self.size].split()
+                entries = [words[first : first + 4] for first in range(0, len(words), 4)]
+                found[index] = [_member(index, place, *entry) for place, entry in enumerate(entries)]
+                if not all(0 <= member.offset <= length - member.size <= length for member in found[index]):
+                    raise ValueError(f"sample {index} ends behind the end of {tar.name}")
+            return [lines[index % self.size] for index in chosen], found
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: damaged: {error}. {AGAIN}") from None
+
+    def _damage(self, indices: Sequence[int], members: dict[int, list[_Member]], error: RuntimeError) -> UserError:
+        """Which of the samples DALI could not read."""
+        for index in indices:
+            tar = _shard(self.folder, index // self.size)
+            try:
+                with tar.open("rb") as file:
+                    for member in members[index]:
+                        file.seek(member.offset)
+                        if _checksum(file.read(member.size)) != member.checksum:
+                            return self._other_content(index)
+            except OSError as refused:
+                return UserError(f"{tar}: cannot be read: {refused.strerror}")
+        return UserError(f"{self.folder}: DALI cannot read its shards: {str(error).strip().splitlines()[0]}. {AGAIN}")
+
+    def _other_content(self, index: int) -> UserError:
+        tar = _shard(self.folder, index // self.size)
+        return UserError(
+            f"{tar}: damaged: {self.samples[index].id} does not have the checksum of {tar.with_suffix('.idx').name}. "
+            f"{AGAIN}"
+        )
 
 
 def pack(
@@ -132,9 +197,12 @@ def pack(
         tar = _shard(folder, number)
         with replacing(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for index, sample in enumerate(own, first):
-                _add(archive, f"{index:09d}{sample.image.suffix.lower()}", sample.image)
+                files = {sample.image.suffix.lower().lstrip("."): reading.read_bytes(sample.image, reading.IMAGE)}
                 if cache is not None:
-                    _add(archive, f"{index:09d}.{SUPERPIXELS}", cache.path(sample))
+                    files[SUPERPIXELS] = reading.read_bytes(cache.path(sample), reading.MASK)
+                key = "-".join([f"{index:09d}", *map(_checksum, files.values())])
+                for ending, content in files.items():
+                    _add(archive, f"{key}.{ending}", content)
         with replacing(tar.with_suffix(".idx")) as file:  # last: its presence says that the shard is done
             file.write(_index(_members(tar)).encode())
     return sum(rank.gather(len(missing)))
@@ -142,14 +210,30 @@ def pack(
 
 def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
     """Shards that ``pack`` made, with their tags. Raises UserError for missing, truncated or foreign ones."""
+    expected = f"expected the folder that `cpn-fast shards` wrote, in format {FORMAT}"
+    manifest, listed = folder / "shards.json", folder / "tags.csv"
     try:
-        made_by = json.loads((folder / "shards.json").read_text())
-        with (folder / "tags.csv").open(encoding="utf-8", newline="") as file:
-            ids = [row[0] for row in csv.reader(file)]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: expected the folder that `cpn-fast shards` wrote, found: {error}") from None
-    if made_by.get("format") != FORMAT or made_by["samples"] != len(ids):
-        raise UserError(f"{folder}: expected shards of format {FORMAT} and as many lines of tags.csv as samples")
+        made_by = read_json(manifest)
+    except OSError as error:
+        raise UserError(f"{folder}: {expected}, found: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{manifest}: damaged: {error}. {AGAIN}") from None
+    try:
+        tags = reading.read_bytes(listed, reading.LABELS)
+    except OSError as error:
+        raise UserError(f"{listed}: not readable: {error}. {AGAIN}") from None
+    if not isinstance(made_by, dict) or made_by.get("format") != FORMAT:
+        found = made_by.get("format") if isinstance(made_by, dict) else type(made_by).__name__
+        raise UserError(f"{manifest}: {expected}, found {found}. {AGAIN}")
+    if not made_by.keys() >= {"superpixels", "tags_sha256"} or not all(
+        type(made_by.get(key)) is int and made_by[key] > 0 for key in ("samples", "size")
+    ):
+        raise UserError(f"{manifest}: damaged: expected samples, size, superpixels and tags_sha256. {AGAIN}")
+    if made_by["tags_sha256"] != hashlib.sha256(tags).hexdigest():
+        raise UserError(f"{listed}: damaged: it does not have the checksum that shards.json remembers. {AGAIN}")
+    ids = [row[0] for row in csv.reader(io.StringIO(tags.decode(), newline=""))]
+    if len(ids) != made_by["samples"]:
+        raise UserError(f"{manifest}: damaged: {made_by['samples']} samples, where tags.csv has {len(ids)}. {AGAIN}")
     size = made_by["size"]
     shards = [_shard(folder, number) for number in range(-(-len(ids) // size))]
     unfinished = [shard.name for shard in shards if not _is_whole(shard)]
@@ -204,9 +288,8 @@ def _claim(folder: Path, made_by: dict[str, Any], tags: bytes) -> None:
     write_json(manifest, made_by, indent=2)
 
 
-def _add(archive: tarfile.TarFile, name: str, path: Path) -> None:
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     """Without owner, mode and time, so that shards of the same files are the same."""
-    content = path.read_bytes()
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
@@ -224,6 +307,18 @@ def _entry(member: tarfile.TarInfo) -> str:
     return f"{ending} {member.offset_data} {member.size} {member.name}"
 
 
+def _checksum(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"
+
+
+def _member(index: int, place: int, ending: str, offset: str, size: str, name: str) -> _Member:
+    """An entry of a sample's line. Raises ValueError for one of another sample or without a checksum."""
+    key = _KEY.match(name)
+    if key is None or int(key[1]) != index or key[2 + place] is None or name != f"{key[0]}{ending}":
+        raise ValueError(f"sample {index} is called {name[:60]!r}")
+    return _Member(int(offset), int(size), key[2 + place])
+
+
 def _index(lines: Sequence[str]) -> str:
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
 
@@ -231,7 +326,7 @@ def _index(lines: Sequence[str]) -> str:
 def _is_whole(tar: Path) -> bool:
     """Whether a shard is as long as its index says, where a truncated copy is not."""
     try:
-        with tar.with_suffix(".idx").open("rb") as index:
+        with reading.opened(tar.with_suffix(".idx"), reading.INDEX) as index:
             index.seek(max(0, index.seek(0, os.SEEK_END) - 1000))
             _, offset, size, _ = index.read().split()[-4:]  # of the last member
         return tar.stat().st_size >= int(offset) + int(size)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -172,8 +174,70 @@ def test_damage_is_named(loose, cache, folder, tmp_path) -> None:
         content[offset + size // 2 * member : offset + size] = bytes(size - size // 2 * member)
         tar.write_bytes(content)
         opened = open_shards(copy, DEMO_CLASSES).with_superpixels(cache.folder.parent, SLIC)
-        with pytest.raises(UserError, match=f"shard-00001.tar/{opened.samples[SIZE].id}: expected a"):
+        with pytest.raises(UserError, match=f"shard-00001.tar: damaged: {opened.samples[SIZE].id} does not"):
             take(make(opened.samples, opened), 6)
+
+
+def changed(old: bytes, new: bytes) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new, 1))
+
+    return change
+
+
+def flipped(path: Path) -> None:
+    """One bit of an image of the second sample."""
+    content = bytearray(path.read_bytes())
+    line = path.with_suffix(".idx").read_text().splitlines()[2].split()
+    content[int(line[1]) + int(line[2]) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a list": ("shards.json", lambda path: path.write_text("[]")),
+    "a missing key": ("shards.json", changed(b'"size"', b'"sizf"')),
+    "a size of 0": ("shards.json", changed(b'"size": 5', b'"size": 0')),
+    "a size that is no number": ("shards.json", changed(b'"size": 5', b'"size": "5"')),
+    "another count": ("shards.json", changed(b'"samples": 12', b'"samples": 11')),
+    "no JSON": ("shards.json", lambda path: path.write_bytes(b"\xff{")),
+    "an empty line of tags": ("tags.csv", lambda path: path.write_bytes(b"\n" + path.read_bytes())),
+    "an image without its class": (
+        "tags.csv",
+        lambda path: path.write_bytes(path.read_bytes().split(b",")[0] + b",\n"),
+    ),
+    "tags of another encoding": ("tags.csv", lambda path: path.write_bytes(b"\xff" + path.read_bytes())),
+    "an offset beyond the end": ("shard-00000.idx", changed(b" 512 ", b" 51200000000 ")),
+    "another offset": ("shard-00000.idx", changed(b" 512 ", b" 513 ")),
+    "a negative offset": ("shard-00000.idx", changed(b" 512 ", b" -512 ")),
+    "an offset that is no number": ("shard-00000.idx", changed(b" 512 ", b" many ")),
+    "a line too few": ("shard-00000.idx", lambda path: path.write_text("\n".join(path.read_text().splitlines()[:-1]))),
+    "a name without a checksum": ("shard-00000.idx", changed(b"000000000-", b"000000000.")),
+    "a name of another sample": ("shard-00000.idx", changed(b"000000000-", b"000000001-")),
+    "bytes in the index": ("shard-00000.idx", lambda path: path.write_bytes(b"\x95\xff\n" * 9 + b"jpg 1 2 x")),
+    "an index that is a FIFO": ("shard-00000.idx", lambda path: (path.unlink(), os.mkfifo(path))),
+    "a shard that is a device": ("shard-00000.tar", lambda path: (path.unlink(), path.symlink_to("/dev/zero"))),
+    "a flipped bit": ("shard-00000.tar", flipped),
+    "a tag's flipped bit": (
+        "tags.csv",
+        lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_of_each_kind_is_named(kind: str, cache: SuperpixelCache, folder: Path, tmp_path: Path) -> None:
+    name, spoil = DAMAGE[kind]
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    spoil(copy / name)
+
+    def read() -> None:
+        list(open_shards(copy, DEMO_CLASSES).read([0, 1]))
+
+    with pytest.raises(UserError, match="shard-00000" if name.startswith("shard-") else name):
+        read()
 
 
 # Reading for training

@@ -41,6 +41,7 @@ def run(config: Config | None) -> bool:
         "torch": pytorch,
         "GPU": gpu,
         "Triton": triton,
+        "operations": operations,
         "DALI": dali,
         "fast-slic": superpixels,
         "pydensecrf": dense_crf,
@@ -95,6 +96,9 @@ def gpu() -> Finding:
             needed = f"torch was built for CUDA {torch.version.cuda}"
             return Finding("broken", f"driver {driver} does not serve torch: {needed}", "update the NVIDIA driver")
         return Finding("slow", "none; everything runs on the CPU", "enough for the demo and configs/voc_mini.yaml")
+    if torch.version.hip:
+        mend = "torch for CUDA and an NVIDIA GPU; or HIP_VISIBLE_DEVICES=-1 to run on the CPU"
+        return Finding("broken", f"torch {torch.__version__} for ROCm: DALI and the kernels need an NVIDIA GPU", mend)
     properties = torch.cuda.get_device_properties(0)
     found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
     if properties.major < 8:
@@ -114,6 +118,22 @@ def triton() -> Finding:
     if error > 1e-2:
         return Finding("broken", f"{version}; a kernel errs by {error:.2g}", "install the triton that torch asks for")
     return Finding("ok", f"{version}; compiles and agrees")
+
+
+def operations() -> Finding:
+    """Which backend each operation takes in the precision of training, and why where it is not the fastest."""
+    from cpn_fast.kernels import backends
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = precision.default(device)
+    taken: dict[tuple[str, str | None], list[str]] = {}
+    for name, (backend, reason) in backends(device, precision.dtype(None, device)).items():
+        taken.setdefault((backend, reason), []).append(name)
+    found = "; ".join(f"{backend} for {', '.join(names)}" for (backend, _), names in taken.items())
+    reasons = [reason for _, reason in taken if reason is not None]
+    if device.type == "cuda" and reasons:
+        return Finding("slow", f"in {wanted}: {found}, because {'; '.join(reasons)}", "see docs/kernels.md")
+    return Finding("ok", f"in {wanted}: {found}")
 
 
 def dali() -> Finding:

@@ -12,6 +12,7 @@ import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 """The flags of CPUs (x86, ARM) that multiply in a precision themselves; any one of them will do."""
 
@@ -26,7 +27,12 @@ def autocast(precision: str | None, device: torch.device) -> Any:
         return nullcontext()
     if not computes(chosen, device):
         _warn(chosen, device)
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[chosen])
+    return torch.autocast(device.type, DTYPES[chosen])
+
+
+def dtype(precision: str | None, device: torch.device) -> torch.dtype:
+    """In what products run under ``autocast``."""
+    return DTYPES[precision or default(device)]
 
 
 def default(device: torch.device) -> str:

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 import cpn_fast
-from cpn_fast import checkpoint, precision, ranks, signals
+from cpn_fast import checkpoint, kernels, precision, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.batch_size import sized
 from cpn_fast.config import Config
@@ -280,8 +280,16 @@ def _open_run(config: Config, device: torch.device) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
         "precision": config.train.precision or precision.default(device),
+        "backends": _backends(config.train.precision, device),
     }
     write_json(config.run / "environment.json", environment, indent=2)
+
+
+def _backends(wanted: str | None, device: torch.device) -> dict[str, str]:
+    """What each of our operations runs on; on a GPU, where it is not Triton, with the reason."""
+    chosen = kernels.backends(device, precision.dtype(wanted, device))
+    reasons = {name: f": {own.reason}" if own.reason and device.type == "cuda" else "" for name, own in chosen.items()}
+    return {name: f"{own.backend}{reasons[name]}" for name, own in chosen.items()}
 
 
 # What may change between two starts of one run: nothing that the weights of a sound run depend on. Where the data lies

@@ -32,7 +32,9 @@ from torch import Tensor
 from cpn_fast.kernels import eager, losses_tiled, operators, pixel_tiled, region_tiled, slic_eager
 
 __all__ = [
+    "Choice",
     "ComplementaryLosses",
+    "backends",
     "background_suppression",
     "complementary_losses",
     "pixel_correlation",
@@ -64,6 +66,29 @@ class ComplementaryLosses(NamedTuple):
     tcp: Tensor
     tcp_refined: Tensor
     cpcr: Tensor
+
+
+class Choice(NamedTuple):
+    backend: Backend
+    reason: str | None
+    """Why it is not Triton."""
+
+
+def backends(device: torch.device, dtype: torch.dtype, *, channels: int = 192) -> dict[str, Choice]:
+    """What ``backend=None`` takes on a device: operation -> choice. It compiles and launches nothing.
+
+    For float32 CAMs and for embeddings, features, keys and queries of ``dtype`` (under autocast, autocast's dtype) with
+    ``channels``.
+    """
+    cam = torch.empty(1, 2, 1, device=device)
+    features, keys = (torch.empty(1, *shape, dtype=dtype, device=device) for shape in ((channels, 1), (2, channels)))
+    return {
+        "pixel_correlation": _fitting(_PIXEL, cam, features),
+        "region_pooling": _fitting(_REGION, cam, features),
+        "region_correlation": _fitting(_REGION, cam, keys, features),
+        "complementary_losses": _fitting(_LOSSES, cam),
+        "background_suppression": _fitting(_LOSSES, cam),
+    }
 
 
 def pixel_correlation(cam: Tensor, embedding: Tensor, *, eps: float = 1e-5, backend: Backend | None = None) -> Tensor:
@@ -277,13 +302,21 @@ def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> A
         check(modules["triton"].obstacle(*tensors))
     if operators.transformed() or tensors[0].numel() == 0 or (backend is None and operators.exporting()):
         return eager
-    if backend is None:
-        fits = tensors[-1].is_cuda and "triton" in modules and modules["triton"].obstacle(*tensors) is None
-        if modules is not _LOSSES and tensors[-1].dtype == torch.float32:
-            fits = fits and _tf32_allowed()  # its float32 products are TF32
-        plain = "eager" if modules is _REGION else "tiled"  # eager regions are linear in the pixels, and as fast
-        backend = "triton" if fits else plain
-    return modules[backend]
+    return modules[_fitting(modules, *tensors).backend if backend is None else backend]
+
+
+def _fitting(modules: dict[str, Any], *tensors: Tensor) -> Choice:
+    plain: Backend = "eager" if modules is _REGION else "tiled"  # eager regions are linear in the pixels, and as fast
+    if not tensors[-1].is_cuda:
+        return Choice(plain, f"triton needs CUDA, found {tensors[-1].device}")
+    if "triton" not in modules:
+        return Choice(plain, "Triton is not installed")
+    reason = modules["triton"].obstacle(*tensors)
+    if reason is not None:
+        return Choice(plain, f"triton {reason}")
+    if modules is not _LOSSES and tensors[-1].dtype == torch.float32 and not _tf32_allowed():
+        return Choice(plain, "triton's products of float32 are TF32, which torch.backends.cuda.matmul does not allow")
+    return Choice("triton", None)
 
 
 @torch.compiler.assume_constant_result

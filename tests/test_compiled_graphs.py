@@ -6,17 +6,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpn_fast import config, kernels
 from cpn_fast.config import Config
 from cpn_fast.methods import METHODS, Method
+from cpn_fast.methods.affinity import Affinity
+from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.pipelines.training import Batch
+from cpn_fast.ranks import Rank
+from cpn_fast.step import Step, make_optimizer
 
 REFINED = ["pixel_correlation", "region_pooling", "region_correlation"]
 LOSSES = ["complementary_losses", "background_suppression"]
@@ -89,6 +95,58 @@ def test_a_compiled_step_holds_our_operators(name: str, tiny_config) -> None:
     settings = config.load(tiny_config(**changes))
     # On a CPU the region operators are eager's formulas, which are as fast there.
     check_graphs(settings, network_ops, loss_ops, lambda op: "" if op.startswith("region") else "tiled")
+
+
+@pytest.mark.parametrize("kind", ["affinity", "segmentation"])
+def test_the_later_trainings_are_one_graph_each(kind: str, tiny_config, tmp_path: Path) -> None:
+    """They have no operation of ours, and nothing that torch.compile would leave to Python."""
+    torch._dynamo.reset()
+    settings = config.load(tiny_config())
+    method: Method = Affinity(settings) if kind == "affinity" else Segmentation(settings, tmp_path)
+    batch = batch_of(settings, side=64)
+    network, losses = step_graphs(method, batch._replace(map=batch.map % (1 + len(settings.classes))))
+    for graphs in (network, losses):
+        assert (len(graphs.forward), len(graphs.backward)) == (1, 1)
+
+
+def test_a_step_compiles_network_and_losses_as_they_are_tested_here(tiny_config, monkeypatch) -> None:
+    """``Step`` asks torch.compile for static shapes, and its call of either is the compiled one."""
+    torch._dynamo.reset()
+    graphs, real = Graphs(), torch.compile
+    given: list[dict[str, Any]] = []
+
+    def compiled(function: Any, **options: Any) -> Any:
+        given.append(options)
+        return real(function, backend=graphs.backend, fullgraph=True, dynamic=options["dynamic"])
+
+    monkeypatch.setattr(torch, "compile", compiled)  # nn.Module.compile calls it too
+    settings = config.load(tiny_config(train={"compile": True}))
+    method = METHODS["cpn"](settings)
+    method.network.train()
+    cpu = torch.device("cpu")
+    optimizer = make_optimizer(method.network, settings.train, cpu)
+    step = Step(method, optimizer, torch.Generator(), settings.train, Rank(0, 1, 0), cpu)
+    figures = step([batch_of(settings)])
+    assert figures.values.isfinite().all()
+    assert [options["dynamic"] for options in given] == [False, False]
+    assert graphs.forward == [{"pixel_correlation_tiled"}, {f"{name}_tiled" for name in LOSSES}]
+
+
+def test_what_an_operation_takes_and_why() -> None:
+    cpu = kernels.backends(torch.device("cpu"), torch.float32)
+    assert {name: choice.backend for name, choice in cpu.items()} == {
+        **dict.fromkeys(["pixel_correlation", *LOSSES], "tiled"),
+        **dict.fromkeys(REFINED[1:], "eager"),
+    }
+    assert all("CUDA" in (choice.reason or "") for choice in cpu.values())
+    with FakeTensorMode():
+        cuda = torch.device("cuda")
+        assert {choice.backend for choice in kernels.backends(cuda, torch.bfloat16).values()} == {"triton"}
+        plain = kernels.backends(cuda, torch.float32)
+        assert "TF32" in (plain["pixel_correlation"].reason or "")
+        assert plain["complementary_losses"] == ("triton", None)
+        assert "256" in (kernels.backends(cuda, torch.bfloat16, channels=300)["pixel_correlation"].reason or "")
+        assert "float64" in (kernels.backends(cuda, torch.float64)["region_pooling"].reason or "")
 
 
 class Correlation(nn.Module):

@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # fast-slic and pydensecrf2 are C++. With a libstdc++ of their own they may crash beside torch, which loads the shared one.
 SHARED_LIBSTDCXX := LDFLAGS="-Wl,--no-as-needed -l:libstdc++.so.6"
 
-.PHONY: demo test test-timm setup clean
+# make test-torch: what depends on torch's and Triton's versions, on the oldest that setup.py promises (4.6 GB).
+.PHONY: demo test test-timm test-torch setup clean
 
 demo: setup
 	$(BIN)/cpn-fast demo
@@ -35,6 +36,22 @@ test-timm: .venv-timm/ready
 	.venv-timm/bin/python -m pip install --quiet --no-build-isolation --editable ".[dev,timm]"
 	touch $@
 
+# TORCH="torch torchvision" VENV=.venv-newest runs the same on what pip takes by itself.
+TORCH ?= torch==2.11.0 triton==3.6.0 "numpy<2.4"
+VENV ?= .venv-oldest
+
+test-torch: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(addprefix tests/test_,compiled_graphs.py kernels.py kernels_losses.py \
+		kernels_transforms.py kernels_triton.py step.py train.py cam.py training_pipeline.py inference_pipeline.py precision.py)
+
+$(VENV)/ready: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet "setuptools>=68" wheel numpy Cython $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation fast-slic pydensecrf2
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
 setup: .venv/ready
 
 # Without an NVIDIA driver the CPU build of torch saves gigabytes, where the index has one; triton 3.7.1 is its match.
@@ -52,4 +69,4 @@ setup: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-timm build *.egg-info
+	rm -rf .venv .venv-timm .venv-oldest .venv-newest build *.egg-info

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 import cpn_fast
 from cpn_fast import precision, terminal
@@ -56,9 +57,8 @@ def run(config: Config | None) -> bool:
     findings = [examine(check) for check in checks.values()]
     colours = {"ok": "green", "slow": "yellow", "broken": "red"}
     for name, finding in zip(checks, findings, strict=True):
-        table.add_row(
-            name, f"[{colours[finding.state]}]{finding.state}[/]", finding.found, finding.mend, end_section=True
-        )
+        state = Text(finding.state, style=colours[finding.state])
+        table.add_row(name, state, finding.found, finding.mend, end_section=True)
     terminal.console().print(table)
     return all(finding.state != "broken" for finding in findings)
 
@@ -169,8 +169,9 @@ def dali() -> Finding:
 BESIDE_TORCH = """
 import sys; sys.path[:] = {path!r}
 import torch
+from pathlib import Path
 from cpn_fast.pipelines import slic
-slic.png_of_file({image!r}, slic.Settings(200, 10.0, 10), 8, "")
+slic.png_of_file(Path({image!r}), slic.Settings(200, 10.0, 10), 8, "")
 """
 SHARED_LIBRARY = 'LDFLAGS="-Wl,--no-as-needed -l:libstdc++.so.6" pip install --force-reinstall --no-cache-dir '
 

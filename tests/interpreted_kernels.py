@@ -15,10 +15,11 @@ import torch
 import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from test_compiled_graphs import LOSSES, REFINED, check_graphs
 from torch import Tensor
 from triton.runtime import interpreter
 
-from cpn_fast import kernels
+from cpn_fast import config, kernels
 from cpn_fast.kernels import launch, losses_triton, pixel_triton, region_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -378,3 +379,9 @@ def test_compiles_to_one_graph() -> None:
     expected = model(leaf)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, leaf), torch.autograd.grad(expected, leaf))
+
+
+def test_a_compiled_step_holds_the_triton_operators(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where they are what ``backend=None`` takes."""
+    monkeypatch.setattr(kernels, "_fitting", lambda modules, *tensors: kernels.Choice("triton", None))
+    check_graphs(config.load(tiny_config()), REFINED, LOSSES, lambda operation: "triton")

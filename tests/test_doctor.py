@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from cpn_fast import config, doctor, evaluate
+from cpn_fast import config, doctor, evaluate, kernels
 from cpn_fast.cli import app
 from cpn_fast.errors import UserError
+from cpn_fast.kernels import Choice
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.seeds import Seed, write_seed
 
@@ -18,8 +21,9 @@ def test_everything_that_make_setup_installs_works(tiny_config) -> None:
     result = CliRunner().invoke(app, ["doctor", str(tiny_config())], catch_exceptions=False, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "broken" not in result.output
+    assert "[green]" not in result.output
     assert "12 images in ImageSets/Segmentation/train.txt" in result.output
-    for part in ("Python", "torch", "Triton", "DALI", "fast-slic", "pydensecrf", "disk"):
+    for part in ("Python", "torch", "Triton", "operations", "DALI", "fast-slic", "pydensecrf", "disk"):
         assert part in result.output
 
 
@@ -29,6 +33,39 @@ def test_what_is_broken_is_named_and_ends_with_an_exit_code(tiny_config, tmp_pat
     assert result.exit_code == 1
     assert "nowhere is not a folder" in result.output
     assert "none.pth" in result.output
+
+
+def pretended_gpu(monkeypatch, **version: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(name="Some GPU", total_memory=16 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for name, value in version.items():
+        monkeypatch.setattr(torch.version, name, value)
+
+
+def test_rocm_is_refused(monkeypatch) -> None:
+    pretended_gpu(monkeypatch, hip="6.4")
+    finding = doctor.gpu()
+    assert finding.state == "broken"
+    assert "ROCm" in finding.found
+    pretended_gpu(monkeypatch, hip=None)
+    assert doctor.gpu().state == "ok"
+
+
+def test_what_the_operations_run_on_is_told_and_why() -> None:
+    assert doctor.operations().state == "ok"
+    assert "tiled for pixel_correlation" in doctor.operations().found
+    choices = {
+        "pixel_correlation": Choice("tiled", "triton needs a GPU of compute capability 8.0 or above"),
+        "region_pooling": Choice("triton", None),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        pretended_gpu(patch)
+        patch.setattr(kernels, "backends", lambda device, dtype: choices)
+        patch.setattr(doctor.precision, "default", lambda device: "bf16")
+        finding = doctor.operations()
+    assert finding.state == "slow"
+    assert "tiled for pixel_correlation; triton for region_pooling, because triton needs a GPU" in finding.found
 
 
 def test_a_missing_package_is_a_finding(monkeypatch) -> None:

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpn_fast import checkpoint, config, train
 from cpn_fast.dataset import load_samples
@@ -68,6 +69,17 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny
     assert [line["step"] for line in lines(broken.run)] == [2, 4, 6]
     for a, b in zip(lines(whole.run)[1:], lines(broken.run)[1:], strict=True):
         assert b["lr"] == a["lr"]
+
+
+def test_a_run_notes_what_its_operations_run_on_and_on_a_gpu_why() -> None:
+    """On a CPU there is no choice to explain."""
+    found = train._backends("fp32", torch.device("cpu"))
+    assert (found["pixel_correlation"], found["region_pooling"]) == ("tiled", "eager")
+    with FakeTensorMode():  # tensors of a GPU that is not there
+        on_gpu = train._backends("fp32", torch.device("cuda"))
+        assert on_gpu["complementary_losses"] == "triton"
+        assert on_gpu["region_pooling"].startswith("eager: triton's products of float32 are TF32")
+        assert set(train._backends("bf16", torch.device("cuda")).values()) == {"triton"}
 
 
 def test_a_run_trains_and_writes_what_it_should(tiny_config) -> None:

@@ -140,6 +140,8 @@ def dali() -> Finding:
     """Decode a JPEG, a PNG of 8 and one of 16 bits as training does."""
     from nvidia.dali import Pipeline, fn, types
 
+    from cpn_fast.pipelines.decode import build
+
     rng = np.random.default_rng(0)
     maps: list[np.ndarray] = [
         rng.integers(0, 255, (24, 40)).astype(np.uint8),
@@ -152,6 +154,7 @@ def dali() -> Finding:
         for name, dtype in zip(names[1:], (types.UINT8, types.UINT16), strict=True):
             outputs.append(fn.decoders.image(name, device="cpu", output_type=types.ANY_DATA, dtype=dtype))
         pipeline.set_outputs(*outputs)
+    build(pipeline)
     smooth = np.broadcast_to(np.linspace(0, 255, 40)[None, :, None], (24, 40, 3)).astype(np.uint8)
     pipeline.feed_input("jpeg", [_encoded(smooth, "JPEG")])
     for name, picture in zip(("gray", "deep"), maps, strict=True):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +66,28 @@ def device_id(device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def build(pipeline: Pipeline) -> None:
+    """Build a pipeline without words about libraries for JPEG 2000 and TIFF, which DALI is never given to decode.
+
+    Where they are missing nvImageCodec writes of each to stderr, past Python and whatever its level of logging; without
+    a GPU the same of the GPU's JPEG decoder. All other lines are passed on once it is built.
+    """
+    needless = re.compile(rb"nvtiff|nvjpeg2k|nvjpeg2000" + (b"" if torch.cuda.is_available() else b"|nvjpeg"), re.I)
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            pipeline.build()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            for line in said:
+                if not needless.search(line):
+                    os.write(2, line)
 
 
 def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, bytes | None]]) -> list[Tensor]:

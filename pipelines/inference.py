@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cpn_fast.config import Rgb
 from cpn_fast.dataset import Sample
-from cpn_fast.pipelines.decode import decode, device_id, image_size, read_encoded, run
+from cpn_fast.pipelines.decode import build, decode, device_id, image_size, read_encoded, run
 
 
 class ScaledBatch(NamedTuple):
@@ -69,6 +69,7 @@ def scaled_images(
         encoded, *targets = fn.external_source(source=source, num_outputs=1 + len(scales), batch=True)
         images = decode(encoded, device)
         pipeline.set_outputs(*(_scaled(images, target, mean, std) for target in targets))
+    build(pipeline)
     for number, planned in enumerate(batches):
         paths = [samples[index].image for near in batches[number : number + 3] for index in near.indices]
         yield ScaledBatch(planned.indices, planned.size, run(pipeline, device, ((path, None) for path in paths)))

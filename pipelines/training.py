@@ -30,7 +30,7 @@ from cpn_fast.config import Augment, Rgb, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.images import is_whole_png
-from cpn_fast.pipelines.decode import decode, device_id, read_encoded, run
+from cpn_fast.pipelines.decode import build, decode, device_id, read_encoded, run
 from cpn_fast.pipelines.shards import Shards
 from cpn_fast.pipelines.superpixels import segment_batch
 
@@ -139,6 +139,7 @@ class TrainingPipeline:
         self._pipeline = Pipeline(batch, threads, device_id(device), prefetch_queue_depth=PREFETCH)
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph())
+        build(self._pipeline)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

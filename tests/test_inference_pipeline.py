@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.pipelines import decode
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 
@@ -131,3 +134,22 @@ def test_a_truncated_image_is_named(samples: list[Sample]) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(UserError, match=r"3\.jpg"):
         scaled(samples)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_of_what_dali_writes_only_missing_libraries_that_nobody_needs_are_left_out(on_gpu, monkeypatch, capfd) -> None:
+    needless = b"Failed to load nvjpeg2k library!\n[nvtiff_ext] Failed to load nvTIFF library.\n"
+    needed, other = b"[nvjpeg-ext] Failed to load nvJPEG library.\n", b"something broke\n"
+    pipeline = SimpleNamespace(build=lambda: os.write(2, needless + needed + other))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    decode.build(pipeline)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err.encode() == (needed if on_gpu else b"") + other + b"after\n"
+
+    def fail() -> None:
+        os.write(2, other)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        decode.build(SimpleNamespace(build=fail))
+    assert capfd.readouterr().err.encode() == other

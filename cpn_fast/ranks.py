@@ -9,6 +9,9 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(hours=2)
 """The longest that processes wait for one that is still at work. A lost one ends the wait at once."""
+MEETING = timedelta(minutes=10)
+"""The longest that processes wait for one that has not begun, as machines of a cluster begin apart."""
+SAID_AFTER = 10.0
+"""Seconds of a meeting after which it is said who is missing."""
 
 Item = TypeVar("Item")
 
@@ -102,9 +109,9 @@ def join() -> Rank:
     if world > 1:
         from torch import distributed
 
+        backend = "nccl" if rank.device.type == "cuda" else "gloo"
         try:
-            distributed.init_process_group("nccl" if rank.device.type == "cuda" else "gloo", timeout=TIMEOUT)
-            _on_cpu()
+            _Meeting(rank, backend).wait()
         except RuntimeError as error:
             if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 raise
@@ -115,6 +122,89 @@ def join() -> Rank:
             ) from None
         atexit.register(distributed.destroy_process_group)
     return rank
+
+
+class _Meeting:
+    """The processes' meeting, in a thread: torch's own waiting cannot be interrupted, and does not say for whom."""
+
+    def __init__(self, rank: Rank, backend: str) -> None:
+        self.rank, self.backend = rank, backend
+        self.missing: list[int] = [] if rank.first else [0]
+        self.error: BaseException | None = None
+        self.given_up = False
+        self.place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def wait(self) -> None:
+        """Return when all are here. Signals are acted on meanwhile. Raises UserError when MEETING is over."""
+        began, said = time.monotonic(), False
+        self.thread.start()
+        try:
+            while self.thread.is_alive():
+                self.thread.join(0.1)
+                waited = time.monotonic() - began
+                if waited > SAID_AFTER and not said and self.missing:
+                    print(f"Waiting for {self._who()}", file=sys.stderr, flush=True)
+                    said = True
+                if waited > MEETING.total_seconds():
+                    raise UserError(self._lost())
+        finally:
+            self.given_up = True
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        from torch import distributed
+
+        try:
+            store = _store(self.rank)
+            store.set(f"here/{self.rank.number}", "")
+            others = range(self.rank.world)
+            while missing := [number for number in others if not store.check([f"here/{number}"])]:
+                self.missing = missing
+                time.sleep(0.1)
+                if self.given_up:
+                    return
+            self.missing = []
+            group = distributed.PrefixStore("default_pg", store)
+            distributed.init_process_group(
+                self.backend, store=group, rank=self.rank.number, world_size=self.rank.world, timeout=TIMEOUT
+            )
+            _on_cpu()
+        except distributed.DistNetworkError as error:  # no connection, though it is tried until MEETING is over
+            self.error = UserError(f"{self._lost()}. torch says: {error}")
+        except BaseException as error:
+            self.error = error
+
+    def _who(self) -> str:
+        numbers = ", ".join(map(str, self.missing[:8])) + (", ..." if len(self.missing) > 8 else "")
+        here = f"process {self.rank.number} is at {self.place}"
+        return f"process {numbers or 'unknown'} of {self.rank.world}, numbered from 0; {here}"
+
+    def _lost(self) -> str:
+        return (
+            f"after {MEETING.total_seconds() / 60:g} minutes still waiting for {self._who()} (MASTER_ADDR and "
+            "MASTER_PORT). See what the missing ones say, and start all of them again"
+        )
+
+
+def _store(rank: Rank) -> Any:
+    """What all processes write into and read from: torchrun's, or without it one that process 0 keeps."""
+    from torch import distributed
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, *_ = next(distributed.rendezvous("env://", rank.number, rank.world, timeout=MEETING))
+    else:
+        try:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        except (KeyError, ValueError):
+            raise UserError(
+                f"WORLD_SIZE is {rank.world}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet: set "
+                "both, start with torchrun, or unset WORLD_SIZE"
+            ) from None
+        store = distributed.TCPStore(host, port, None, rank.first, MEETING, wait_for_workers=False, multi_tenant=True)
+    store.set_timeout(TIMEOUT)
+    return store
 
 
 _ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +20,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from several_processes import run_in_processes
 
-from cpn_fast import cam, checkpoint, config, crf, evaluate, ranks, refine, segment, train
+from cpn_fast import cam, checkpoint, config, crf, evaluate, ranks, refine, segment, signals, train
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.masks import read_mask
@@ -196,12 +199,44 @@ def test_processes_that_start_again_and_do_not_meet_are_told_why(monkeypatch) ->
     def refused(*_, **__):
         raise RuntimeError("Connection refused")
 
-    monkeypatch.setattr(torch.distributed, "init_process_group", refused)
+    monkeypatch.setattr(ranks, "_store", refused)
     monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"})
     with pytest.raises(RuntimeError, match="Connection refused"):
         ranks.join.__wrapped__()
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
     with pytest.raises(UserError, match=r"Connection refused.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        ranks.join.__wrapped__()
+
+
+@pytest.mark.parametrize(("number", "missing"), [(0, 1), (1, 0)])
+def test_who_is_missing_at_the_meeting_is_said(number: int, missing: int, monkeypatch, capfd) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(ranks, "MEETING", timedelta(seconds=1.5))
+    monkeypatch.setattr(ranks, "SAID_AFTER", 0.2)
+    names = {"RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=rf"still waiting for process {missing} of 2.*127\.0\.0\.1:{port}"):
+        ranks.join.__wrapped__()
+    assert f"Waiting for process {missing} of 2" in capfd.readouterr().err
+
+
+def test_a_signal_ends_the_meeting_at_once(monkeypatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(signals.Stopped), signals.acted_on():
+        ranks.join.__wrapped__()
+
+
+def test_processes_without_a_place_to_meet_are_told(monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT"):
         ranks.join.__wrapped__()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -378,7 +379,10 @@ def run(
         print(f"Warning: no ground truth has a pixel of {some(never)}, and no score counts them", file=sys.stderr)
     place, home = source.resolve(), config.run.resolve()
     parts = place.relative_to(home).parts if place.is_relative_to(home) else place.parts[-2:]
-    folder = config.run / "evaluation" / list_path.stem / "-".join(parts)
+    name = "-".join(parts)
+    if len(os.fsencode(name)) > 200:  # the names of several folders, where that of one may have 255 bytes
+        name = f"{parts[-1][:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    folder = config.run / "evaluation" / list_path.stem / name
     if ranks.join().first:
         write_evaluation(folder, evaluation)
         print_evaluation(evaluation)

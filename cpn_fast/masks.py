@@ -35,8 +35,14 @@ def _voc_palette() -> np.ndarray:
 PALETTE = _voc_palette()
 """uint8 (256, 3): VOC's RGB colour of each mask value."""
 
+# Grays start at 80: most of VOC's colours are dark and would vanish in shadows.
+TINTS = np.rint(0.45 * (80 + np.arange(256)[:, None, None] * (175 / 255)) + 0.55 * PALETTE).astype(np.uint8)
+"""uint8 (256, 256, 3): RGB of a gray level under the colour of a mask value."""
+
 GAP, LINE, SQUARE = 8, 24, 12
 """Pixels between things, of a line of text, and of a legend's squares."""
+NARROWEST, ENLARGED, LONGEST = 240, 2048, 16_384
+"""Sides of an overlay in pixels: the width that its legend needs, the longest of a small image, the longest of any."""
 FONT = ImageFont.load_default(13)
 
 
@@ -76,7 +82,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 def tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The image, uint8 RGB (H, W, 3), with the regions of mask, uint8 (H, W), in their colours and a line between."""
-    regions = _tint(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], mask)
+    regions = _tint(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), mask)
     picture = np.where(mask[..., None] > 0, regions, image)
     highest = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
     picture[(highest != mask) & (highest != IGNORE)] = 255  # beside a pixel of a higher class
@@ -84,16 +90,22 @@ def tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """The tinted image and, below it, a legend of the classes in the mask.
+    """The tinted image and, below it, a legend of the classes in the mask, for which it gets white margins if need be.
 
     image: uint8 RGB (H, W, 3); mask: uint8 (H, W), 0 background, i + 1 for ``classes[i]``. A picture narrower than
-    240 pixels is enlarged by a whole factor, to leave the legend room. Returns uint8 RGB.
+    240 pixels is enlarged by a whole factor, up to a long side of 2,048; one longer than 16,384 is made smaller, for
+    JPEG ends at 65,500. Returns uint8 RGB.
     """
-    factor = -(-240 // image.shape[1])
-    size = image.shape[1] * factor, image.shape[0] * factor
-    large = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    picture = tinted(large, cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT))
-    return np.concatenate([picture, _caption("", _present(mask), classes, size[0])])
+    sides = image.shape[1], image.shape[0]
+    factor = max(1, min(-(-NARROWEST // sides[0]), ENLARGED // max(sides)))
+    scale = min(factor, LONGEST / max(sides))
+    width, height = (max(1, round(side * scale)) for side in sides)
+    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    large = cv2.resize(image, (width, height), interpolation=smooth)
+    picture = tinted(large, cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))
+    margin = max(0, NARROWEST - width)
+    picture = np.pad(picture, ((0, 0), (margin // 2, margin - margin // 2), (0, 0)), constant_values=255)
+    return np.concatenate([picture, _caption("", _present(mask), classes, picture.shape[1])])
 
 
 def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
@@ -187,8 +199,7 @@ def _from_colours(path: Path, picture: np.ndarray) -> np.ndarray:
 
 
 def _tint(gray: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    # Grays start at 80: most of VOC's colours are dark and would vanish in shadows.
-    return np.rint(0.45 * (80 + gray * (175 / 255)) + 0.55 * PALETTE[mask]).astype(np.uint8)
+    return np.asarray(TINTS[gray, mask])
 
 
 def _fitted(picture: np.ndarray, cell: tuple[int, int]) -> tuple[int, int]:

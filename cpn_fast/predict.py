@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib.util
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -466,6 +467,11 @@ def _find(given: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
         raise UserError(
             f"several images are called {', '.join(twice[:5])}{' ...' * (len(twice) > 5)}, and their masks too: "
             "rename them, or give one folder that holds them all"
+        )
+    long = [str(path) for id_, path in found if len(os.fsencode(Path(id_).name)) > 255 - len("_overlay.png")]
+    if long:
+        raise UserError(
+            f"names too long to have _overlay.png behind them, at most 243 bytes: rename {', '.join(long[:3])}"
         )
     return dict(found), left_out
 

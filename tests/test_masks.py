@@ -4,6 +4,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -145,6 +146,14 @@ def test_no_outline_is_drawn_at_ignored_pixels() -> None:
     mask[3:6, 3:6] = 1
     image = np.zeros((9, 9, 3), np.uint8)
     assert not (tinted(image, mask) == 255).any()
+
+
+@pytest.mark.parametrize(("height", "width"), [(3000, 10), (60_000, 1), (1, 60_000), (1, 1)])
+def test_overlay_of_a_thin_image_is_one_that_jpeg_can_hold(height: int, width: int) -> None:
+    picture = overlay(photo(height, width), np.ones((height, width), np.uint8), ["cat"])
+    assert max(picture.shape) <= 16_384 + LINE
+    assert picture.shape[1] >= min(240, 16_384)
+    assert cv2.imencode(".jpg", picture)[0]
 
 
 def test_overlay_has_a_legend_that_wraps_and_room_for_it() -> None:

@@ -358,3 +358,10 @@ def test_annotations_are_written_beside_the_masks(small_run: Path, samples, tmp_
     shutil.copy(image, tmp_path / "coco.jpg")
     refused = invoke(tmp_path / "coco.jpg", "--model", small_run, "--out", tmp_path / "x", "--annotations", "coco")
     assert "images are called coco, and so are files of --annotations" in str(refused.exception)
+
+
+def test_names_that_leave_no_room_for_their_outputs_are_told_before_anything_starts(tmp_path) -> None:
+    image = tmp_path / f"{'x' * 244}.jpg"
+    image.write_bytes(b"never read")
+    with pytest.raises(UserError, match="at most 243 bytes: rename"):
+        predict.run(tmp_path / "no-model-either", [image], tmp_path / "out", None)

@@ -221,7 +221,7 @@ def test_triton_replays_from_a_cuda_graph(op: Op) -> None:
         grads = torch.autograd.grad(out, arguments, gradient, allow_unused=True)
         return [out.detach(), *(grad for grad in grads if grad is not None)]
 
-    expected = run()  # and tunes
+    expected = run()  # and compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()

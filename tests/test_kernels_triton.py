@@ -96,3 +96,21 @@ def test_a_maximum_keeps_nan_in_the_machine_code() -> None:
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "max.NaN.f32" in finished.stdout
     assert not re.search(r"max(\.ftz)?\.f32", finished.stdout)
+
+
+def test_symbolic_sizes_leave_short_guards() -> None:
+    """Channels and classes become constants, pixels and images stay symbols, in guards that a reader can read."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from cpn_fast.kernels import pixel_triton
+
+    def run(cam: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        return pixel_triton._correlate(cam, embedding, 1e-5)
+
+    graph = make_fx(run, tracing_mode="symbolic")(torch.rand(3, 5, 77), torch.rand(3, 40, 77))
+    (called,) = (node for node in graph.graph.nodes if "pixel_correlation_triton" in str(node.target))
+    g = called.meta["val"][2]
+    assert isinstance(g.shape[0], torch.SymInt)
+    assert isinstance(g.shape[1], torch.SymInt)
+    assert g.shape[2] == 64
+    assert max((len(str(guard.expr)) for guard in graph.shape_env.guards), default=0) < 100

@@ -394,11 +394,14 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/voc.")]) -> None:
-    """Write a run's report: one HTML page with curves, scores and pictures."""
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/voc.")],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Write a run's report: one HTML page with curves, scores and pictures. --set data.root=FOLDER if images moved."""
     from cpn_fast import report
 
-    page = report.run(run)
+    page = report.run(run, overrides)
     print(f"The report is {page}: open it in a browser")
     _done("report", page=page)
 

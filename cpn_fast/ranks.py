@@ -166,7 +166,7 @@ class _Meeting:
                 if self.given_up:
                     return
             self.missing = []
-            group = distributed.PrefixStore("default_pg", store)
+            group = distributed.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
             distributed.init_process_group(
                 self.backend, store=group, rank=self.rank.number, world_size=self.rank.world, timeout=TIMEOUT
             )
@@ -193,7 +193,8 @@ def _store(rank: Rank) -> Any:
     from torch import distributed
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, *_ = next(distributed.rendezvous("env://", rank.number, rank.world, timeout=MEETING))
+        met = distributed.rendezvous("env://", rank.number, rank.world, timeout=MEETING)  # type: ignore[attr-defined]
+        store, *_ = next(met)
     else:
         try:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -202,7 +203,8 @@ def _store(rank: Rank) -> Any:
                 f"WORLD_SIZE is {rank.world}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet: set "
                 "both, start with torchrun, or unset WORLD_SIZE"
             ) from None
-        store = distributed.TCPStore(host, port, None, rank.first, MEETING, wait_for_workers=False, multi_tenant=True)
+        kept = {"wait_for_workers": False, "multi_tenant": True}
+        store = distributed.TCPStore(host, port, None, rank.first, MEETING, **kept)  # type: ignore[attr-defined]
     store.set_timeout(TIMEOUT)
     return store
 

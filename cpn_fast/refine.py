@@ -54,6 +54,7 @@ def run(config: Config) -> Path:
     """
     rank = ranks.join()
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
+    train.check_batch(config.affinity.train, rank.world, len(samples), "affinity.train")
     own = rank.share(samples)
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
     seeds, origin = _seeds(config, samples)

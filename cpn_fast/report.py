@@ -36,15 +36,17 @@ SHOWN = 8
 """Images in each of the galleries of the best and the worst."""
 
 
-def run(folder: Path) -> Path:
+def run(folder: Path, overrides: list[str] | None = None) -> Path:
     """Write ``report.html`` into a run's folder from what is there by now; returns its path.
+
+    ``overrides`` as ``config.load`` takes them, such as ``data.root=FOLDER`` where the images now lie.
 
     Raises UserError if the folder holds no run, or if files that it refers to are gone.
     """
     if not (folder / "config.yaml").is_file():
         there = ", ".join(str(file.parent) for file in sorted(folder.glob("*/config.yaml"))) or "as in runs/voc"
         raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {there}")
-    config = load(folder / "config.yaml")
+    config = load(folder / "config.yaml", overrides)
     environment = folder / "environment.json"
     model = load_model(folder) if (folder / "model.safetensors").is_file() else None
     found = sorted(folder.glob("evaluation/*/*/evaluation.json"))

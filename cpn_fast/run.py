@@ -8,8 +8,9 @@ from typing import NamedTuple
 from rich.table import Table
 
 from cpn_fast import cam, evaluate, ranks, refine, segment, terminal, train
-from cpn_fast.config import Config
+from cpn_fast.config import PACKAGE, Config
 from cpn_fast.dataset import load_samples
+from cpn_fast.errors import UserError
 from cpn_fast.pipelines.shards import training_list
 
 
@@ -28,10 +29,9 @@ def run(config: Config) -> list[Stage]:
     Seeds are scored on ``data.eval_list``, and so are pseudo-masks if its images are among ``data.train_list``; the
     segmenter on ``segment.eval_list``.
     """
-    lists = config.data
-    for list_path, labels in ((lists.train_list, True), (lists.eval_list, True), (config.segment.eval_list, False)):
-        load_samples(lists, config.classes, list_path, labels=labels, masks=False)  # what is missing shows before hours
-    if ranks.join().first and (config.run / "model.safetensors").is_file():  # else training compares them
+    lists, rank = config.data, ranks.join()
+    check(config, rank.world)
+    if rank.first and (config.run / "model.safetensors").is_file():  # else training compares them
         train.remember_list(config.run, training_list(config)[0], begins=False)
     weights = train.run(config)
     seeds = cam.run(config, weights) / "seeds"
@@ -55,6 +55,37 @@ def run(config: Config) -> list[Stage]:
             table.add_row(name, list_path.name, "no ground truth" if miou is None else f"{miou:.1%}")
         terminal.console().print(table)
     return stages
+
+
+def check(config: Config, world: int) -> None:
+    """Look for what any stage needs, before the first one takes hours. Raises UserError with all that is found."""
+    lists, problems = config.data, []
+    images = {}
+    for key, list_path, labels in (
+        ("data.train_list", lists.train_list, True),
+        ("data.eval_list", lists.eval_list, True),
+        ("segment.eval_list", config.segment.eval_list, False),
+    ):
+        try:
+            images[key] = len(load_samples(lists, config.classes, list_path, labels=labels, masks=False))
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+    for section, options in (
+        ("train", config.train),
+        ("affinity.train", config.affinity.train),
+        ("segment.train", config.segment.train),
+    ):
+        try:
+            train.check_batch(options, world, images.get("data.train_list"), section)
+        except UserError as error:
+            problems.append(str(error))
+    weights, run = config.model.weights, config.run
+    trained = all((run / part / "model.safetensors").is_file() for part in (".", "refine/affinity", "segment/deeplab"))
+    elsewhere = weights is None or str(weights) == "timm" or str(weights).startswith(PACKAGE)
+    if not trained and not elsewhere and not weights.is_file():  # type: ignore[union-attr]
+        problems.append(f"model.weights: {weights} is no file; AffinityNet and the segmenter start from it too")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def score(config: Config, list_path: Path, *, cams: Path | None = None, masks: Path | None = None) -> float | None:

@@ -62,6 +62,7 @@ def run(config: Config, masks: Path) -> Path:
         )
     settings = deeplab_config(config)
     rank = ranks.join()
+    train.check_batch(settings.train, rank.world, len(samples), "segment.train")
     if rank.first:
         made_by = {"masks_sha256": _digest(samples), "bn_momentum": config.segment.bn_momentum}
         claim(settings.run, made_by | train.decisive(settings))

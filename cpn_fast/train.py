@@ -20,7 +20,7 @@ import cpn_fast
 from cpn_fast import checkpoint, kernels, precision, ranks, signals
 from cpn_fast import config as configs
 from cpn_fast.batch_size import sized
-from cpn_fast.config import Config
+from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, cannot_be_learned
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_note, remove_partials, replacing, write_json
@@ -68,6 +68,7 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     number may change between two starts.
     """
     rank = ranks.join()
+    check_batch(config.train, rank.world)
     with owned(config.run, rank):
         return _fit(config, build, rank)
 
@@ -79,8 +80,6 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
     config = sized(config, build, rank)
     train = config.train
     assert train.batch != "auto"
-    if train.batch % rank.world:
-        raise UserError(f"train.batch is {train.batch}, expected a multiple of torchrun's {rank.world} processes")
     final = config.run / FINAL
     if rank.first:
         _open_run(config, device)
@@ -200,6 +199,29 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
         write_weights(final, to_released_keys(network.state_dict()), config=configs.dump(config))
     rank.wait()
     return final
+
+
+def check_batch(train: Train, world: int, images: int | None = None, key: str = "train") -> None:
+    """Raise UserError if ``world`` processes cannot share a batch, or ``images`` do not make a step.
+
+    ``key`` is the section's whole name, as in ``segment.train``.
+    """
+    if train.batch == "auto":
+        return
+    if train.batch % world:
+        raise UserError(f"{key}.batch is {train.batch}, expected a multiple of torchrun's {world} processes")
+    if images is None:
+        return
+    if train.batch > images:
+        raise UserError(
+            f"{key}.batch is {train.batch}, but the training list has only {images} image(s): lower {key}.batch or "
+            "list more images"
+        )
+    batches = (train.epochs or 0) * (images // train.batch)
+    if train.steps is None and batches < train.accumulate:
+        raise UserError(
+            f"{key}.accumulate is {train.accumulate}, more than the {batches} batches of all epochs: lower it"
+        )
 
 
 def _first_images(samples: Sequence[Sample], shards: Shards | None) -> list[np.ndarray]:

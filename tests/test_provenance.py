@@ -43,8 +43,8 @@ def test_is_read_once_and_again_when_it_changed(tmp_path: Path, monkeypatch) -> 
     path.write_bytes(b"a" * 1000)
     other.write_bytes(b"b" * 1000)
     reads = []
-    waiting = provenance._without_waiting
-    monkeypatch.setattr(provenance, "_without_waiting", lambda *given: reads.append(given) or waiting(*given))
+    opened = provenance.reading.opened
+    monkeypatch.setattr(provenance.reading, "opened", lambda *given: reads.append(given) or opened(*given))
     first = image_digest(path)
     assert (image_digest(path), len(reads)) == (first, 1)
     shutil.copystat(path, other)  # of the same size, with the same time of change, as `cp -p` and `rsync -t` leave it

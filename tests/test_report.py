@@ -161,3 +161,14 @@ def test_seeds_that_are_gone_are_named_and_the_old_page_stays(run: Path) -> None
     with pytest.raises(UserError, match=seed.name):
         report.run(run)
     assert page.read_bytes() == before
+
+
+def test_images_that_moved_are_found_where_they_are_said_to_lie(
+    small_run: Path, small_voc: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(small_run, tmp_path / "run")
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace(str(small_voc), str(tmp_path / "gone")))
+    with pytest.raises(UserError, match=r"--set data\.root=FOLDER"):
+        report.run(run)
+    assert "data:image/jpeg" in report.run(run, [f"data.root={small_voc}"]).read_text()

@@ -20,6 +20,9 @@ CHAIN = {
 }
 
 
+SECTIONS = ("train", "affinity.train", "segment.train")
+
+
 def stamps(folder: Path) -> dict[str, int]:
     """When the files of the stages were written, but for logs and scores, which every start writes."""
     kept = (".safetensors", ".npz", ".png", ".jpg", ".pt")
@@ -55,7 +58,7 @@ def test_a_finished_run_whose_list_or_tags_changed_says_so_and_is_kept(
     settings = config.load(tiny_config(**CHAIN | {"data": {**CHAIN["data"], "root": str(data)}}))
     run.run(settings)
     weights = (settings.run / "model.safetensors").stat().st_mtime_ns
-    assert "Warning" not in capsys.readouterr().err
+    assert "was trained on another list" not in capsys.readouterr().err
 
     listed = data / settings.data.train_list
     ids = listed.read_text().splitlines()
@@ -66,7 +69,7 @@ def test_a_finished_run_whose_list_or_tags_changed_says_so_and_is_kept(
 
     listed.write_text("\n".join(ids))
     run.run(settings)
-    assert "Warning" not in capsys.readouterr().err
+    assert "was trained on another list" not in capsys.readouterr().err
 
 
 def test_a_list_that_only_the_last_stage_needs_is_missed_before_the_first(tiny_config) -> None:
@@ -74,6 +77,36 @@ def test_a_list_that_only_the_last_stage_needs_is_missed_before_the_first(tiny_c
     with pytest.raises(UserError, match=r"later\.txt: no such list"):
         run.run(settings)
     assert not settings.run.exists()
+
+
+def test_what_later_stages_need_is_checked_before_the_first(tiny_config) -> None:
+    """All of it at once, by the keys' whole names."""
+    settings = config.load(
+        tiny_config(
+            model={"weights": "gone.safetensors"},
+            affinity={"train": {"batch": 13, "epochs": 1}},
+            segment={"eval_list": "later.txt", "train": {"batch": 2, "epochs": 1, "accumulate": 7}},
+        )
+    )
+    with pytest.raises(UserError) as raised:
+        run.run(settings)
+    lines = str(raised.value).splitlines()
+    found = [
+        "segment.eval_list: ",
+        "affinity.train.batch is 13",
+        "segment.train.accumulate is 7",
+        "model.weights: gone",
+    ]
+    assert [line[: len(start)] for line, start in zip(lines, found, strict=True)] == found
+    assert not settings.run.exists()
+
+
+@pytest.mark.parametrize("key", ["train", "affinity.train", "segment.train"])
+def test_every_batch_is_shared_by_all_processes(key: str, tiny_config) -> None:
+    batches = {section: 3 if section == key else 4 for section in SECTIONS}
+    settings = config.load(tiny_config(), [f"{section}.batch={batch}" for section, batch in batches.items()])
+    with pytest.raises(UserError, match=rf"^{key}\.batch is 3, expected a multiple of torchrun's 2 processes$"):
+        run.check(settings, world=2)
 
 
 def test_without_ground_truth_nothing_is_scored(tiny_config, small_voc) -> None:

@@ -145,14 +145,16 @@ def listed_stages(config: Config, weights: Path) -> dict[str, Callable[[], objec
     cores, made = os.cpu_count() or 1, config.run / "refine"
     seeds = config.run / "cams" / list_path.stem / "seeds"
 
+    sources = dict.fromkeys((sample.id for sample in samples), "bench")
+
     def crf() -> None:
         alphas = {made / "crf-low": config.crf.low_alpha, made / "crf-high": config.crf.high_alpha}
-        write_label_maps(samples, seeds, alphas, parameters=config.crf.parameters, workers=cores)
+        write_label_maps(samples, seeds, alphas, sources=sources, parameters=config.crf.parameters, workers=cores)
         refine.write_labels(samples, made / "crf-low", made / "crf-high", made / "labels")
 
     def walk() -> None:
         affinity = weights / "affinity.safetensors"
-        refine.walk(config, affinity, samples, seeds, made / "masks", device=device, workers=cores)
+        refine.walk(config, affinity, samples, seeds, made / "masks", sources=sources, device=device, workers=cores)
 
     cache = SuperpixelCache(config.run, config.superpixels)
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,18 +20,23 @@ from cpn_fast import ranks, reading
 from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, read_note, replacing, write_json
+from cpn_fast.files import claim, replacing
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.folding import fold
 from cpn_fast.models.network import Network, build_network
+from cpn_fast.owner import owned
 from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
-from cpn_fast.seeds import Seed, read_seed, unit_scale, write_seed
-from cpn_fast.weights import load_into, read_weights, to_network_keys
+from cpn_fast.provenance import VERSION, combined, image_digests
+from cpn_fast.seeds import Seed, read_seed, seed_source, unit_scale, write_seed
+from cpn_fast.weights import load_into, read_weights, require_finite, to_network_keys
+
+OWN = ("seeds", "masks", "overlays", "pictures.json")
+"""What this stage writes for a list."""
 
 
 def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
@@ -42,41 +46,55 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     ``cam.mask_threshold`` only draws masks and overlays anew. Under torchrun each process makes its share of the list.
     """
     rank = ranks.join()
-    device = rank.device
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
-    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    folder = config.run / "cams" / config.list_name(list_path)
+    with owned(folder, rank):
+        _make(config, weights, samples, folder, rank)
+    return folder
 
-    folder = config.run / "cams" / list_path.stem
-    if rank.first:
-        claim(folder, _made_by(config, weights))
-        _forget_other_pictures(folder, config.cam.mask_threshold)
-    rank.wait()
+
+def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: ranks.Rank) -> None:
+    device = rank.device
+    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    origin = claim(folder, _made_by(config, weights), OWN) if rank.first else ""
+    origin = rank.gather(origin)[0]
     own = rank.share(samples)
     missing, undrawn = [], []
+    sources = seed_sources(own, origin)
     for sample in own:
-        if not _finished(folder, sample):
+        if not _finished(folder, sample, sources[sample.id]):
             missing.append(sample)
-        elif not _drawn(folder, sample):
+        elif not _drawn(folder, sample, sources[sample.id], config):
             undrawn.append(sample)
     batches = images_for(network, missing, config, config.cam.scales)
     writers = config.train.data_threads
     with ThreadPoolExecutor(writers) as pool, Progress("cam", len(own), len(own) - len(missing)) as progress:
-        writing: deque[Future[None]] = deque(pool.submit(_redraw, folder, sample, config) for sample in undrawn)
+        writing: deque[Future[None]] = deque(
+            pool.submit(_redraw, folder, sample, sources[sample.id], config) for sample in undrawn
+        )
         for batch in batches:
             chosen = [missing[i] for i in batch.indices]
             labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
             with torch.inference_mode(), autocast(config.train.precision, device):
                 cams = summed_cams(network, batch, labels, config.cam)
             for sample, cam in zip(chosen, cams, strict=True):
-                writing.append(pool.submit(_write, folder, sample, cam, config))
+                writing.append(pool.submit(_write, folder, sample, cam, sources[sample.id], config, weights))
             while len(writing) > writers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
             progress.advance(len(chosen))
         for written in writing:
             written.result()
     rank.wait()
-    return folder
+
+
+def seed_sources(samples: Sequence[Sample], origin: str) -> dict[str, str]:
+    """Id -> what its seed is made of: image, tags, and the ``origin`` of the folder, which ``claim`` returned."""
+    images = image_digests([sample.image for sample in samples])
+    return {
+        sample.id: combined(origin, image, np.flatnonzero(tags(sample)).tolist())
+        for sample, image in zip(samples, images, strict=True)
+    }
 
 
 def tags(sample: Sample) -> np.ndarray:
@@ -154,54 +172,51 @@ def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
     return F.interpolate(maps[None], tuple(size), mode="bilinear", align_corners=corners)[0]
 
 
-def _write(folder: Path, sample: Sample, cam: Tensor, config: Config) -> None:
+def _write(folder: Path, sample: Sample, cam: Tensor, source: str, config: Config, weights: Path) -> None:
     """In a thread, so that neither the GPU nor the loop that feeds it waits for files."""
     seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
-    _draw(folder, sample, seed, config)
-    write_seed(folder / "seeds" / f"{sample.id}.npz", seed)  # last: its presence says that the image is done
+    require_finite(seed.cam, weights, sample.id)
+    _draw(folder, sample, seed, source, config)
+    write_seed(folder / "seeds" / f"{sample.id}.npz", seed, source)  # last: its presence says that the image is done
 
 
-def _redraw(folder: Path, sample: Sample, config: Config) -> None:
-    _draw(folder, sample, read_seed(folder / "seeds" / f"{sample.id}.npz"), config)
+def _redraw(folder: Path, sample: Sample, source: str, config: Config) -> None:
+    _draw(folder, sample, read_seed(folder / "seeds" / f"{sample.id}.npz"), source, config)
 
 
-def _draw(folder: Path, sample: Sample, seed: Seed, config: Config) -> None:
+def _draw(folder: Path, sample: Sample, seed: Seed, source: str, config: Config) -> None:
     mask = seed.mask(config.cam.mask_threshold)
-    write_mask(folder / "masks" / f"{sample.id}.png", mask)
     picture = overlay(read_image(sample.image), mask, config.classes)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     with replacing(folder / "overlays" / f"{sample.id}.jpg") as file:
         file.write(jpeg.tobytes())
+    write_mask(folder / "masks" / f"{sample.id}.png", mask, _mask_source(source, config))  # last: it tells of both
 
 
-def _finished(folder: Path, sample: Sample) -> bool:
+def _mask_source(seed: str, config: Config) -> str:
+    return combined(seed, config.cam.mask_threshold)
+
+
+def _finished(folder: Path, sample: Sample, source: str) -> bool:
     path = folder / "seeds" / f"{sample.id}.npz"
     if not path.exists():
         return False
     try:
-        seed = read_seed(path)
+        read_seed(path)
     except UserError:
         print(f"Warning: {path} is damaged and made again", file=sys.stderr)
         return False
-    return np.array_equal(seed.classes, np.flatnonzero(tags(sample)))  # else its tags were changed since
+    return seed_source(path) == source
 
 
-def _drawn(folder: Path, sample: Sample) -> bool:
-    return can_be_kept(folder / "masks" / f"{sample.id}.png") and (folder / "overlays" / f"{sample.id}.jpg").exists()
-
-
-def _forget_other_pictures(folder: Path, threshold: float) -> None:
-    """Remove masks and overlays of another background threshold than this; the seeds do not depend on it."""
-    note, drawn_with = folder / "pictures.json", {"mask_threshold": threshold}
-    if read_note(note) == drawn_with:
-        return
-    for name in ("masks", "overlays"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    write_json(note, drawn_with)
+def _drawn(folder: Path, sample: Sample, source: str, config: Config) -> bool:
+    mask, overlay = folder / "masks" / f"{sample.id}.png", folder / "overlays" / f"{sample.id}.jpg"
+    return can_be_kept(mask, _mask_source(source, config)) and overlay.exists()
 
 
 def _made_by(config: Config, weights: Path) -> dict[str, Any]:
     return {
+        "version": VERSION,
         "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
         "classes": list(config.classes),
         "model": config.model.model_dump(mode="json"),

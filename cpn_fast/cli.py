@@ -16,6 +16,7 @@ import cpn_fast
 from cpn_fast import progress
 from cpn_fast.errors import UserError, is_out_of_memory
 from cpn_fast.files import refusal
+from cpn_fast.owner import owned
 from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
 from cpn_fast.terminal import escaping, shown
 
@@ -340,7 +341,8 @@ def import_coco(
     """Make tags, masks and a list of COCO's instances JSON, or of another data set's in that form."""
     from cpn_fast import coco
 
-    made = coco.run(instances, images, destination)
+    with owned(destination):
+        made = coco.run(instances, images, destination)
     print(f"{made.images} images of {len(made.classes)} classes are listed in {destination / made.list}")
     if made.negatives:
         print(f"{made.negatives} of them show no object and are negatives")
@@ -431,7 +433,8 @@ def demo(
     """Generate a small data set, train CPN and a plain CAM on it, and score both."""
     from cpn_fast import demo
 
-    demo.run(out)
+    with owned(out):
+        demo.run(out)
     _done("demo", next=_command("report", out / "demo"), folder=out)
 
 

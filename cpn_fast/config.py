@@ -527,23 +527,24 @@ class Config(Section):
     def list_name(self, path: Path) -> str:
         """What the results of a list are called in the run's folder: its stem, as long as that is its alone.
 
-        It is of a list that the config names (of several with one stem, of the first), else of one beside
-        ``data.train_list``. All others, and lists called like a part of the run, have a digest of their path behind it.
+        That is the first that is there: one that the config names, one beside ``data.train_list``, one in
+        ``data.root``. All others, and lists called like a part of the run, have a digest of their path behind it.
         """
 
         def place(of: Path) -> str:  # data that was moved keeps it
             return os.path.relpath(self.data.root / of, self.data.root)
 
         own = [place(of) for of in (self.data.train_list, self.data.eval_list, self.segment.eval_list)]
-        namesakes = [of for of in own if Path(of).stem.casefold() == path.stem.casefold()]
-        there = [of for of in namesakes if (self.data.root / of).exists()]  # segment.eval_list has a default
-        beside = Path(place(path)).parent == Path(own[0]).parent and path.suffix == Path(own[0]).suffix
-        alone = there[0] == place(path) if there else beside or place(path) in namesakes
+        first = [of for of in own if Path(of).stem.casefold() == path.stem.casefold()]
+        for folder in (Path(own[0]).parent, Path()):
+            first += [str(folder / f"{path.stem}{ending}") for ending in (Path(own[0]).suffix, ".txt")]
+        there = [of for of in first if (self.data.root / of).exists()]  # segment.eval_list has a default
+        alone = place(path) in (there[:1] or first)
         stem = path.stem
         if alone and stem.casefold() not in _PARTS and not stem.startswith(".") and len(os.fsencode(stem)) < 200:
             return stem
         digest = hashlib.sha256(os.fsencode(place(path))).hexdigest()[:8]
-        return f"{stem.lstrip('.')[:50]}-{digest}"
+        return f"{stem.lstrip('.')[:50] or 'list'}-{digest}"
 
     @property
     def superpixel_cache(self) -> Path:

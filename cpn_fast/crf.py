@@ -130,31 +130,41 @@ def _end_with_parent() -> None:
 
 
 def write_label_maps(
-    samples: Sequence[Sample], seeds: Path, folders: Mapping[Path, float], *, parameters: CrfName, workers: int
+    samples: Sequence[Sample],
+    seeds: Path,
+    folders: Mapping[Path, float],
+    *,
+    sources: Mapping[str, str],
+    parameters: CrfName,
+    workers: int,
 ) -> None:
-    """Write ``FOLDER/ID.png``, the mask of the CRF of ``seeds/ID.npz``, where it is missing; ``folders`` has an alpha
-    for each.
+    """Write ``FOLDER/ID.png``, the mask of the CRF of ``seeds/ID.npz``, where it is missing or of another source than
+    ``sources[ID]``; ``folders`` has an alpha for each.
 
     Raises UserError for a missing or damaged seed or image.
     """
     jobs: list[tuple[Sample, dict[Path, float]]] = []
     for sample in samples:
         masks = {folder / f"{sample.id}.png": alpha for folder, alpha in folders.items()}
-        jobs.append((sample, {path: alpha for path, alpha in masks.items() if not can_be_kept(path)}))
+        kept = {path for path in masks if can_be_kept(path, sources[sample.id])}
+        jobs.append((sample, {path: alpha for path, alpha in masks.items() if path not in kept}))
     jobs = [(sample, masks) for sample, masks in jobs if masks]
     if not jobs:
         return
     alphas = " and ".join(f"{alpha:g}" for alpha in folders.values())
     with process_pool(min(workers, len(jobs))) as pool:
         written = [
-            pool.submit(_write_label_maps, sample.image, seeds / f"{sample.id}.npz", masks, parameters)
+            pool.submit(_write_label_maps, sample, seeds, masks, sources[sample.id], parameters)
             for sample, masks in jobs
         ]
         for job in track(as_completed(written), f"CRF, alpha {alphas}", total=len(written)):
             job.result()
 
 
-def _write_label_maps(image: Path, seed_path: Path, masks: Mapping[Path, float], parameters: CrfName) -> None:
+def _write_label_maps(
+    sample: Sample, seeds: Path, masks: Mapping[Path, float], source: str, parameters: CrfName
+) -> None:
+    image, seed_path = sample.image, seeds / f"{sample.id}.npz"
     seed, pixels = read_seed(seed_path), read_image(image)
     if seed.cam.shape[1:] != pixels.shape[:2]:
         raise UserError(
@@ -163,7 +173,7 @@ def _write_label_maps(image: Path, seed_path: Path, masks: Mapping[Path, float],
         )
     all_scores = [with_background(seed, alpha) for alpha in masks.values()]
     for path, scores in zip(masks, dense_crfs(pixels, all_scores, PARAMETERS[parameters]), strict=True):
-        write_mask(path, class_values(seed)[scores.argmax(0)])
+        write_mask(path, class_values(seed)[scores.argmax(0)], source)
 
 
 def class_values(seed: Seed) -> np.ndarray:

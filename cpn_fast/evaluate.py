@@ -33,8 +33,9 @@ from cpn_fast import ranks, terminal
 from cpn_fast.config import Config, Evaluate
 from cpn_fast.dataset import Sample, load_samples, some
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, remove_partials, replacing
+from cpn_fast.files import read_json, remove_partials, replacing, with_checksum
 from cpn_fast.masks import IGNORE, read_mask
+from cpn_fast.owner import owned
 from cpn_fast.progress import track
 from cpn_fast.seeds import Seed, read_seed
 
@@ -314,7 +315,7 @@ def held_out_threshold(path: Path, ids: Collection[str]) -> float:
 def write_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     """Write evaluation.json (everything), per_class.csv and plots; returns the path of evaluation.json."""
     remove_partials(folder)
-    tree = _as_tree(evaluation)
+    tree = with_checksum(_as_tree(evaluation))
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items())
     path = folder / "evaluation.json"
     _write(path, f"{{\n{lines}\n}}\n".encode())
@@ -378,13 +379,16 @@ def run(
     if never and ranks.join().first:
         print(f"Warning: no ground truth has a pixel of {some(never)}, and no score counts them", file=sys.stderr)
     place, home = source.resolve(), config.run.resolve()
-    parts = place.relative_to(home).parts if place.is_relative_to(home) else place.parts[-2:]
+    inside = place.is_relative_to(home)
+    parts = place.relative_to(home).parts if inside else place.parts[-2:]
     name = "-".join(parts)
-    if len(os.fsencode(name)) > 200:  # the names of several folders, where that of one may have 255 bytes
-        name = f"{parts[-1][:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
-    folder = config.run / "evaluation" / list_path.stem / name
+    if not inside or len(os.fsencode(name)) > 200:  # others may end in the names of the run's own; a name has 255 bytes
+        name = name if len(os.fsencode(name)) <= 200 else parts[-1][:40]
+        name += f"-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+    folder = config.run / "evaluation" / config.list_name(list_path) / name
     if ranks.join().first:
-        write_evaluation(folder, evaluation)
+        with owned(folder, waits=True):
+            write_evaluation(folder, evaluation)
         print_evaluation(evaluation)
         print(f"Scores, curve and plots are in {folder}")
     ranks.join().wait()

@@ -89,9 +89,21 @@ def _partial(path: Path) -> Path:
 def read_json(path: Path) -> Any:
     """Raises OSError or ValueError, and nothing else."""
     try:
-        return json.loads(reading.read_bytes(path, reading.NOTE))
+        tree = json.loads(reading.read_bytes(path, reading.NOTE))
+        if isinstance(tree, dict) and "checksum" in tree and tree.pop("checksum") != _checksum(tree):
+            raise ValueError("its checksum does not fit: it was damaged, or edited without removing that key")
     except RecursionError:
         raise ValueError("brackets within brackets without end") from None
+    return tree
+
+
+def with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a result in JSON: ``read_json`` compares its last key and leaves it out."""
+    return {**tree, "checksum": _checksum(json.loads(json.dumps(tree)))}
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def read_note(path: Path) -> Any:
@@ -143,7 +155,7 @@ def claim(folder: Path, made_by: dict[str, Any], own: Sequence[str] = ("**/*.png
     before, now = read_note(manifest), json.loads(text)
     folder.mkdir(parents=True, exist_ok=True)
     if before != now:
-        found = [path for pattern in own for path in sorted(folder.glob(pattern))]
+        found = [path for pattern in own for path in sorted(folder.glob(pattern)) if path != manifest]
         if found and not manifest.exists():
             raise UserError(
                 f"{folder}: holds {found[0].name}, but no made_by.json, so it is not known to be cpn-fast's and would "

@@ -87,15 +87,25 @@ def _reason(path: Path, error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def can_be_kept(path: Path) -> bool:
-    """Whether a PNG of an earlier start is there and whole; one that is not whole is named on standard error."""
+def can_be_kept(path: Path, source: str) -> bool:
+    """Whether a PNG of an earlier start is there, whole, and made of ``source``; a damaged one is named on stderr."""
     try:
         content = reading.read_bytes(path, reading.MASK)
     except OSError:
         return False
     if not (whole := is_whole_png(content)):
         print(f"Warning: {path} is damaged and made again", file=sys.stderr)
-    return whole
+    return whole and source_of(content) == source
+
+
+def source_of(content: bytes) -> str | None:
+    """What a PNG's text chunk ``source`` says of what it was made of; None without one."""
+    name = b"tEXtsource\0"
+    at = content.find(name, 0, content.find(b"IDAT") + 1)
+    if at < 4:
+        return None
+    (length,) = struct.unpack_from(">I", content, at - 4)
+    return content[at + len(name) : at + 4 + length].decode("latin-1")
 
 
 def is_whole_png(content: bytes) -> bool:

@@ -24,9 +24,10 @@ from cpn_fast import terminal
 from cpn_fast.cam import images_for, load_network, summed_cams, tags
 from cpn_fast.config import Config, Patches
 from cpn_fast.dataset import load_samples
-from cpn_fast.files import replacing, write_json
+from cpn_fast.files import replacing, with_checksum, write_json
 from cpn_fast.masks import IGNORE, read_mask
 from cpn_fast.models.network import Network
+from cpn_fast.owner import owned
 from cpn_fast.patches import complementary_pair, normalised_fill
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import segment_batch
@@ -194,7 +195,8 @@ def _print(rows: Sequence[Row], config: Config, list_path: Path) -> None:
 
 
 def _write(rows: Sequence[Row], config: Config, list_path: Path) -> Path:
-    path = config.run / "information" / f"{list_path.stem}.json"
+    name = config.list_name(list_path)
+    path = config.run / "information" / f"{name}.json"
     threshold = config.cam.mask_threshold
     tree = {
         "list": str(list_path),
@@ -210,10 +212,11 @@ def _write(rows: Sequence[Row], config: Config, list_path: Path) -> Path:
             for row in rows
         ],
     }
-    write_json(path, tree)
-    picture = path.with_suffix(".png")
-    with replacing(picture) as file:
-        _plot(rows, config).savefig(file, format="png", dpi=110)
+    picture = path.with_name(f"{name}.png")
+    with owned(path.parent, part=name, waits=True):
+        write_json(path, with_checksum(tree))
+        with replacing(picture) as file:
+            _plot(rows, config).savefig(file, format="png", dpi=110)
     return picture
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from cpn_fast import reading
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
-from cpn_fast.images import UnreadableImage, opened
+from cpn_fast.images import UnreadableImage, is_whole_png, opened
 from cpn_fast.seeds import read_seed
 
 if TYPE_CHECKING:
@@ -46,14 +48,20 @@ NARROWEST, ENLARGED, LONGEST = 240, 2048, 16_384
 FONT = ImageFont.load_default(13)
 
 
-def write_mask(path: Path, mask: np.ndarray) -> None:
-    """Write uint8 (H, W) as an 8-bit PNG with VOC's palette, atomically and without loss."""
+def write_mask(path: Path, mask: np.ndarray, source: str = "") -> None:
+    """Write uint8 (H, W) as an 8-bit PNG with VOC's palette, atomically and without loss.
+
+    ``source``, what it was made of, becomes a text chunk (``images.source_of``).
+    """
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise ValueError(f"{path}: a mask is uint8 (H, W), found {mask.dtype}{mask.shape}")
     picture = Image.fromarray(mask)
     picture.putpalette(PALETTE.tobytes())
+    note = PngInfo()
+    if source:
+        note.add_text("source", source)
     with replacing(path) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=note)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -65,6 +73,8 @@ def read_mask(path: Path) -> np.ndarray:
         with opened(path) as picture:
             if picture.format != "PNG":
                 raise UserError(f"{path}: a mask must be PNG, found {picture.format}, which may change class values")
+            if not is_whole_png(reading.read_bytes(path, reading.MASK)):  # Pillow compares no checksum of pixels
+                raise UserError(f"{path}: not readable as a PNG: damaged, its checksums do not fit")
             # Pillow stretches 2- and 4-bit gray levels to 0..255, which would turn class 1 into 85 or 17.
             if picture.mode == "P" or (picture.mode == "L" and picture.tile[0].args == "L"):
                 return np.array(picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import importlib.util
 import logging
 import os
@@ -39,6 +40,7 @@ from cpn_fast.models.network import Network, build_network
 from cpn_fast.owner import owned
 from cpn_fast.precision import autocast
 from cpn_fast.progress import tell, track
+from cpn_fast.provenance import image_digest
 from cpn_fast.seeds import Seed, unit_scale
 from cpn_fast.segment import class_probabilities, mask_of
 from cpn_fast.weights import load_into, own_config, read_weights, require_finite, to_network_keys
@@ -406,6 +408,7 @@ def run(
     ids = {path: id_ for id_, path in chosen.items()}
     unreadable: list[str] = []
     blank = 0
+    weights_sha256 = hashlib.sha256(reading.read_bytes(trained.weights, reading.WEIGHTS)).hexdigest()
     with owned(out):
         remove_partials(out)
         for image, prediction in track(_readable(trained, list(ids), given, unreadable), "predict", total=len(ids)):
@@ -414,7 +417,8 @@ def run(
             with replacing(place.with_name(f"{place.name}_overlay.png")) as file:
                 Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
             summary = {"image": str(image), **_summary(trained, prediction)}
-            write_json(place.with_name(f"{place.name}.json"), summary, indent=2)
+            made_of = {"image": image_digest(image), "weights_sha256": weights_sha256}
+            write_json(place.with_name(f"{place.name}.json"), {**summary, "made_of": made_of}, indent=2)
             tell("prediction", mask=place.with_name(f"{place.name}_mask.png"), **summary)
             for own in writers:
                 scores = [round(prediction.probabilities[name], 4) for name in trained.classes]

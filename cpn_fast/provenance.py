@@ -1,10 +1,19 @@
-"""What a result was made of: the identity of an image from all of its content."""
+"""What a result was made of, and whether that is still so: every result carries the digest of its sources.
+
+An image's is of all of its content. A seed follows from its image, its tags, the weights and the settings; a CRF's mask
+from seed and image; a label map from two such masks; and so on. Whoever wants to keep a file of an earlier start
+compares the digest in it (``source`` of an ``.npz`` or a PNG) with the one that it would have now.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cpn_fast import reading
@@ -12,6 +21,9 @@ from cpn_fast.images import UnreadableImage
 
 CHUNK = 2**20  # bytes
 SETTLED = 2  # seconds after which a second change of a file shows in its times, on every file system
+
+VERSION = 1
+"""Raised when a stage comes to make other results of the same sources."""
 
 _known: dict[str, tuple[tuple[int, ...], str]] = {}
 
@@ -44,6 +56,26 @@ def image_digest(path: Path) -> str:
     if time.time() - opened.st_ctime > SETTLED:
         _known[key] = _state(opened), digest
     return digest
+
+
+def image_digests(paths: Sequence[Path]) -> list[str]:
+    """``image_digest`` of each, in threads: where files are far, waiting for them is most of it."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(image_digest, paths))
+
+
+def archive_digest(path: Path) -> str:
+    """Digest of what is in an ``.npz``, from the checksums in its directory: its members are not read.
+
+    Raises OSError or zipfile.BadZipFile.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return combined(*((member.filename, member.CRC, member.file_size) for member in archive.infolist()))
+
+
+def combined(*parts: object) -> str:
+    """Digest of plain values, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:

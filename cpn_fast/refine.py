@@ -14,10 +14,9 @@ settings of AffinityNet's training among it), and continued in the middle when i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,23 +27,25 @@ from torch.nn import functional as F
 
 from cpn_fast import ranks, reading, train
 from cpn_fast.affinity import combined_labels, fitting_radius, pair_affinities, random_walk
-from cpn_fast.cam import images_for, tags
+from cpn_fast.cam import images_for, seed_sources, tags
 from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with_background, write_label_maps
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, read_note, write_json
+from cpn_fast.files import claim, read_note, remove_partials, write_json
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import AffinityNet, build_affinity_net
 from cpn_fast.models.folding import fold
+from cpn_fast.owner import owned
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress, track
-from cpn_fast.seeds import Seed, read_seed
-from cpn_fast.weights import load_into, read_weights, to_network_keys
+from cpn_fast.provenance import VERSION, combined, image_digests
+from cpn_fast.seeds import Seed, read_seed, seed_digest, seed_source
+from cpn_fast.weights import load_into, read_weights, require_finite, to_network_keys
 
 
 def run(config: Config) -> Path:
@@ -55,37 +56,61 @@ def run(config: Config) -> Path:
     rank = ranks.join()
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     train.check_batch(config.affinity.train, rank.world, len(samples), "affinity.train")
+    folder = config.run / "refine"
+    with owned(folder, rank):
+        return _refine(config, folder, samples, rank)
+
+
+def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: ranks.Rank) -> Path:
+    seeds = _seeds(config, samples)
+    listed = ""
+    if rank.first:
+        remove_partials(folder)
+        listed = _remember_tags(folder, samples)
     own = rank.share(samples)
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
-    seeds, origin = _seeds(config, samples)
-    folder = config.run / "refine"
-
-    listed = _remember_tags(folder, samples) if rank.first else ""
-    rank.wait()
+    images = image_digests([sample.image for sample in own])
+    sources = {
+        sample.id: combined(image, seed_digest(seeds / f"{sample.id}.npz"))
+        for sample, image in zip(own, images, strict=True)
+    }
     alphas = {folder / "crf-low": config.crf.low_alpha, folder / "crf-high": config.crf.high_alpha}
-    digests = [
-        _claim(rank, place, {"seeds": origin, "alpha": alpha, "parameters": config.crf.parameters})
-        for place, alpha in alphas.items()
-    ]
-    write_label_maps(own, seeds, alphas, parameters=config.crf.parameters, workers=workers)
+    for place, alpha in alphas.items():
+        _claim(rank, place, {"version": VERSION, "alpha": alpha, "parameters": config.crf.parameters})
+    write_label_maps(own, seeds, alphas, sources=sources, parameters=config.crf.parameters, workers=workers)
     rank.wait()
-    labels = _claim(rank, folder / "labels", {"low": digests[0], "high": digests[1]})
+    _claim(rank, folder / "labels", {"version": VERSION})
     write_labels(own, folder / "crf-low", folder / "crf-high", folder / "labels")
     rank.wait()
     settings = affinity_config(config)
-    made_by = {"labels": labels, "tags": listed, "radius": config.affinity.radius}
-    _claim(rank, folder / "affinity", made_by | train.decisive(settings))
-    weights = train.fit(settings, Affinity)
+    # Of each process's share, for a file is read once: what AffinityNet is trained on.
+    made_of = rank.gather(
+        [(sample.id, image, label_digest(folder, sample)) for sample, image in zip(own, images, strict=True)]
+    )
     made_by = {
+        "version": VERSION,
+        "images": combined(sorted((id_, image) for share in made_of for id_, image, _ in share)),
+        "labels": combined(sorted((id_, label) for share in made_of for id_, _, label in share)),
+        "tags": listed,
+        "radius": config.affinity.radius,
+    }
+    with owned(settings.run, rank):
+        _claim(rank, settings.run, made_by | train.decisive(settings), train.OWN)
+        weights = train.fit(settings, Affinity)
+    made_by = {
+        "version": VERSION,
         "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
-        "seeds": origin,
         "radius": config.affinity.radius,
         **config.walk.model_dump(mode="json"),
     }
     _claim(rank, folder / "masks", made_by)
-    walk(config, weights, own, seeds, folder / "masks", device=rank.device, workers=workers)
+    walk(config, weights, own, seeds, folder / "masks", sources=sources, device=rank.device, workers=workers)
     rank.wait()
     return folder / "masks"
+
+
+def label_digest(folder: Path, sample: Sample) -> str:
+    return hashlib.sha256(reading.read_bytes(folder / "labels" / f"{sample.id}.png", reading.MASK)).hexdigest()
 
 
 def affinity_config(config: Config) -> Config:
@@ -102,12 +127,20 @@ def affinity_config(config: Config) -> Config:
 
 
 def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path) -> None:
-    """Write ``combined_labels`` of two folders of masks, for the samples that have none yet."""
-    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
+    """Write ``combined_labels`` of two folders of masks, for the samples that have none of these very masks yet."""
+
+    def source(sample: Sample) -> str:
+        name = f"{sample.id}.png"
+        contents = (reading.read_bytes(place / name, reading.MASK) for place in (low, high))
+        return hashlib.sha256(b"".join(contents)).hexdigest()
+
+    sources = {sample.id: source(sample) for sample in samples}
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png", sources[sample.id])]
 
     def write(sample: Sample) -> None:
         name = f"{sample.id}.png"
-        write_mask(folder / name, combined_labels(read_mask(low / name), read_mask(high / name)))
+        labels = combined_labels(read_mask(low / name), read_mask(high / name))
+        write_mask(folder / name, labels, sources[sample.id])
 
     with ThreadPoolExecutor() as pool:
         try:
@@ -124,11 +157,12 @@ def walk(
     seeds: Path,
     folder: Path,
     *,
+    sources: Mapping[str, str],
     device: torch.device,
     workers: int,
 ) -> None:
-    """Write ``folder/ID.png``, the mask of ``seeds/ID.npz`` after the walk, for the samples that have none yet."""
-    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png")]
+    """Write ``folder/ID.png``, the mask of ``seeds/ID.npz`` after the walk, where none of ``sources[ID]`` is yet."""
+    missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png", sources[sample.id])]
     if not missing:
         return
     network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -141,9 +175,10 @@ def walk(
             chosen = [missing[index] for index in batch.indices]
             read = [read_seed(seeds / f"{sample.id}.npz") for sample in chosen]
             for sample, seed, scores in zip(chosen, read, walked_scores(network, batch, read, config), strict=True):
-                path = folder / f"{sample.id}.png"
+                require_finite(scores, weights, sample.id)
+                path, values = folder / f"{sample.id}.png", class_values(seed)
                 writing.append(
-                    pool.submit(_write_mask, path, sample.image, scores, class_values(seed), config.walk.crf)
+                    pool.submit(_write_mask, path, sample.image, scores, values, sources[sample.id], config.walk.crf)
                 )
             while len(writing) > workers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
@@ -185,43 +220,53 @@ def _filled(scores: Tensor, planes: int) -> Tensor:
     return F.pad(scores, (0, 0, 0, 0, 0, planes - len(scores)))
 
 
-def _write_mask(path: Path, image: Path, scores: np.ndarray, values: np.ndarray, crf: CrfName | None) -> None:
+def _write_mask(
+    path: Path, image: Path, scores: np.ndarray, values: np.ndarray, source: str, crf: CrfName | None
+) -> None:
     """In another thread or process, so that the network need not wait for files."""
     if crf is not None:
         scores = dense_crf(read_image(image), scores, PARAMETERS[crf])
-    write_mask(path, values[scores.argmax(0)])
+    write_mask(path, values[scores.argmax(0)], source)
 
 
-def _seeds(config: Config, samples: Sequence[Sample]) -> tuple[Path, str]:
-    """Folder of the seeds and what they were made by."""
-    folder = config.run / "cams" / config.data.train_list.stem
+def _seeds(config: Config, samples: Sequence[Sample]) -> Path:
+    """Folder of the seeds. Raises UserError if some are missing, or are of other images or tags than are there now."""
+    folder = config.run / "cams" / config.list_name(config.data.train_list)
+    again = f"cpn-fast cam CONFIG --checkpoint {config.run / 'model.safetensors'} --list {config.data.train_list}"
+
+    def few(ids: list[str]) -> str:
+        return f"{', '.join(ids[:3])}{' ...' * (len(ids) > 3)}"
+
     missing = [sample.id for sample in samples if not (folder / "seeds" / f"{sample.id}.npz").exists()]
     if missing:
         raise UserError(
             f"{folder / 'seeds'}: {len(missing)} of the {len(samples)} images of {config.data.train_list} have no "
-            f"seed ({', '.join(missing[:3])}{' ...' * (len(missing) > 3)}). Make them first: cpn-fast cam CONFIG "
-            f"--checkpoint {config.run / 'model.safetensors'} --list {config.data.train_list}"
+            f"seed ({few(missing)}). Make them first: {again}"
         )
     manifest = folder / "made_by.json"
     if not manifest.exists():
         raise UserError(f"{manifest}: expected beside the seeds, which `cpn-fast cam` makes, and not found")
-    return folder / "seeds", hashlib.sha256(reading.read_bytes(manifest, reading.NOTE)).hexdigest()
+    expected = seed_sources(samples, hashlib.sha256(reading.read_bytes(manifest, reading.NOTE)).hexdigest())
+    old = [
+        id_ for id_, source in expected.items() if seed_source(folder / "seeds" / f"{id_}.npz") not in (None, source)
+    ]
+    if old:
+        raise UserError(
+            f"{folder / 'seeds'}: {len(old)} seeds are of other images or other tags than are there now ({few(old)}). "
+            f"Make them anew first: {again}"
+        )
+    return folder / "seeds"
 
 
 def _remember_tags(folder: Path, samples: Sequence[Sample]) -> str:
-    """Remove what was made of images whose tags were others; returns a digest of the list and its tags."""
-    path = folder / "tags.json"
-    now = {sample.id: np.flatnonzero(tags(sample)).tolist() for sample in samples}
-    before = read_note(path)
-    if before != now:
-        known = before if isinstance(before, dict) else {}
-        for id_ in (id_ for id_, own in now.items() if known.get(id_) != own):
-            for part in ("crf-low", "crf-high", "labels", "masks"):
-                (folder / part / f"{id_}.png").unlink(missing_ok=True)
+    """Write down which tags the parts follow from; returns a digest of the list and its tags."""
+    path, now = folder / "tags.json", {sample.id: np.flatnonzero(tags(sample)).tolist() for sample in samples}
+    if read_note(path) != now:
         write_json(path, now)
-    return hashlib.sha256(json.dumps(now).encode()).hexdigest()
+    return combined(now)
 
 
-def _claim(rank: ranks.Rank, folder: Path, made_by: dict[str, object]) -> str:
-    digest = claim(folder, made_by) if rank.first else ""
-    return rank.gather(digest)[0]
+def _claim(rank: ranks.Rank, folder: Path, made_by: dict[str, object], own: Sequence[str] = ("**/*.png",)) -> None:
+    if rank.first:
+        claim(folder, made_by, own)
+    rank.wait()

@@ -30,6 +30,7 @@ from cpn_fast.config import Config, load
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing, write_json
+from cpn_fast.owner import owned
 from cpn_fast.patches import complementary_pair
 from cpn_fast.pipelines.superpixels import segment_batch
 from cpn_fast.pipelines.training import TrainingPipeline
@@ -170,14 +171,15 @@ def run(name: str, path: Path, overrides: list[str]) -> Path:
     rows = TABLES[name]
     plans = {row.run: plan(row.run, base, path, overrides) for row in rows}
     measure = _Measured()
-    results = [measure(row, plans[row.run].config) for row in rows]
     folder = base.out / f"{base.name}-reproduce"
-    if ranks.join().first:
-        _print(name, base, rows, results)
-        tree = [_as_tree(row, plans[row.run], result) for row, result in zip(rows, results, strict=True)]
-        write_json(folder / f"{name}.json", tree, indent=1)
-        with replacing(folder / f"{name}.png") as file:
-            _plot(name, rows, results).savefig(file, format="png", dpi=110)
+    with owned(folder, ranks.join(), part=name):
+        results = [measure(row, plans[row.run].config) for row in rows]
+        if ranks.join().first:
+            _print(name, base, rows, results)
+            tree = [_as_tree(row, plans[row.run], result) for row, result in zip(rows, results, strict=True)]
+            write_json(folder / f"{name}.json", tree, indent=1)
+            with replacing(folder / f"{name}.png") as file:
+                _plot(name, rows, results).savefig(file, format="png", dpi=110)
     return folder / f"{name}.png"
 
 

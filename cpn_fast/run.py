@@ -11,7 +11,7 @@ from cpn_fast import cam, evaluate, ranks, refine, segment, terminal, train
 from cpn_fast.config import PACKAGE, Config
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.pipelines.shards import training_list
+from cpn_fast.owner import owned
 
 
 class Stage(NamedTuple):
@@ -29,10 +29,14 @@ def run(config: Config) -> list[Stage]:
     Seeds are scored on ``data.eval_list``, and so are pseudo-masks if its images are among ``data.train_list``; the
     segmenter on ``segment.eval_list``.
     """
-    lists, rank = config.data, ranks.join()
+    rank = ranks.join()
     check(config, rank.world)
-    if rank.first and (config.run / "model.safetensors").is_file():  # else training compares them
-        train.remember_list(config.run, training_list(config)[0], begins=False)
+    with owned(config.run, rank):  # of all its stages: another start must not come in between two of them
+        return _run(config)
+
+
+def _run(config: Config) -> list[Stage]:
+    lists = config.data
     weights = train.run(config)
     seeds = cam.run(config, weights) / "seeds"
     stages = [Stage("seeds, oracle threshold", lists.eval_list, score(config, lists.eval_list, cams=seeds))]

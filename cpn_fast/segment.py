@@ -33,11 +33,13 @@ from cpn_fast.masks import write_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
+from cpn_fast.owner import owned
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
-from cpn_fast.weights import load_into, read_weights, to_network_keys
+from cpn_fast.provenance import VERSION, combined, image_digests
+from cpn_fast.weights import load_into, read_weights, require_finite, to_network_keys
 
 POSSIBLE = 0.01
 """A class whose probability is nowhere above this is left out of the CRF, whose time grows with their number."""
@@ -63,13 +65,19 @@ def run(config: Config, masks: Path) -> Path:
     settings = deeplab_config(config)
     rank = ranks.join()
     train.check_batch(settings.train, rank.world, len(samples), "segment.train")
-    if rank.first:
-        made_by = {"masks_sha256": _digest(samples), "bn_momentum": config.segment.bn_momentum}
-        claim(settings.run, made_by | train.decisive(settings))
-    rank.wait()
-    workers, verified = settings.train.data_threads, settings.run / "masks.json"
-    check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
-    return train.fit(settings, lambda settings: Segmentation(settings, masks))
+    with owned(settings.run, rank):
+        if rank.first:
+            made_by = {
+                "version": VERSION,
+                "images": combined(image_digests([sample.image for sample in samples])),
+                "masks_sha256": _digest(samples),
+                "bn_momentum": config.segment.bn_momentum,
+            }
+            claim(settings.run, made_by | train.decisive(settings), train.OWN)
+        rank.wait()
+        workers, verified = settings.train.data_threads, settings.run / "masks.json"
+        check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
+        return train.fit(settings, lambda settings: Segmentation(settings, masks))
 
 
 def deeplab_config(config: Config) -> Config:
@@ -89,24 +97,37 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
 
     Finished images are kept when weights and settings are the same. Under torchrun each process makes its share.
     """
-    rank, options = ranks.join(), config.segment
-    list_path = list_path or options.eval_list
+    rank = ranks.join()
+    list_path = list_path or config.segment.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
+    folder = config.run / "segment" / config.list_name(list_path)
+    with owned(folder, rank):
+        _segment(config, weights, samples, folder, rank)
+    return folder
+
+
+def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: ranks.Rank) -> None:
+    options = config.segment
     network = build_deeplab(config)
     load_into(network, to_network_keys(read_weights(weights)), source=weights)
     network = fold(network.eval()).to(rank.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    folder = config.run / "segment" / list_path.stem
     made_by = {
+        "version": VERSION,
         "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
         **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
     }
     if rank.first:
-        claim(folder, made_by)
+        claim(folder, made_by, ("masks", "crf"))
     rank.wait()
     kinds = ("masks", "crf") if options.crf else ("masks",)
     own = rank.share(samples)
-    missing = [sample for sample in own if not all(can_be_kept(folder / kind / f"{sample.id}.png") for kind in kinds)]
+    images = image_digests([sample.image for sample in own])
+    sources = {sample.id: image for sample, image in zip(own, images, strict=True)}
+    missing = [
+        sample
+        for sample in own
+        if not all(can_be_kept(folder / kind / f"{sample.id}.png", sources[sample.id]) for kind in kinds)
+    ]
     batches = images_for(network, missing, config, options.scales)
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
     with ExitStack() as stack:
@@ -115,7 +136,9 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
         writing: deque[Future[None]] = deque()
         for batch in batches:
             for index, probabilities in zip(batch.indices, class_probabilities(network, batch, config), strict=True):
-                writing.append(pool.submit(_write, folder, missing[index], probabilities, options.crf))
+                sample = missing[index]
+                require_finite(probabilities, weights, sample.id)
+                writing.append(pool.submit(_write, folder, sample, probabilities, sources[sample.id], options.crf))
                 while len(writing) > 2 * workers:  # bounds what waits in memory
                     writing.popleft().result()
                     progress.advance()
@@ -123,7 +146,6 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
             written.result()
             progress.advance()
     rank.wait()
-    return folder
 
 
 def class_probabilities(network: DeepLab, batch: ScaledBatch, config: Config) -> list[np.ndarray]:
@@ -154,10 +176,10 @@ def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int
     return total / len(batch.scales)
 
 
-def _write(folder: Path, sample: Sample, probabilities: np.ndarray, crf: CrfName | None) -> None:
-    write_mask(folder / "masks" / f"{sample.id}.png", mask_of(probabilities, sample.image, None))
+def _write(folder: Path, sample: Sample, probabilities: np.ndarray, source: str, crf: CrfName | None) -> None:
+    write_mask(folder / "masks" / f"{sample.id}.png", mask_of(probabilities, sample.image, None), source)
     if crf is not None:
-        write_mask(folder / "crf" / f"{sample.id}.png", mask_of(probabilities, sample.image, crf))
+        write_mask(folder / "crf" / f"{sample.id}.png", mask_of(probabilities, sample.image, crf), source)
 
 
 def mask_of(probabilities: np.ndarray, image: Path, crf: CrfName | None) -> np.ndarray:

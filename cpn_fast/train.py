@@ -23,7 +23,7 @@ from cpn_fast.batch_size import sized
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, cannot_be_learned
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_note, remove_partials, replacing, write_json
+from cpn_fast.files import read_note, remove_partials, replacing, with_checksum, write_json
 from cpn_fast.finite import GradientGuard
 from cpn_fast.gallery import COUNT, Gallery
 from cpn_fast.meter import Meter
@@ -37,6 +37,7 @@ from cpn_fast.pipelines.shards import Shards, training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.progress import Progress
+from cpn_fast.provenance import image_digests
 from cpn_fast.step import Step, load_optimizer, make_optimizer, set_rate
 from cpn_fast.weights import (
     FINAL,
@@ -50,6 +51,8 @@ from cpn_fast.weights import (
     write_weights,
 )
 
+OWN = ("checkpoints", FINAL, "*.json", "*.jsonl", "config.yaml", "events.*")
+"""What training writes into a run's folder, for runs that are part of another."""
 DROPOUT, HIDING = range(2)  # streams of random numbers
 
 
@@ -86,6 +89,8 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
     whole = rank.gather(rank.first and is_whole(final))[0]
     state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
     if whole and (state is not None or own_config(final) is not None):
+        if rank.first:
+            remember_list(config.run, training_list(config)[0], begins=False)
         return final
 
     samples, shards = training_list(config, decode=rank.first)
@@ -343,17 +348,36 @@ def differing_keys(one: Config, other: Config) -> list[str]:
 
 
 def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None:
-    """Note in a run's folder which images and tags it ``begins`` with; warn on stderr if it began with others."""
+    """Note in a run's folder which images and tags it ``begins`` with; warn on stderr if it began with others.
+
+    Images in shards are not looked at: shards say themselves what they were packed of.
+    """
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(sample.id.encode() + b"\0")
         digest.update(b"" if sample.label is None else np.packbits(sample.label).tobytes())
-    now, path = {"images": len(samples), "sha256": digest.hexdigest()}, run / "list.json"
+    loose = [sample for sample in samples if sample.image.is_file()]
+    contents = dict(zip((s.id for s in loose), image_digests([s.image for s in loose]), strict=True))
+    now: dict[str, Any] = {"images": len(samples), "sha256": digest.hexdigest(), "contents": contents}
+    path = run / "list.json"
     if begins:
-        write_json(path, now)
-    elif read_note(path) not in (None, now):  # earlier versions noted nothing
+        write_json(path, with_checksum(now))
+        return
+    before = read_note(path)
+    if not isinstance(before, dict):  # earlier versions noted nothing
+        return
+    others = []
+    if any(before.get(key) != now[key] for key in ("images", "sha256")):
+        others.append("another list or other tags")
+    known = before.get("contents")
+    known = known if isinstance(known, dict) else {}
+    replaced = [id_ for id_, found in contents.items() if known.get(id_, found) != found]
+    if replaced:
+        few = f"{', '.join(replaced[:5])}{' ...' * (len(replaced) > 5)}"
+        others.append(f"{len(replaced)} other images under the same names ({few})")
+    if others:
         print(
-            f"Warning: {run} was trained on another list or other tags ({path.name}), and what it learned is kept: to "
+            f"Warning: {run} was trained on {' and on '.join(others)} ({path.name}), and what it learned is kept: to "
             "train on what the list is now, give the run another name or delete its folder",
             file=sys.stderr,
         )

@@ -91,14 +91,19 @@ def run_config(run: Path) -> tuple[Path, str] | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a .safetensors file is there with every byte as it was written; one that is not is named on stderr."""
+    """Whether a .safetensors file is there from its first byte to its last; one that is cut short is named on stderr.
+
+    Raises UserError if it has other bytes than were written.
+    """
     if not path.is_file():
         return False
     try:
-        _read_safetensors(path)
-    except UserError as error:
-        print(f"Warning: {error}", file=sys.stderr)
+        with safetensors.safe_open(path, "pt"):
+            pass
+    except safetensors.SafetensorError as error:
+        print(f"Warning: {path} is damaged ({error}) and made again", file=sys.stderr)
         return False
+    _read_safetensors(path)
     return True
 
 
@@ -318,8 +323,8 @@ def _read_safetensors(path: Path) -> _Content:
             whole = False
         if not whole:
             raise UserError(
-                f"{path}: damaged: its content does not have the checksum that was written with it. Copy it again; a "
-                "run's is made of the last checkpoint when the command that wrote it is given again"
+                f"{path}: damaged: its content does not have the checksum that was written with it. Copy it again; of "
+                "a run, delete it, and the command that wrote it makes it of the last checkpoint"
             )
     return _Content(tensors, [])
 

@@ -29,10 +29,12 @@ from cpn_fast import ranks, reading
 from cpn_fast.config import Config, Superpixels
 from cpn_fast.dataset import Sample, check_files, load_checked, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, read_note, replacing, write_json
+from cpn_fast.files import read_json, read_note, remove_partials, replacing, with_checksum, write_json
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
+from cpn_fast.owner import LOCK, owned
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.progress import track
+from cpn_fast.provenance import combined, image_digests
 
 FORMAT = 2
 SIZE = 1000  # samples of a shard: about 100 MB of VOC's images
@@ -184,11 +186,27 @@ def pack(
         "size": size,
         "superpixels": None if cache is None else cache.made_by,
         "tags_sha256": hashlib.sha256(tags).hexdigest(),
+        "images": combined(image_digests([sample.image for sample in samples])),
     }
+    with owned(folder, rank):
+        return _pack(ordered, classes, cache, folder, made_by, tags, rank, workers)
+
+
+def _pack(
+    ordered: Sequence[Sample],
+    classes: Sequence[str],
+    cache: SuperpixelCache | None,
+    folder: Path,
+    made_by: dict[str, Any],
+    tags: bytes,
+    rank: ranks.Rank,
+    workers: int,
+) -> int:
+    size = made_by["size"]
     if rank.first:
         _claim(folder, made_by, tags)
     rank.wait()
-    numbers = range(-(-len(samples) // size))
+    numbers = range(-(-len(ordered) // size))
     missing = [number for number in rank.share(numbers) if not _shard(folder, number).with_suffix(".idx").exists()]
     for number in track(missing, "shards", len(missing)):
         first = number * size
@@ -277,15 +295,22 @@ def _tags(samples: Sequence[Sample], classes: Sequence[str]) -> bytes:
 
 
 def _claim(folder: Path, made_by: dict[str, Any], tags: bytes) -> None:
+    """Begin or continue. The manifest comes first: what is there without it is not of these shards."""
     manifest = folder / "shards.json"
-    if read_note(manifest) != made_by and folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder}: expected an empty folder or unfinished shards of this list and these settings, found something "
-            "else. Name another folder, or empty it"
-        )
+    remove_partials(folder)
+    before = read_note(manifest)
+    if before != made_by:
+        others = [path.name for path in sorted(folder.iterdir()) if path.name not in (LOCK, "tags.csv", manifest.name)]
+        if others:
+            changed = sorted(key for key in made_by if not isinstance(before, dict) or before.get(key) != made_by[key])
+            found = f"shards of other {', '.join(changed)}" if isinstance(before, dict) else others[0]
+            raise UserError(
+                f"{folder}: expected an empty folder or unfinished shards of this list, these images and these "
+                f"settings, found {found}. Name another folder, or empty it"
+            )
+    write_json(manifest, with_checksum(made_by), indent=2)
     with replacing(folder / "tags.csv") as file:
         file.write(tags)
-    write_json(manifest, made_by, indent=2)
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,25 @@ def test_what_no_machine_can_carry_out_is_refused_with_its_key(override: str, tm
 def test_a_key_of_a_stage_keeps_its_other_defaults(override: str, stage: str, expected: tuple, write) -> None:
     train = getattr(config.load(write(MINIMAL), [override]), stage).train
     assert (train.batch, train.epochs, train.steps) == expected
+
+
+def test_results_of_a_list_are_called_as_no_others(tmp_path) -> None:
+    for name in ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt", "a/test.txt", "b/test.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    tree = {"name": "x", "data": {"root": str(tmp_path), "eval_list": "a/test.txt"}, "train": {"steps": 1}}
+    tree["data"]["train_list"] = "ImageSets/Segmentation/train.txt"
+    settings = config.parse(tree, "test")
+
+    def named(path: str) -> str:
+        return settings.list_name(Path(path))
+
+    for path in ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt", "a/test.txt", "a/./test.txt"):
+        assert named(path) == Path(path).stem
+    assert named(str(tmp_path / "ImageSets/Segmentation/val.txt")) == "val"
+    others = ["b/test.txt", "ImageSets/Segmentation/test.txt", "val.txt", "ImageSets/Segmentation/deeplab.txt"]
+    others += ["ImageSets/Segmentation/DeepLab.txt", "ImageSets/Segmentation/val.lst", "/elsewhere/val.txt"]
+    others += [f"ImageSets/Segmentation/{stem}.txt" for stem in (".", "..", "x" * 240)]
+    names = [named(path) for path in others]
+    assert len({*names, "train", "val", "test", "deeplab"}) == len(names) + 4
+    assert all(re.fullmatch(r"[\w-]{1,50}-[0-9a-f]{8}", name) for name in names)

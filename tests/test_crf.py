@@ -109,7 +109,7 @@ def seeds(tmp_path):
 def test_masks_are_written_in_processes_and_finished_ones_kept(seeds, tmp_path) -> None:
     samples, folder = seeds
     masks = tmp_path / "masks"
-    options = {"parameters": "seam-labels", "workers": 2}
+    options = {"sources": {"a": "1", "b": "1", "c": "1"}, "parameters": "seam-labels", "workers": 2}
     alphas = {masks: 4.0, tmp_path / "high": 24.0}
     crf.write_label_maps(samples, folder, alphas, **options)
     paths = [masks / f"{sample.id}.png" for sample in samples]
@@ -126,13 +126,17 @@ def test_masks_are_written_in_processes_and_finished_ones_kept(seeds, tmp_path) 
     crf.write_label_maps(samples, folder, alphas, **options)
     assert np.array_equal(read_mask(paths[0]), found[0])
     assert [path.stat().st_mtime_ns for path in paths[1:]] == stamps
+    options["sources"]["c"] = "2"  # as when its image or seed was replaced
+    crf.write_label_maps(samples, folder, alphas, **options)
+    assert [path.stat().st_mtime_ns == stamp for path, stamp in zip(paths[1:], stamps, strict=True)] == [True, False]
 
 
 def test_what_a_process_finds_wrong_reaches_the_user(seeds, tmp_path) -> None:
     samples, folder = seeds
     write_seed(folder / "b.npz", Seed(np.array([2]), np.zeros((1, 10, 10), np.float32)))
+    sources = {sample.id: "1" for sample in samples}
     with pytest.raises(UserError, match=r"b\.npz: a seed of 10x10 pixels, expected 44x30"):
-        crf.write_label_maps(samples, folder, {tmp_path / "masks": 4.0}, parameters="cpn", workers=1)
+        crf.write_label_maps(samples, folder, {tmp_path / "m": 4.0}, sources=sources, parameters="cpn", workers=1)
 
 
 def test_a_killed_process_is_explained() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
+from cpn_fast.images import can_be_kept, source_of
 from cpn_fast.masks import (
     FONT,
     GAP,
@@ -228,3 +229,18 @@ def test_write_gallery_puts_runs_beside_the_truth(tmp_path: Path) -> None:
     expected = gallery([GalleryRow("a", [1, 2], pictures), GalleryRow("b", [1], plain)], ["cat", "dog"])
     with Image.open(tmp_path / "sheet.png") as picture:
         np.testing.assert_array_equal(np.array(picture), expected)
+
+
+def test_a_flipped_bit_of_pixels_is_found(tmp_path) -> None:
+    """Pillow compares no checksum of what holds the pixels."""
+    path = tmp_path / "a.png"
+    write_mask(path, EVERY_VALUE, "made of this")
+    content = path.read_bytes()
+    assert source_of(content) == "made of this"
+    assert can_be_kept(path, "made of this")
+    assert not can_be_kept(path, "made of that")
+    at = content.index(b"IDAT") + 8
+    path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+    with pytest.raises(UserError, match=r"a\.png: not readable as a PNG"):
+        read_mask(path)
+    assert not can_be_kept(path, "made of this")

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from several_processes import run_in_processes
 
-from cpn_fast import owner
+from cpn_fast import cam, config, owner, predict, refine, segment, train
+from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.owner import lock, owned
+from cpn_fast.pipelines.shards import pack
+from cpn_fast.seeds import export_seeds
 
 HOLD = """
 import sys, time
@@ -136,3 +139,29 @@ def test_under_torchrun_it_is_one_claim(tmp_path: Path) -> None:
     assert first == second
     assert descriptor is not None
     os.close(descriptor)
+
+
+def test_every_stage_owns_the_folder_that_it_writes_into(tiny_config, small_run: Path, tmp_path: Path) -> None:
+    settings = config.load(tiny_config())
+    val = Path("ImageSets/Segmentation/val.txt")
+    samples = load_samples(settings.data, settings.classes, val, labels=True, masks=True)
+    weights, seeds, out = small_run / "model.safetensors", small_run / "cams/val/seeds", tmp_path / "out"
+    stages: dict[Path, Callable[[], object]] = {
+        settings.run: lambda: train.run(settings),
+        settings.run / "cams/val": lambda: cam.run(settings, weights, val),
+        settings.run / "refine": lambda: refine.run(settings),
+        settings.run / "segment/deeplab": lambda: segment.run(settings, settings.data.root / "SegmentationClass"),
+        settings.run / "segment/val": lambda: segment.segment(settings, weights, val),
+        tmp_path / "seam": lambda: export_seeds(seeds, tmp_path / "seam", "seam"),
+        out: lambda: predict.run(small_run, [samples[0].image], out, None),
+        tmp_path / "packed": lambda: pack(samples, settings.classes, None, tmp_path / "packed", seed=0, workers=1),
+    }
+    for folder, stage in stages.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = lock(folder / ".lock")
+        assert descriptor is not None
+        with pytest.raises(UserError, match=f"{folder}: in use by another process"):
+            stage()
+        assert [path.name for path in folder.iterdir() if path.is_file()] == [".lock"], folder
+        os.close(descriptor)
+        (folder / ".lock").unlink()

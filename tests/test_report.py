@@ -16,6 +16,7 @@ from cpn_fast import evaluate, report
 from cpn_fast.cli import app
 from cpn_fast.config import dump, load
 from cpn_fast.errors import UserError
+from cpn_fast.files import read_json
 
 
 @pytest.fixture
@@ -155,8 +156,8 @@ def test_seeds_that_are_gone_are_named_and_the_old_page_stays(run: Path) -> None
     page = report.run(run)
     before = page.read_bytes()
     seed = next((run / "cams/val/seeds").glob("*.npz"))
-    tree = run / "evaluation/val/cams-val-seeds/evaluation.json"
-    tree.write_text(tree.read_text().replace(str(json.loads(tree.read_text())["source"]), str(seed.parent)))
+    path = run / "evaluation/val/cams-val-seeds/evaluation.json"
+    path.write_text(json.dumps(read_json(path) | {"source": str(seed.parent)}))
     seed.unlink()
     with pytest.raises(UserError, match=seed.name):
         report.run(run)

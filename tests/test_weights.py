@@ -470,6 +470,48 @@ def test_convert_overwrites_nothing_and_needs_a_known_suffix(tmp_path: Path) -> 
     assert convert(source, tmp_path / "new" / "y.pth").destination.exists()
 
 
+# Checksums, configs, numbers
+
+
+def test_written_weights_know_their_checksum_and_their_config(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {"a": torch.randn(3, 4).bfloat16(), "b": torch.tensor(3), "c": torch.zeros(0, 2)}
+    weights.write_weights(path, tensors, config="name: ü\n")
+    assert_same(read_weights(path), tensors)
+    assert weights.own_config(path) == "name: ü\n"
+    assert weights.is_whole(path)
+    content = path.read_bytes()
+    for at in (content.index(b"name: "), len(content) - 1, len(content) - 9):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        for look in (read_weights, weights.is_whole):
+            with pytest.raises(UserError, match=r"model\.safetensors: damaged: .* checksum"):
+                look(path)
+    path.write_bytes(content[:-5])
+    assert not weights.is_whole(path)
+    safetensors.torch.save_file(tensors, path)  # by another tool
+    assert_same(read_weights(path), tensors)
+    assert weights.own_config(path) is None
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, suffix: str, value: float) -> None:
+    tensors = {"a": torch.ones(2), "b": torch.tensor([1.0, value, 2.0]).half()}
+    path = tmp_path / f"x{suffix}"
+    safetensors.torch.save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    with pytest.raises(UserError, match=rf"x\{suffix}: 1 of the 3 numbers of b are not finite"):
+        read_weights(path)
+
+
+def test_a_flipped_bit_in_a_state_dict_is_found(tmp_path: Path) -> None:
+    path = pth({"a": torch.ones(1000)}, tmp_path / "x.pth")
+    content = path.read_bytes()
+    at = content.index(b"\x00\x00\x80\x3f" * 9) + 1
+    path.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
+    with pytest.raises(UserError, match=r"x\.pth: .*checksum of"):
+        read_weights(path)
+
+
 # Real weights, where they are at hand
 
 IMAGENET = Path(__file__).parents[2] / "shared/weights/mobilenet_v2_imagenet.safetensors"

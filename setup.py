@@ -41,10 +41,10 @@ setup(
         "tensorboard>=2.15",
         "scikit-learn>=1.4",
         "filelock>=3.12",
-        "fast-slic>=0.4",
         "pydensecrf2>=1.1",
     ],
     extras_require={
+        "fast-slic": ["fast-slic>=0.4"],
         "coco": ["pycocotools>=2.0.8"],
         "onnx": ["onnx>=1.16", "onnxscript>=0.5"],
         "timm": ["timm>=1.0.16", "torchvision"],

@@ -114,16 +114,19 @@ class Data(Section):
 
 
 class Superpixels(Section):
-    """SLIC superpixels (fast-slic)."""
+    """SLIC superpixels; docs/superpixels.md says what they are and compares the engines."""
 
     count: Annotated[int, Field(ge=1, le=32_000)] = 200
     """Superpixels asked for per image. Paper 200; released 300, of which skimage 0.17 made about 140 to 190."""
     compactness: Annotated[float, Field(gt=0, le=10_000)] = 10.0
-    """Weight of distance against colour; from about 16,000 on fast-slic's integers overflow."""
+    """Weight of distance against colour. fast-slic's integers overflow from about 16,000 on."""
     iterations: Annotated[int, Field(ge=1, le=1000)] = 10
     """Rounds of k-means."""
     mode: Literal["cached", "online"] = "cached"
     """``cached``: once per image, moved with the image. ``online`` (paper and released): on every augmented crop."""
+    engine: Literal["auto", "fast-slic", "kernel"] = "auto"
+    """``kernel``: ours, for a GPU; slow on a CPU. ``fast-slic``: another package, on the CPU. ``auto``: the kernel on a
+    GPU and where fast-slic is not installed, else fast-slic. The two make different superpixels."""
     cache: Path = Path("superpixels")
     """Cache folder; relative paths start at ``out``, so that runs share it."""
 

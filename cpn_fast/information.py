@@ -145,10 +145,8 @@ def split_batch(
     superpixels = None
     if patches.kind == "superpixel":
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (network.mean, network.std))
-        pixels = (images * std + mean).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         options = config.superpixels.model_copy(update={"count": count})
-        found = segment_batch(pixels.cpu().numpy(), options, config.train.data_threads)
-        superpixels = torch.from_numpy(found).to(images.device)
+        superpixels = segment_batch(images * std + mean, options, config.train.data_threads)
     fill = normalised_fill(patches, network.mean, network.std)
     pair = complementary_pair(images, superpixels, patches, fill, generator, patch_limit=count)
     return batch._replace(scales=[pair.visible, pair.complement])

@@ -288,13 +288,12 @@ def seconds_of_patches(config: Config, images: int = 8, times: int = 5) -> float
             threads=1,
         )
     )
-    pixels = batch.images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
     def split() -> float:
         began = time.perf_counter()
         superpixels = None
         if config.patches.kind == "superpixel":
-            superpixels = torch.from_numpy(segment_batch(pixels, config.superpixels, 1))
+            superpixels = segment_batch(batch.images, config.superpixels, 1)
         limit = config.superpixels.count
         complementary_pair(batch.images, superpixels, config.patches, None, torch.Generator(), patch_limit=limit)
         return time.perf_counter() - began

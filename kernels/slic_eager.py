@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DEFINITION = 1
+"""To be raised with every change of what comes out: caches name it."""
 NEAR = ((0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 """A pixel's own cell and those around it, (rows, columns) on: of equals, the first counts."""
 FAR = 2**63 - 1

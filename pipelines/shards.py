@@ -68,9 +68,13 @@ class Shards:
     """Bits a pixel of the superpixels that are read along; None reads none."""
 
     def with_superpixels(self, parent: Path, config: Superpixels) -> Shards:
-        """Superpixels are read along. Raises UserError if the shards have none, or have others than ``config``'s."""
+        """Superpixels are read along. Raises UserError if the shards have none, or have others than ``config``'s.
+
+        With ``superpixels.engine: auto`` either engine's will do: it is free to choose, and they are there.
+        """
         cache = SuperpixelCache(parent, config)
-        if self.superpixels != cache.made_by:
+        engines = ("fast_slic", "kernel") if config.engine == "auto" and self.superpixels is not None else ()
+        if _without(self.superpixels, engines) != _without(cache.made_by, engines):
             raise UserError(
                 f"{self.folder}: expected superpixels of {cache.made_by}, found {self.superpixels}. Pack the shards "
                 "again (cpn-fast shards), or set superpixels as they were"
@@ -158,6 +162,10 @@ class Shards:
             f"{tar}: damaged: {self.samples[index].id} does not have the checksum of {tar.with_suffix('.idx').name}. "
             f"{AGAIN}"
         )
+
+
+def _without(made_by: dict[str, Any] | None, keys: Sequence[str]) -> dict[str, Any] | None:
+    return None if made_by is None else {key: value for key, value in made_by.items() if key not in keys}
 
 
 def pack(

@@ -91,11 +91,15 @@ def _fits(height: int, width: int, count: int) -> bool:
 
 
 def png_of_file(path: Path, settings: Settings, bits: int, source: str) -> bytes:
-    """The superpixels of an image file as a gray PNG of 8 or 16 ``bits``, whose text chunk ``source`` is that."""
-    labels = segment(read_image(path), settings).astype({8: np.uint8, 16: np.uint16}[bits])
+    """``png`` of an image file's superpixels."""
+    return png(segment(read_image(path), settings), bits, source)
+
+
+def png(labels: np.ndarray, bits: int, source: str) -> bytes:
+    """Superpixels as a gray PNG of 8 or 16 ``bits``, whose text chunk ``source`` is that."""
     text, file = PngInfo(), io.BytesIO()
     text.add_text("source", source)
-    Image.fromarray(labels).save(file, "PNG", pnginfo=text)
+    Image.fromarray(labels.astype({8: np.uint8, 16: np.uint16}[bits])).save(file, "PNG", pnginfo=text)
     return file.getvalue()
 
 

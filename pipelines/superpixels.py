@@ -1,6 +1,7 @@
 """SLIC superpixels: of one image, of a batch of crops, and cached on disk for a data set.
 
-``slic`` makes them, in processes of its own (``workers``). A cache folder holds ``manifest.json`` and one grayscale PNG
+One of two engines makes them: fast-slic (``slic``), in processes of its own (``workers``), or
+``cpn_fast.kernels.slic``, in this process and on its GPU. A cache folder holds ``manifest.json`` and one grayscale PNG
 per image, whose name and text chunk ``source`` tell which image, by its content, it was made of: data sets may share a
 folder, and moving the images costs nothing. Builders take turns (``owner``); files are complete before they get their
 names, so readers need no lock.
@@ -11,13 +12,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import io
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +37,9 @@ from cpn_fast.pipelines.workers import Workers
 from cpn_fast.progress import track
 from cpn_fast.provenance import image_digest
 
+if TYPE_CHECKING:
+    import torch
+
 FORMAT = 2
 """Of the maps."""
 LAYOUT = 3
@@ -42,28 +48,72 @@ LONGEST = 128
 """Bytes of an image's name in the name of its superpixels, which must leave room for more."""
 
 
+def engine(config: Superpixels, device: torch.device | None = None) -> str:
+    """``fast-slic`` or ``kernel``: which of the two ``config`` means on a device, by default a GPU if there is one.
+
+    Raises UserError if it asks for fast-slic, which is not installed.
+    """
+    installed = importlib.util.find_spec("fast_slic") is not None
+    if config.engine == "fast-slic" and not installed:
+        raise UserError(
+            "superpixels.engine is fast-slic, which is not installed: pip install --no-build-isolation fast-slic "
+            "(README has the flags), or set superpixels.engine to auto or kernel"
+        )
+    if config.engine == "auto":
+        return "fast-slic" if installed and (device or _device()).type == "cpu" else "kernel"
+    return config.engine
+
+
+def described(config: Superpixels) -> str:
+    """The engine with its version, such as ``fast-slic 0.4.0 (x64/avx2)`` or ``kernel 1 (cpu)``."""
+    if engine(config) == "fast-slic":
+        return f"fast-slic {_version()} ({_shared(1).call('fast-slic', slic.engine)})"
+    return f"kernel {_definition()} ({_device().type})"
+
+
 def segment(image: np.ndarray, config: Superpixels) -> np.ndarray:
-    """Superpixels of an image, uint8 RGB (H, W, 3) -> uint16 (H, W), as ``slic.segment`` makes them, in a process."""
-    return _shared(1).call("an image", slic.segment, image, _settings(config))
+    """Superpixels of an image, uint8 RGB (H, W, 3) -> uint16 (H, W): 4-connected regions, from 0 on."""
+    if engine(config) == "fast-slic":
+        return _shared(1).call("an image", slic.segment, image, _settings(config))
+    import torch
+
+    pixels = torch.from_numpy(np.array(image)).to(_device()).permute(2, 0, 1)
+    return _by_kernel(pixels[None], config)[0].cpu().numpy().astype(np.uint16)
 
 
 def segment_batch(
-    images: np.ndarray, config: Superpixels, processes: int, names: Sequence[object] | None = None
-) -> np.ndarray:
-    """``segment`` for each image of a batch, uint8 RGB (B, H, W, 3) -> int32 (B, H, W).
+    images: torch.Tensor, config: Superpixels, processes: int, names: Sequence[object] | None = None
+) -> torch.Tensor:
+    """Superpixels of RGB images (B, 3, H, W), uint8 or floats from 0 to 255 -> int32 (B, H, W) on the same device.
 
-    ``names`` are for errors. The processes stay for the next batch.
+    The kernel leaves them on their device. fast-slic gets them on the CPU, in as many ``processes``, which stay for the
+    next batch; ``names`` are for its errors.
     """
+    if engine(config, images.device) == "kernel":
+        return _by_kernel(images, config)
+    import torch
+
+    pixels = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     workers, settings = _shared(processes), _settings(config)
     with ThreadPoolExecutor(processes) as pool:
-        named = names or [f"image {number} of a batch" for number in range(len(images))]
-        found = pool.map(lambda name, image: workers.call(name, slic.segment, image, settings), named, images)
-        return np.stack(list(found)).astype(np.int32)
+        named = names or [f"image {number} of a batch" for number in range(len(pixels))]
+        found = pool.map(lambda name, image: workers.call(name, slic.segment, image, settings), named, pixels)
+        return torch.from_numpy(np.stack(list(found)).astype(np.int32)).to(images.device)
 
 
-def engine() -> str:
-    """fast-slic's version and the instruction set in use, such as ``fast-slic 0.4.0 (x64/avx2)``."""
-    return f"fast-slic {_version()} ({_shared(1).call('fast-slic', slic.engine)})"
+def _by_kernel(images: torch.Tensor, config: Superpixels) -> torch.Tensor:
+    from cpn_fast import kernels
+
+    return kernels.slic(
+        images, count=config.count, compactness=config.compactness, iterations=config.iterations
+    )  # fmt: skip
+
+
+def _device() -> torch.device:
+    """Where this process makes superpixels with the kernel."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
@@ -76,20 +126,21 @@ def _settings(config: Superpixels) -> slic.Settings:
 
 
 class SuperpixelCache:
-    """The superpixels of images, one PNG for each, in ``parent / slic-n200-c10-i10-v3``.
+    """The superpixels of images, one PNG for each, in ``parent / fast-slic-n200-c10-i10-v3`` or ``kernel-...``.
 
     PNGs have 8 bits where ``config.count`` is at most 256, otherwise 16 (``dtype``).
     """
 
     def __init__(self, parent: Path, config: Superpixels) -> None:
-        self.config = config
-        self.folder = parent / f"slic-n{config.count}-c{config.compactness:g}-i{config.iterations}-v{LAYOUT}"
+        self.config, self.engine = config, engine(config)
+        self.folder = parent / f"{self.engine}-n{config.count}-c{config.compactness:g}-i{config.iterations}-v{LAYOUT}"
         self.dtype = np.dtype(np.uint8 if config.count <= 256 else np.uint16)
 
     @property
     def made_by(self) -> dict[str, Any]:
         """What the entries follow from, beside their images."""
-        return {"format": FORMAT, "fast_slic": _version(), **dataclasses.asdict(_settings(self.config))}
+        made_by = {"fast_slic": _version()} if self.engine == "fast-slic" else {"kernel": _definition()}
+        return {"format": FORMAT, **made_by, **dataclasses.asdict(_settings(self.config))}
 
     def path(self, sample: Sample) -> Path:
         """Where the superpixels of an image are, ``NAME-DIGEST.png``: images of other content have another place.
@@ -103,7 +154,7 @@ class SuperpixelCache:
         """Samples without an intact entry: absent, unreadable, truncated, or made of another image.
 
         Compares checksums and decodes nothing (about 0.2 ms each).
-        Raises UserError if the folder was built with other parameters or another fast-slic, or an image cannot be read.
+        Raises UserError if the folder was built with other parameters or another engine, or an image cannot be read.
         """
         if not self._has_manifest():
             return list(samples)
@@ -157,11 +208,12 @@ class SuperpixelCache:
 
     def _make(self, samples: Sequence[Sample], count: int) -> int:
         different = {self.path(sample): sample for sample in samples}.values()  # copies of an image share an entry
-        pool = ThreadPoolExecutor(count)
-        with Workers(min(count, len(different) or 1)) as self._workers:
+        pool, fast = ThreadPoolExecutor(count), self.engine == "fast-slic"
+        what = f"superpixels, fast-slic {_version()}" if fast else f"superpixels, {described(self.config)}"
+        with Workers(min(count, len(different) or 1)) if fast else nullcontext() as self._workers:
             try:
                 futures = [pool.submit(self._make_one, sample) for sample in different]
-                for future in track(as_completed(futures), f"superpixels, fast-slic {_version()}", total=len(futures)):
+                for future in track(as_completed(futures), what, total=len(futures)):
                     future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -172,7 +224,10 @@ class SuperpixelCache:
         if path.exists():
             print(f"Warning: {path} is damaged and made again", file=sys.stderr)
         bits = 8 * self.dtype.itemsize
-        png = self._workers.call(sample.image, slic.png_of_file, sample.image, _settings(self.config), bits, digest)
+        if self._workers is not None:
+            png = self._workers.call(sample.image, slic.png_of_file, sample.image, _settings(self.config), bits, digest)
+        else:
+            png = slic.png(segment(read_image(sample.image), self.config), bits, digest)
         with replacing(path) as file:
             file.write(png)
 
@@ -187,6 +242,12 @@ def _is_intact(path: Path, image: Path) -> bool:
     except (OSError, UnreadableImage):
         return False
     return bool(source == image_digest(image))
+
+
+def _definition() -> int:
+    from cpn_fast.kernels.slic_eager import DEFINITION
+
+    return DEFINITION
 
 
 def _version() -> str:

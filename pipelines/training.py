@@ -127,6 +127,7 @@ class TrainingPipeline:
         self._device, self._threads = device, threads
         self._labels = torch.from_numpy(np.stack(labels).astype(np.float32))
         self._mean, self._std = mean, std
+        self._colours = [torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1) for value in (mean, std)]
         self._shards = shards
         self._bits = None if shards is None else shards.bits
         if map_path is not None:
@@ -174,11 +175,9 @@ class TrainingPipeline:
         return Batch(images, labels_of_pixels, labels, indices_there, (self._rank, self._world))
 
     def _segment(self, images: Tensor, config: Superpixels) -> Tensor:
-        mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self._mean, self._std))
-        pixels = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        mean, std = self._colours
         names = [self._samples[index].image for index in self._chosen(self._step)[2]]
-        superpixels = segment_batch(pixels.contiguous().cpu().numpy(), config, self._threads, names)
-        return torch.from_numpy(superpixels).to(self._device)
+        return segment_batch(images * std + mean, config, self._threads, names)
 
     def _chosen(self, step: int) -> tuple[int, range, np.ndarray]:
         """Epoch of a step, and this rank's positions and samples in it."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from cpn_fast.masks import IGNORE, read_mask, write_mask
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    if item.get_closest_marker("fast_slic") and importlib.util.find_spec("fast_slic") is None:
+        pytest.skip("needs fast-slic")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ def test_everything_that_make_setup_installs_works(tiny_config) -> None:
     assert "broken" not in result.output
     assert "[green]" not in result.output
     assert "12 images in ImageSets/Segmentation/train.txt" in result.output
-    for part in ("Python", "torch", "Triton", "operations", "DALI", "fast-slic", "pydensecrf", "disk"):
+    for part in ("Python", "torch", "Triton", "operations", "DALI", "superpixels", "pydensecrf", "disk"):
         assert part in result.output
 
 

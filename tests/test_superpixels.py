@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -13,17 +14,20 @@ import cv2
 import numpy as np
 import pytest
 import skimage.measure
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from cpn_fast import config as configs
 from cpn_fast import owner
-from cpn_fast.config import Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
 from cpn_fast.pipelines import slic, superpixels
 from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image, segment, segment_batch
 
+pytestmark = pytest.mark.fast_slic
+Superpixels = functools.partial(configs.Superpixels, engine="fast-slic")
 CONFIG = Superpixels(count=30)
 
 
@@ -155,9 +159,11 @@ def test_superpixels_follow_edges():
 
 def test_deterministic_in_threads_and_for_views():
     images = np.stack([picture(64, 64, seed) for seed in range(8)])
-    one, many = (segment_batch(images, CONFIG, threads) for threads in (1, 4))
-    assert many.dtype == np.int32
-    assert np.array_equal(one, many)
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
+    one, many = (segment_batch(batch, CONFIG, threads) for threads in (1, 4))
+    assert many.dtype == torch.int32
+    assert torch.equal(one, many)
+    assert torch.equal(segment_batch(batch + 0.3, CONFIG, 1), one)
     assert np.array_equal(one[3], segment(images[3], CONFIG))
     flipped = images[3][:, ::-1]
     assert np.array_equal(segment(flipped, CONFIG), segment(flipped.copy(), CONFIG))
@@ -250,7 +256,7 @@ def test_build_stores_each_segmentation(tmp_path):
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
     assert cache.missing(samples) == samples
     assert cache.build(samples, workers=3) == 5
-    assert cache.folder == tmp_path / "cache" / "slic-n30-c10-i10-v3"
+    assert cache.folder == tmp_path / "cache" / "fast-slic-n30-c10-i10-v3"
     for sample in samples:
         assert stored(cache, sample).dtype == np.uint8
         assert np.array_equal(stored(cache, sample), segment(read_image(sample.image), CONFIG))
@@ -446,7 +452,7 @@ from cpn_fast.pipelines import slic, superpixels
 
 images, folder, fate = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 samples = [Sample(image.stem, image, None, None) for image in sorted(images.iterdir())]
-cache = superpixels.SuperpixelCache(folder, Superpixels(count=30))
+cache = superpixels.SuperpixelCache(folder, Superpixels(count=30, engine="fast-slic"))
 make = superpixels.SuperpixelCache._make_one
 
 def make_or_die(self, sample):

@@ -37,11 +37,12 @@ def lines(run):
         {},
         PLAIN,
         {"patches": {"kind": "grid", "grid_sizes": [16, 32]}},
-        {"superpixels": {"mode": "online"}},
+        pytest.param({"superpixels": {"mode": "online", "engine": "fast-slic"}}, marks=pytest.mark.fast_slic),
+        {"superpixels": {"mode": "online", "engine": "kernel"}},
         {"method": "seam", "model": {"prcm": False}},
         {**PLAIN, "train": {"precision": "fp16"}},
     ],
-    ids=["cpn", "cam", "grid", "online", "seam", "fp16"],
+    ids=["cpn", "cam", "grid", "online", "kernel", "seam", "fp16"],
 )
 def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny_config, monkeypatch) -> None:
     whole = config.load(tiny_config(name="whole", **changes))

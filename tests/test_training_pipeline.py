@@ -361,10 +361,11 @@ def test_a_kept_batch_is_not_overwritten(samples: list[Sample], tmp_path: Path) 
 # Superpixels of the crop
 
 
-def test_online_superpixels_are_those_of_the_augmented_crop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [pytest.param("fast-slic", marks=pytest.mark.fast_slic), "kernel"])
+def test_online_superpixels_are_those_of_the_augmented_crop(engine: Any, tmp_path: Path) -> None:
     pixel_values = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     sample = save(tmp_path / "a.png", pixel_values)
-    config = Superpixels(count=12)
+    config = Superpixels(count=12, engine=engine)
     options: dict[str, Any] = {"mean": (124.0, 116.0, 104.0), "std": (58.0, 57.0, 57.5), "online": config}
     batch = next(make([sample], {**PLAIN, "long_side": (40, 40), "crop": 40}, **options))
     assert batch.map is not None
@@ -459,8 +460,11 @@ def test_batches_on_a_gpu_are_their_own_however_late_they_are_read(samples: list
 
 
 @pytest.mark.gpu
-def test_superpixels_of_crops_do_not_wait_for_the_step_before(samples: list[Sample], tmp_path: Path) -> None:
-    pipeline = on("cuda", samples, tmp_path, online=Superpixels(count=10))
+@pytest.mark.parametrize("engine", [pytest.param("fast-slic", marks=pytest.mark.fast_slic), "kernel"])
+def test_superpixels_of_crops_do_not_wait_for_the_step_before(
+    engine: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    pipeline = on("cuda", samples, tmp_path, online=Superpixels(count=10, engine=engine))
     next(pipeline)
     before, after = (torch.cuda.Event() for _ in range(2))
     torch.cuda.synchronize()

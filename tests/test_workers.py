@@ -66,7 +66,7 @@ def test_an_image_that_kills_its_worker_stops_the_build_and_loses_nothing(tmp_pa
     samples = [Sample(f"image_{number}", tmp_path / f"image_{number}.png", None, None) for number in range(4)]
     for number, sample in enumerate(samples):
         Image.fromarray(np.full((20, 30, 3), number, np.uint8)).save(sample.image)
-    cache = SuperpixelCache(tmp_path / "cache", Superpixels(count=30))
+    cache = SuperpixelCache(tmp_path / "cache", Superpixels(count=30, engine="fast-slic"))
     call = Workers.call
 
     def call_or_die(self, what, function, *arguments):

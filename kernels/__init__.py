@@ -9,6 +9,8 @@ All are differentiable in every CAM, embedding, feature, key and query, work und
 ``torch.compile(fullgraph=True)`` and on ``meta``, and raise ValueError or TypeError for shapes, dtypes and devices that
 do not fit. Values are not looked at, which would wait for the device: labels other than 0 and 1 give no defined result.
 
+``slic`` is of whole numbers instead, has no gradient, and eager and Triton give the same bits.
+
 Whatever the backend, eager's formula is what runs inside a transform of ``torch.func``, inside
 ``torch.autograd.forward_ad.dual_level`` and for an empty batch (means over nothing are NaN, as torch's are). Second
 derivatives are eager's alone; other backends raise RuntimeError.
@@ -283,14 +285,11 @@ def slic(
             raise ValueError(f"{name}: expected 1 to {limit:,}, found {number}")
     if not 0 < compactness <= 10_000:
         raise ValueError(f"compactness: expected above 0 and at most 10,000, found {compactness}")
-    if backend is None:
-        fits = images.is_cuda and "triton" in _SLIC and _SLIC["triton"].obstacle(images) is None
-        backend = "triton" if fits else "eager"
-    if backend not in _SLIC:
+    if backend is not None and backend not in _SLIC:
         raise ValueError(f"backend: expected one of {', '.join(_SLIC)} or None, found {backend!r}")
     if backend == "triton" and (reason := slic_triton.obstacle(images)) is not None:
         raise ValueError(f"backend 'triton' {reason}: use 'eager'")
-    module = _SLIC[backend] if len(images) else slic_eager
+    module = _SLIC[_fitting(_SLIC, images).backend if backend is None else backend] if len(images) else slic_eager
     return module.slic(images, mask, count, float(compactness), iterations)
 
 
@@ -306,7 +305,9 @@ def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> A
 
 
 def _fitting(modules: dict[str, Any], *tensors: Tensor) -> Choice:
-    plain: Backend = "eager" if modules is _REGION else "tiled"  # eager regions are linear in the pixels, and as fast
+    plain: Backend = "tiled"
+    if modules is _REGION or modules is _SLIC:  # eager regions are linear in the pixels, and as fast
+        plain = "eager"
     if not tensors[-1].is_cuda:
         return Choice(plain, f"triton needs CUDA, found {tensors[-1].device}")
     if "triton" not in modules:

@@ -309,7 +309,7 @@ def _dump(path: str, option: str) -> str:
 
 
 def model() -> list[dict[str, Any]]:
-    """What a training step asks of each kernel: 12 images, 56 x 56 maps, losses at 448 x 448, bfloat16.
+    """What a training step asks of each kernel: 12 images, 56 x 56 maps, losses at 448 x 448, bfloat16; 4 crops' slic.
 
     An upsampled and normalised value is 12 FLOPs. Losses see K = 1.56 present classes an image; pixels on the rim of a
     block of 16 x 16 are computed for both of its sides. ``floor`` is the larger of FLOPs over the H100's rate (798
@@ -356,6 +356,9 @@ def model() -> list[dict[str, Any]]:
             "losses finish", maps * n * k * large * sample, maps * n * k * large * rim * sample,
             3 * maps * k * small_map, 67e12,
         ),
+        # operations on whole numbers: 9 distances of 16 a pixel in 10 rounds, 27 sums of 2 in 10; 64 a clock and SM
+        ("slic assign", 4 * large * 10 * 9 * (16 + 6), 4 * large * 10 * 9 * (16 + 6), 4 * large * 11 * 4, 14.8e12),
+        ("slic without assign", 4 * large * 200, 4 * large * 200, 4 * large * 100, 14.8e12),
     ]  # fmt: skip
     return [
         {

@@ -1,20 +1,18 @@
 """Time per image to make a complementary pair from a 448 x 448 crop: the released way against ours.
 
 The released way segments every augmented crop with scikit-image, as normalised floats (which scikit-image stretches to
-0..1 since 0.19), and looks up each pixel's patch in a list of hidden ones. Ours is fast-slic on the crop (online) or a
-PNG of the cache, then ``complementary_pair``. One thread each.
+0..1 since 0.19), and looks up each pixel's patch in a list of hidden ones. Ours is fast-slic on the crop (online), our
+kernel on the crop (in plain torch on a CPU), or a PNG of the cache, then ``complementary_pair``. One thread each.
 
-A second table has the quality of the superpixels: the share of true boundary pixels that a superpixel's boundary comes
-within 2 pixels of (boundary recall), and of pixels that are right when each superpixel takes its most common true class
-(accuracy).
+A second table times the kernel alone: a batch of 16 crops on a GPU, where the goal is 5,000 crops/s, else one crop.
+What limits it is counted by ``bench/kernel_report.py``; quality is ``bench/superpixel_quality.py``'s.
 
-    python bench/superpixels.py [--images FOLDER] [--voc VOC2012] [--out FOLDER]
+    python bench/superpixels.py [--images FOLDER] [--out FOLDER]
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,15 +23,18 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from skimage.segmentation import find_boundaries, slic
-from timing import arguments, folder, machine, plot_bars, print_table, write_json
+from skimage.segmentation import slic
+from timing import arguments, folder, kernel_columns, machine, plot_bars, print_table, write_json
 
+from cpn_fast import kernels
 from cpn_fast.config import Patches, Superpixels
 from cpn_fast.dataset import Sample
 from cpn_fast.patches import Pair, complementary_pair
-from cpn_fast.pipelines.superpixels import SuperpixelCache, engine, read_image, segment, segment_batch
+from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image, segment
+from cpn_fast.pipelines.superpixels import described as described_engine
 
 SIZE = 448
+FAST, KERNEL = Superpixels(engine="fast-slic"), Superpixels(engine="kernel")
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 
 
@@ -72,7 +73,7 @@ def time_pairs(title: str, crops: list[np.ndarray], repeats: int, device: torch.
     The released way stays on the CPU; of ours, hiding runs on ``device``. The ways take turns on each crop, so that
     they share whatever else the machine is doing.
     """
-    config, generator = Superpixels(), torch.Generator(device).manual_seed(0)
+    config, generator = FAST, torch.Generator(device).manual_seed(0)
     floats = [normalise(crop) for crop in crops]
     tensors = [torch.from_numpy(image).permute(2, 0, 1)[None].contiguous().to(device) for image in floats]
     with tempfile.TemporaryDirectory() as temporary:
@@ -88,7 +89,11 @@ def time_pairs(title: str, crops: list[np.ndarray], repeats: int, device: torch.
                 lambda index, labels: released_pair(floats[index], labels),
             ),
             "ours, online": (
-                lambda index: segment_batch(crops[index][None], config, 1)[0],
+                lambda index: segment(crops[index], FAST),
+                lambda index, labels: our_pair(tensors[index], labels, generator),
+            ),
+            "ours, kernel": (
+                lambda index: segment(crops[index], KERNEL),
                 lambda index, labels: our_pair(tensors[index], labels, generator),
             ),
             "ours, cached": (
@@ -129,42 +134,16 @@ def check(pair: Pair, image: torch.Tensor) -> None:
     torch.testing.assert_close((visible != 0).all(1).double().mean((1, 2)), share.double(), atol=1e-5, rtol=0)
 
 
-def compare_quality(title: str, scenes: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
-    """Superpixels of uint8 images against their true classes (255 unknown), per way: means over the images."""
-    asked = Superpixels().count
-
-    def matched(image: np.ndarray) -> np.ndarray:
-        wanted, found = segment(image, Superpixels()).max() + 1, slic(image, n_segments=asked, compactness=10).max()
-        return slic(image, n_segments=round(asked * wanted / found), compactness=10)
-
-    ways = {
-        f"fast-slic, {asked} asked for": lambda image: segment(image, Superpixels()),
-        "scikit-image, about as many": matched,
-        "scikit-image on normalised floats, 300 asked for": lambda image: released_segments(normalise(image)),
-    }
-    rows: list[dict[str, Any]] = []
-    for name, segmenting in ways.items():
-        maps = [segmenting(image) for image, _ in scenes]
-        scores = np.array([score(labels, truth) for labels, (_, truth) in zip(maps, scenes, strict=True)])
-        recall, accuracy = np.nanmean(scores, 0)
-        counts = [len(np.unique(labels)) for labels in maps]
-        row = {"images": title, "way": name, "superpixels": np.mean(counts)}
-        rows.append(row | {"boundary recall": recall, "accuracy": accuracy})
-    return rows
-
-
-def score(labels: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Boundary recall (nan if there is no boundary) and achievable accuracy."""
-    known = truth != 255
-    # Unknown pixels line the objects: there, the true boundary is halfway between the nearest known ones.
-    _, nearest = cv2.distanceTransformWithLabels((~known).astype(np.uint8), cv2.DIST_L2, 5, labelType=1)
-    classes = np.zeros(nearest.max() + 1, truth.dtype)
-    classes[nearest[known]] = truth[known]
-    edges = find_boundaries(classes[nearest])
-    found = cv2.dilate(find_boundaries(labels).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    votes = np.zeros((labels.max() + 1, 256))
-    np.add.at(votes, (labels[known], truth[known]), 1)
-    return float(found[edges].mean()) if edges.any() else math.nan, votes.max(1).sum() / known.sum()
+def kernel_rate(crops: list[np.ndarray], device: torch.device) -> dict[str, Any]:
+    """Crops per second of ``cpn_fast.kernels.slic``, by the device's own time on a GPU."""
+    batch = 16 if device.type == "cuda" else 1
+    images = torch.from_numpy(np.stack([crops[index % len(crops)] for index in range(batch)])).permute(0, 3, 1, 2)
+    images, settings = images.to(device), Superpixels()
+    columns = kernel_columns(
+        lambda: kernels.slic(images, count=settings.count, compactness=settings.compactness, iterations=10), device
+    )
+    seconds = (columns.get("device ms") or columns["call ms"]) / 1e3
+    return {"kernel": "slic", "batch": batch, "superpixels": settings.count, **columns, "crops/s": batch / seconds}
 
 
 def generated_scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,11 +155,6 @@ def generated_scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
     texture = cv2.resize(rng.normal(0, 12, (SIZE // 4, SIZE // 4, 3)), (SIZE, SIZE)) + rng.normal(0, 6, (SIZE, SIZE, 3))
     image = rng.uniform(30, 225, (25, 3))[regions] + texture
     return cv2.GaussianBlur(image.clip(0, 255).astype(np.uint8), (3, 3), 0), regions.astype(np.uint8)
-
-
-def voc_scene(mask: Path) -> tuple[np.ndarray, np.ndarray]:
-    image = read_image(mask.parents[1] / "JPEGImages" / f"{mask.stem}.jpg")
-    return image, np.asarray(Image.open(mask))
 
 
 def center_crop(path: Path) -> np.ndarray:
@@ -200,9 +174,7 @@ def spread(items: Sequence[Path], count: int) -> list[Path]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=Path, help="a folder of JPEGs to time beside the generated images")
-    parser.add_argument("--voc", type=Path, help="a folder with JPEGImages and SegmentationClass to score on")
     parser.add_argument("--count", type=int, default=6, help="images to time of each kind")
-    parser.add_argument("--scored", type=int, default=60, help="images to score of each kind")
     parser.add_argument("--repeats", type=int, default=5, help="times that each image is timed")
     options = parser.parse_args()
     device, out = options.device, folder(options.out, options.device)
@@ -210,18 +182,18 @@ def main() -> None:
 
     crops = [generated_scene(seed)[0] for seed in range(options.count)]
     times = time_pairs("generated", crops, options.repeats, device)
-    scores = compare_quality("generated", [generated_scene(seed) for seed in range(options.scored)])
     if options.images:
         files = spread(sorted(options.images.glob("*.jpg")), options.count)
         times += time_pairs("JPEGs", [center_crop(file) for file in files], options.repeats, device)
-    if options.voc:
-        masks = spread(sorted((options.voc / "SegmentationClass").glob("*.png")), options.scored)
-        scores += compare_quality("VOC", [voc_scene(mask) for mask in masks])
+    rate = kernel_rate(crops, device)
 
     print_table("A complementary pair of a 448 x 448 crop", times)
-    print_table("Quality of the superpixels", scores)
-    described = machine(device) | {"fast_slic": engine(), "scikit_image": importlib.metadata.version("scikit-image")}
-    write_json(out / "superpixels.json", described, times, quality=scores)
+    print_table("The kernel alone", [rate])
+    described = machine(device) | {
+        "engine": described_engine(FAST),
+        "scikit_image": importlib.metadata.version("scikit-image"),
+    }
+    write_json(out / "superpixels.json", described, times, kernel=[rate])
     bars: dict[str, dict[str, float]] = {}
     for row in times:
         bars.setdefault(row["images"], {})[row["way"]] = row["total ms"]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 DEFINITION = 1
 """To be raised with every change of what comes out: caches name it."""
@@ -139,29 +140,47 @@ def cells(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     return y * grid.rows // grid.height, x * grid.columns // grid.width
 
 
+def members(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(rows, h) and (columns, w): the rows and columns of pixels of each of the grid's, the last one repeated."""
+
+    def of(side: int, cells: int) -> Tensor:
+        ends = -(-torch.arange(cells + 1, device=device) * side // cells)
+        within = torch.arange(-(-side // cells), device=device)
+        return torch.minimum(ends[:-1, None] + within, ends[1:, None] - 1)
+
+    return of(grid.height, grid.rows), of(grid.width, grid.columns)
+
+
 def nearest(colours: Tensor, centres: Tensor, alive: Tensor, grid: Grid, weight: int) -> Tensor:
     """int64 (B, H, W): the nearest centre of those whose cell is a pixel's or next to it.
 
     ``centres`` are int32 (5, B, rows, columns) of place (y, x) and colour; one is ``alive`` once it has had a pixel.
+    Inside, pixels are (rows, h, columns, w), so that those of a cell meet its nine candidates.
     """
     device = colours.device
-    in_row, in_column = cells(grid, device)
+    y, x = members(grid, device)
+    y = y[:, :, None, None]
+    colours = colours[:, :, y, x]
     places_y, places_x = places(grid, device)
+    places_y, places_x = places_y[y], places_x[x]
+    cell = torch.arange(grid.cells, device=device).view(grid.rows, 1, grid.columns, 1)
+    around = F.pad(torch.cat([centres, alive[None].int()]), (1, 1, 1, 1))
     best = torch.full(colours.shape[1:], FAR, device=device)
-    labels = torch.empty_like(best)
+    labels = cell.expand_as(best)
     for down, right in NEAR:
-        row, column = in_row + down, in_column + right
-        inside = ((row >= 0) & (row < grid.rows))[:, None] & (column >= 0) & (column < grid.columns)
-        row, column = row.clamp(0, grid.rows - 1), column.clamp(0, grid.columns - 1)
-        y, x, *colour = (plane[:, row][:, :, column] for plane in centres)
-        colour_distance = sum((one - other).square() for one, other in zip(colours, colour, strict=True))
-        place_distance = (places_y[:, None] - y).square() + (places_x - x).square()
+        candidate = around[:, :, 1 + down : 1 + down + grid.rows, 1 + right : 1 + right + grid.columns]
+        centre_y, centre_x, *colour, there = candidate[:, :, :, None, :, None]
+        offsets = [own - other for own, other in zip(colours, colour, strict=True)]
+        colour_distance = sum(offset * offset for offset in offsets)
+        offset_y, offset_x = places_y - centre_y, places_x - centre_x
+        place_distance = offset_y * offset_y + offset_x * offset_x
         distance = (colour_distance.long() << 24) + place_distance.long() * weight
-        distance = distance.where(inside & alive[:, row][:, :, column], FAR)
-        better = (distance < best) if (down, right) != (0, 0) else torch.ones_like(best, dtype=torch.bool)
-        best = distance.where(better, best)
-        labels = (row[:, None] * grid.columns + column).where(better, labels)
-    return labels
+        distance = distance.where(there != 0, FAR)
+        labels = (cell + (down * grid.columns + right)).where(distance < best, labels)
+        best = torch.minimum(best, distance)
+    found = torch.empty(len(best), grid.height, grid.width, dtype=torch.int64, device=device)
+    found[:, y, x] = labels
+    return found
 
 
 def means(colours: Tensor, labels: Tensor, centres: Tensor, alive: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -142,19 +142,22 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
     yield Case("region join", region_triton._join_kernel, join, regional)
     yield Case("region correlate", region_triton._correlate_kernel, {"SB": 64, "BP": 1024}, regional)
     for cb in REGION_BLOCKS if shapes == "all" else REGION_BLOCKS[:1]:
-        regional = triton.Config({}, **region_triton.options(cb))
+        regional = triton.Config({}, **region_triton.options(cb, numbers))
         region: dict[str, Any] = {"CB": cb, "BP": region_triton.BP, **product}
         pool, correlate = {**region, "BD": region_triton.BD}, {**region, "BE": region_triton.BD}
         yield Case(f"region pool CB={cb}", region_triton._pool_kernel, pool, regional, True)
-        yield Case(f"region pool backward CB={cb}", region_triton._pool_backward_kernel, pool, regional, True)
+        name = f"region pool backward CB={cb}"
+        wanted = {"OF_CAM": True, "OF_FEATURES": True}
+        yield Case(name, region_triton._pool_backward_kernel, {**pool, **wanted}, regional, True)
         yield Case(f"region logits CB={cb}", region_triton._logits_kernel, correlate, regional, True)
         name = f"region correlate backward CB={cb}"
-        yield Case(name, region_triton._correlate_backward_kernel, correlate, regional, True)
+        wanted = {"OF_CAM": True, "OF_LOGITS": True, "OF_QUERIES": True}
+        yield Case(name, region_triton._correlate_backward_kernel, {**correlate, **wanted}, regional, True)
 
     if dtype != "fp32":
         return
     t = losses_triton
-    strips, tile, sums = {"STRIPS": t.STRIPS}, {"TILE": t.TILE}, {"SIDE": t.SIDE, "SUMS": t.SUMS}
+    strips, tile, side = {"STRIPS": t.STRIPS}, {"TILE": t.TILE}, {"SIDE": t.SIDE}
     variant = {"BEFORE": False, "ONE_HOT": True, "BATCH": False}
     for own in (False, True):
         flag = {"OWN": own}
@@ -162,25 +165,24 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
             ("extrema", t._extrema_kernel, {**strips, **tile, "HAS_REFINED": True}, False),
             ("join", t._join_kernel, {**strips, "MIN_MAX": True}, False),
             ("histogram", t._histogram_kernel, {**variant, **tile, "SHIFT": 20, "WIDTH": 11, "BINS": t.BINS}, False),
-            ("cpcr", t._cpcr_kernel, {**variant, **tile, **sums, "GRADIENTS": True}, True),
-            (
-                "finish",
-                t._finish_kernel,
-                {**tile, **sums, "MAP": 3, "GRADIENT": 1, "MIN_MAX": True, "BLOCKS": 16},
-                True,
-            ),
+            ("cpcr", t._cpcr_kernel, {**variant, **tile, **side, "GRADIENTS": True}, True),
+            ("finish", t._finish_kernel, {**tile, **side, "FIRST": 0, "MIN_MAX": True, "BLOCKS": 16}, True),
         ):
             label = f"losses {name}" + (" (own)" if own else "")
             config = triton.Config({}, num_warps=t.OPTIONS["num_warps"], num_stages=t.OPTIONS["num_stages"])
             yield Case(label, kernel, {**flag, **constants}, config, has_product, all_float32=True)
-    tcp: dict[str, Any] = {**tile, **sums, "MAP": 3, "PAIR": True, "GRADIENTS": True}
     plain = triton.Config({}, num_warps=t.OPTIONS["num_warps"], num_stages=t.OPTIONS["num_stages"])
-    yield Case("losses tcp", t._tcp_kernel, tcp, plain, True, all_float32=True)
+    for name, of_map in (("losses tcp", 0), ("losses tcp refined", 3)):
+        tcp: dict[str, Any] = {**tile, **side, "MAP": of_map, "PAIR": of_map == 3, "GRADIENTS": True}
+        yield Case(name, t._tcp_kernel, tcp, plain, True, all_float32=True)
+    for name, directions, batch in (("losses classes", 2, True), ("suppression classes", 1, False)):
+        classes = {"DIRECTIONS": directions, "BATCH": batch, "CHOICE": True, "CB": 32}
+        yield Case(name, t._classes_kernel, classes, plain, all_float32=True)
     pick: dict[str, Any] = {"WIDTH": 10, "LAST": True, "SMALLEST": True, "BINS": t.BINS}
     yield Case("losses pick", t._pick_kernel, pick, plain, all_float32=True)
     scores: dict[str, Any] = {**tile, "SHIFT": 20, "WIDTH": 11, "BINS": t.BINS}
     yield Case("suppression histogram", t._score_histogram_kernel, scores, plain, all_float32=True)
-    suppression: dict[str, Any] = {**tile, "SIDE": t.SIDE, "GRADIENTS": True}
+    suppression: dict[str, Any] = {**tile, **side, "GRADIENTS": True}
     yield Case("suppression", t._suppression_kernel, suppression, plain, True, all_float32=True)
 
 
@@ -204,7 +206,7 @@ def superpixel_cases() -> Iterator[Case]:
 
 
 def compiled(case: Case, dtype: str, arch: int) -> Any:
-    """One case as Triton compiles it; ``asm`` holds its PTX and cubin."""
+    """One case as Triton compiles it; ``asm`` holds its TTIR, PTX and cubin."""
     function = case.kernel
     while not isinstance(function, triton.runtime.JITFunction):
         function = function.fn
@@ -284,10 +286,10 @@ def report(dtypes: list[str], archs: list[int], shapes: str, jobs: int = 1) -> l
 def _type(name: str, types: dict[str, str], all_float32: bool) -> str:
     if name in types:
         return "*" + types[name]
-    if name in ("eps", "scale", "factor"):
+    if name in ("eps", "scale", "factor", "factor_cpcr"):
         return "fp32"
     if all_float32 and name in (
-        "parts", "refined", "statistics", "visible", "cut", "d_tcp", "d_refined", "d_cpcr", "gradient", "maps",
+        "parts", "refined", "statistics", "visible", "cut", "d_refined", "gradient", "maps", "moments", "labels",
     ):  # fmt: skip
         return "*fp32"
     return "i32"

@@ -4,6 +4,9 @@ An absent class is zero in every normalised map, so it adds nothing to any sum a
 scalars, so their gradients are known up to the factor that backward multiplies in. What is held at full resolution is
 one image's maps of its present classes, never (1 + C) maps. Only where errors of a whole batch compete
 (``hard_over="batch"``, and enough classes are present for a choice) are the errors of all images held at once.
+
+A NaN in a map comes out as it does of the plain formula, which multiplies absent classes by 0 and so keeps theirs: a
+loss is finite exactly where eager's is, and a gradient that has a NaN in eager has one here.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ from torch import Tensor
 
 from cpn_fast.kernels import eager
 from cpn_fast.kernels.eager import NORMALISE_EPS, Variant, counted
+from cpn_fast.kernels.operators import operation
 
 SCHEMA = (
     "(Tensor cam, Tensor? refined, Tensor visible, Tensor labels, SymInt[] size, str normalise, str background, "
     "str refined_background, str cpcr_target, bool detach_refined_pair, float hard_share, str hard_over, "
-    "bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)"
-)  # the fields of Variant between the tensors and needs_grad
+    "bool needs_cam, bool needs_refined) -> (Tensor, Tensor, Tensor)"
+)  # the fields of Variant between the tensors and which of them need a gradient
 DIRECTIONS = ((1, 2), (2, 1))  # CPCR: the branch taken from the image's map, and the one whose refined map it guides
 
 
@@ -29,15 +33,19 @@ def complementary_losses(
     cam: Tensor, refined: Tensor | None, visible: Tensor, labels: Tensor, variant: Variant
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``eager.complementary_losses``."""
-    needs_grad = torch.is_grad_enabled() and (cam.requires_grad or (refined is not None and refined.requires_grad))
-    losses = _losses(cam, refined, visible, labels, *variant, needs_grad)[0]
-    tcp, tcp_refined, cpcr = losses.unbind()
+    tcp, tcp_refined, cpcr = _losses(cam, refined, visible, labels, *variant, *needed(cam, refined)).unbind()
     return tcp, tcp_refined, cpcr
 
 
 def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int], share: float) -> Tensor:
     """As ``eager.background_suppression``."""
-    return _suppression(refined, labels, size, share, torch.is_grad_enabled() and refined.requires_grad)[0]
+    return _suppression(refined, labels, size, share, needed(refined)[0])
+
+
+def needed(*tensors: Tensor | None) -> list[bool]:
+    """Which of them need a gradient."""
+    wanted = torch.is_grad_enabled()
+    return [wanted and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
 class _Resize(NamedTuple):
@@ -45,10 +53,16 @@ class _Resize(NamedTuple):
 
     rows: Tensor
     columns: Tensor
+    finite: bool
+    """Whether all maps are: a product would spread one pixel's infinity, times 0, over its row and column."""
 
     def up(self, maps: Tensor) -> Tensor:
-        """(..., h, w) -> (..., H * W)"""
-        return (self.rows @ maps @ self.columns.mT).flatten(-2)
+        """(B, K, h, w) -> (B, K, H * W)"""
+        if not self.finite:
+            one_by_one = maps.flatten(0, 1)[:, None]  # interpolate takes no maps without channels
+            large = eager.upsample(one_by_one, (len(self.rows), len(self.columns)))
+            return large.flatten(1).unflatten(0, maps.shape[:2])
+        return (self.rows @ maps @ self.columns.mT).flatten(2)
 
     def down(self, grad: Tensor) -> Tensor:
         """The adjoint: (..., H * W) -> (..., h, w)"""
@@ -76,24 +90,24 @@ class _Cut(NamedTuple):
     place: Tensor
 
 
-@torch.library.custom_op("cpn_fast::complementary_losses_tiled", mutates_args=(), schema=SCHEMA)
-def _losses(
+def _forward(
     cam: Tensor, refined: Tensor | None, visible: Tensor, labels: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses (3,); gradients of TCP for cam[0], of refined TCP for refined, of CPCR for refined[1:]."""
-    variant, needs_grad = Variant(*options[:-1]), options[-1]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (3,); TCP's gradient of cam[0]; refined TCP's of refined (3) and CPCR's of refined[1:] (2), in one."""
+    *fields, needs_cam, needs_refined = options
+    variant = Variant(*fields)
     size, normalise, hard_over = variant.size, variant.normalise, variant.hard_over
     batch, channels = cam.shape[1:3]
     pixels = size[0] * size[1]
-    resize = _resize(cam, size)
+    resize = _resize(size, cam) if refined is None else _resize(size, cam, refined)
     weights = torch.stack([torch.ones_like(visible), visible, 1 - visible])[:, :, None, None]
     full = weights if variant.background == "before-lambda" else torch.ones_like(weights)
     own_background = variant.refined_background == "own"
     present = [row.nonzero().flatten() + 1 for row in labels]
 
     losses = cam.new_zeros(3)
-    gradients = empty_gradients(cam, needs_grad)
-    d_tcp, d_refined, d_cpcr = (gradient.zero_() for gradient in gradients)
+    d_cam, d_refined = (part.zero_() for part in empty_gradients(cam, refined, needs_cam, needs_refined))
+    d_tcp, d_cpcr = d_refined[:3], d_refined[3:]
     share_of_tcp = 1 / (batch * (channels - 1) * pixels)
     count = counted((batch if hard_over == "batch" else 1) * channels * pixels, variant.hard_share)
     share_of_cpcr = 1 / (count if hard_over == "batch" else count * batch)
@@ -119,12 +133,25 @@ def _losses(
         del held
 
     for n, classes in enumerate(present):
+        if not resize.finite:
+            flaws = _flaws(cam[:, n], resize)
+            losses[0] += flaws[:, 1:].sum()
+            if variant.cpcr_target == "difference":
+                losses[2] += flaws[:, 1:].sum()
+                d_cpcr[:, n] += flaws[:, 1:].sum()
+            if needs_cam:
+                d_cam[n] += flaws[0]
+            if refined is not None:
+                flaws = _flaws(refined[:, n], resize)
+                losses[1:] += torch.stack([flaws[:, 1:].sum(), flaws[1:, 1:].sum()])
+                if needs_refined:
+                    d_tcp[:, n] += flaws
         raw = maps(cam, n, classes)
         inconsistent = raw.values[2] + raw.values[1] - raw.values[0]
         losses[0] += inconsistent.abs().sum() * share_of_tcp
-        if needs_grad:
+        if needs_cam:
             grad = inconsistent.sign_().mul_(-share_of_tcp)[None]
-            d_tcp[n, classes] = resize.down(_through_normalise(grad, raw.branches(0, 1), normalise))[0]
+            d_cam[n, classes] = resize.down(_through_normalise(grad, raw.branches(0, 1), normalise))[0]
         if refined is None:
             continue
 
@@ -141,7 +168,7 @@ def _losses(
         ]
         for residual, counts in zip(both, signed_weights, strict=True):
             losses[2] += torch.dot(residual.flatten(), counts.flatten())
-        if not needs_grad:
+        if not needs_refined:
             continue
 
         picked = torch.cat([classes.new_zeros(1), classes]) if own_background else classes
@@ -149,7 +176,7 @@ def _losses(
         grad[0, first:] = inconsistent.sign_().mul_(-share_of_tcp)
         if not variant.detach_refined_pair:
             grad[1:, first:] = -inconsistent
-        d_refined[:, n, picked] = resize.down(_through_normalise(grad, own, normalise))
+        d_tcp[:, n, picked] = resize.down(_through_normalise(grad, own, normalise))
         grad = torch.zeros_like(own.values[1:])
         for (_, hidden), counts in zip(DIRECTIONS, signed_weights, strict=True):
             if own_background:
@@ -157,14 +184,22 @@ def _losses(
             else:
                 grad[hidden - 1] = _through_strongest(counts[:1], own.values[hidden]) - counts[1:]
         d_cpcr[:, n, picked] = resize.down(_through_normalise(grad, own.branches(1, 3), normalise))
-    return losses, *gradients
+    return losses, d_cam, d_refined
 
 
-def _resize(like: Tensor, size: Sequence[int]) -> _Resize:
+def _resize(size: Sequence[int], *maps: Tensor) -> _Resize:
+    like = maps[0]
+
     def matrix(small: int, large: int) -> Tensor:
         return eager.upsample(torch.eye(small, dtype=like.dtype, device=like.device)[None, None], (large, small))[0, 0]
 
-    return _Resize(matrix(like.shape[-2], size[0]), matrix(like.shape[-1], size[1]))
+    finite = all(bool(some.isfinite().all()) for some in maps)
+    return _Resize(matrix(like.shape[-2], size[0]), matrix(like.shape[-1], size[1]), finite)
+
+
+def _flaws(maps: Tensor, resize: _Resize) -> Tensor:
+    """What maps (B, K, h, w) give that take no part: 0 times each positive part, NaN or 0 (B, K, 1, 1)."""
+    return resize.up(maps.detach()).clamp_min_(0).mul_(0).sum(dim=2)[:, :, None, None]
 
 
 def _normalise(source: Tensor, weight: Tensor, resize: _Resize, how: str) -> _Maps:
@@ -239,73 +274,108 @@ def _counting(residual: Tensor, cut: _Cut | None) -> Tensor:
     return sign.mul_((errors > cut.last).to(sign.dtype).add_((errors == cut.last) * cut.place))
 
 
-def empty_gradients(cam: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    one, three = (cam[0], cam) if needs_grad else (cam[0, :0], cam[:0])
-    two = three[1:]
-    return tuple(cam.new_empty(part.shape) for part in (one, three, two))  # type: ignore[return-value]
+def empty_gradients(cam: Tensor, refined: Tensor | None, needs_cam: bool, needs_refined: bool) -> tuple[Tensor, Tensor]:
+    """Of cam[0], (N, 1 + C, h, w) or of no image; of refined, 5 of these or none."""
+    one = cam.shape[1:] if needs_cam else (0, *cam.shape[2:])
+    five = (5 if needs_refined else 0, *cam.shape[1:])
+    return cam.new_empty(one), cam.new_empty(five)
 
 
-@_losses.register_fake
-def fake(cam: Tensor, refined: Tensor | None, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return cam.new_empty(3), *empty_gradients(cam, rest[-1])
+def fake(cam: Tensor, refined: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return cam.new_empty(3), *empty_gradients(cam, refined, *rest[-2:])
+
+
+def backward(
+    grad: Tensor, cam: Tensor, refined: Tensor | None, d_cam: Tensor, d_refined: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of cam and of refined, of no branch where there is none."""
+    tcp, tcp_refined, cpcr = grad.unbind()
+    of_cam, of_refined = fake_backward(grad, cam, refined, d_cam, d_refined)
+    if len(of_cam):
+        torch.mul(d_cam, tcp, out=of_cam[0])
+        of_cam[1:].zero_()
+    if len(of_refined):
+        torch.mul(d_refined[:3], tcp_refined, out=of_refined)
+        of_refined[1:].addcmul_(d_refined[3:], cpcr)
+    return of_cam, of_refined
+
+
+def fake_backward(
+    grad: Tensor, cam: Tensor, refined: Tensor | None, d_cam: Tensor, d_refined: Tensor
+) -> tuple[Tensor, Tensor]:
+    of_cam = cam.new_empty((3 if len(d_cam) else 0, *cam.shape[1:]))
+    return of_cam, cam.new_empty((3 if len(d_refined) else 0, *cam.shape[1:]))
 
 
 def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.has_refined = inputs[1] is not None
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*inputs[:2], *output[1:])
 
 
-def differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    d_tcp, d_refined, d_cpcr = ctx.saved_tensors
-    tcp, tcp_refined, cpcr = grad.unbind()
-    d_cam = torch.cat([(d_tcp * tcp)[None], torch.zeros_like(d_cpcr)])
-    total = d_refined * tcp_refined + torch.cat([torch.zeros_like(d_tcp)[None], d_cpcr * cpcr])
-    return d_cam, total if ctx.has_refined else None, *[None] * 11
+def differentiate(ctx, grad, backward):  # type: ignore[no-untyped-def]
+    of_cam, of_refined = backward(grad, *ctx.saved_tensors)
+    needs_cam, needs_refined = ctx.needs_input_grad[:2]
+    return of_cam if needs_cam else None, of_refined if needs_refined else None, *[None] * 12
 
 
-_losses.register_autograd(differentiate, setup_context=save)
+_losses = operation(
+    "complementary_losses_tiled", _forward, fake, backward, fake_backward,
+    save=save, differentiate=differentiate, schema=SCHEMA, fuse_backward=True,
+)  # fmt: skip
 
 
-@torch.library.custom_op("cpn_fast::background_suppression_tiled", mutates_args=())
-def _suppression(
+def _forward_suppression(
     refined: Tensor, labels: Tensor, size: list[int], share: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss () and its gradient."""
     batch = len(refined)
     count = counted(size[0] * size[1], share)
-    resize = _resize(refined, size)
-    loss = refined.new_zeros(())
-    gradient = torch.zeros_like(refined if needs_grad else refined[:0], memory_format=torch.contiguous_format)
+    resize = _resize(size, refined)
+    loss, gradient = (part.zero_() for part in fake_suppression(refined, labels, size, share, needs_grad))
+    if not resize.finite:
+        flaws = refined.detach().new_zeros(refined.shape)
+        flaws[:, 1:] = torch.where(labels[:, :, None, None] == 0, refined[:, 1:], 0) * 0
+        loss += flaws.sum()
+        gradient += flaws if needs_grad else 0
     for n, row in enumerate(labels):
         classes = row.nonzero().flatten() + 1
-        upsampled = resize.up(refined[n].index_select(0, classes))
+        upsampled = resize.up(refined[n : n + 1].index_select(1, classes))[0]
         scores = _strongest(upsampled).relu_()
         last = scores.flatten().kthvalue(count).values
-        if last == 0:
+        if last == 0 and resize.finite:
             continue
         below, equal = scores < last, scores == last
         place = (count - below.sum()).to(scores.dtype) / equal.sum()
         counts = (below.to(scores.dtype) + equal * place) / (count * batch)
         loss += (scores * counts).sum()
         if needs_grad:
-            counts *= scores > 0
+            counts.masked_fill_(scores <= 0, 0).masked_fill_(scores.isnan(), torch.nan)
             gradient[n, classes] = resize.down(_through_strongest(counts, upsampled))
     return loss, gradient
 
 
-@_suppression.register_fake
 def fake_suppression(
     refined: Tensor, labels: Tensor, size: list[int], share: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     return refined.new_empty(()), refined.new_empty((refined if needs_grad else refined[:0]).shape)
 
 
+def backward_suppression(grad: Tensor, refined: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * grad
+
+
+def fake_backward_suppression(grad: Tensor, refined: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
 def save_suppression(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
 
 
-def differentiate_suppression(ctx, grad, _):  # type: ignore[no-untyped-def]
-    return ctx.saved_tensors[0] * grad, *[None] * 4
+def differentiate_suppression(ctx, grad, backward):  # type: ignore[no-untyped-def]
+    return backward(grad, *ctx.saved_tensors), *[None] * 4
 
 
-_suppression.register_autograd(differentiate_suppression, setup_context=save_suppression)
+_suppression = operation(
+    "background_suppression_tiled", _forward_suppression, fake_suppression, backward_suppression,
+    fake_backward_suppression, save=save_suppression, differentiate=differentiate_suppression, fuse_backward=True,
+)  # fmt: skip

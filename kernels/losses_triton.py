@@ -26,27 +26,43 @@ import triton.language as tl
 from torch import Tensor
 
 from cpn_fast.kernels.eager import NORMALISE_EPS, Variant, counted
-from cpn_fast.kernels.launch import INTERPRETED, check, obstacle, on_device
+from cpn_fast.kernels.launch import INTERPRETED, check, next_power, obstacle, on_device
 from cpn_fast.kernels.losses_tiled import (
     SCHEMA,
+    backward,
+    backward_suppression,
     differentiate,
     differentiate_suppression,
     empty_gradients,
     fake,
+    fake_backward,
+    fake_backward_suppression,
     fake_suppression,
+    needed,
     save,
     save_suppression,
 )
+from cpn_fast.kernels.operators import operation
 
 SIDE = 16  # small-map rows and columns that a program owns
 TILE = 16  # pixels of a tile's side
 STRIPS = 8
 MAPS = 6  # raw maps of the three branches, then refined ones
 FIELDS = 8  # of a map's statistics: high, low, counts of both, slope, shift, span; 48 for an image's slot of MAPS
-SUMS = 16  # of a program: three losses, then two sums for each of six gradients
 BITS = ((20, 11), (10, 10), (0, 10))  # of a float's 31: lowest bit and width of each round's digit
 BINS = 2048
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1} | ({} if INTERPRETED else {"enable_fp_fusion": False})
+
+
+@triton.jit
+def _larger(a, b):
+    """The hardware's maximum drops NaN unless told to keep it, and a NaN in a CAM has to reach losses and gradients."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -65,7 +81,7 @@ def _first(low, small, large):
 
 @triton.jit
 def _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask):
-    """One upsampled tile."""
+    """One upsampled tile, summed as torch does, so that infinity turns into NaN at the same pixels."""
     p_top = source + (o_y * w)[:, None]
     p_bottom = source + (tl.minimum(o_y + 1, h - 1) * w)[:, None]
     o_left = o_x[None, :]
@@ -74,9 +90,9 @@ def _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask):
     b_b = tl.load(p_top + o_right, mask=mask, other=0.0)
     b_c = tl.load(p_bottom + o_left, mask=mask, other=0.0)
     b_d = tl.load(p_bottom + o_right, mask=mask, other=0.0)
-    b_top = b_a + b_fx[None, :] * (b_b - b_a)
-    b_bottom = b_c + b_fx[None, :] * (b_d - b_c)
-    return b_top + b_fy[:, None] * (b_bottom - b_top)
+    b_top = (1.0 - b_fx)[None, :] * b_a + b_fx[None, :] * b_b
+    b_bottom = (1.0 - b_fx)[None, :] * b_c + b_fx[None, :] * b_d
+    return (1.0 - b_fy)[:, None] * b_top + b_fy[:, None] * b_bottom
 
 
 @triton.jit
@@ -117,7 +133,7 @@ def _value(maps, statistics, i_map: tl.constexpr, i_n, channel, o_y, b_fy, o_x, 
     b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
     slope = tl.load(statistics + i_map * 8 + 4)
     shift = tl.load(statistics + i_map * 8 + 5)
-    return tl.maximum(b_u - shift, 0.0) * slope
+    return _larger(b_u - shift, 0.0) * slope
 
 
 @triton.jit
@@ -149,10 +165,14 @@ def _extrema_kernel(
         needed = needed & (i_map < 3)
     if needed:
         channel = tl.load(table + i_n * (C + 1) + slot)
-        high = -float("inf")
-        low = float("inf")
-        highs = 0.0
-        lows = 0.0
+        if i_map < 3:
+            source = cam + ((i_map * N + i_n) * (C + 1) + channel) * h * w
+        else:
+            source = refined + (((i_map - 3) * N + i_n) * (C + 1) + channel) * h * w
+        b_high = tl.full([TILE, TILE], -float("inf"), dtype=tl.float32)
+        b_low = tl.full([TILE, TILE], float("inf"), dtype=tl.float32)
+        b_highs = tl.zeros([TILE, TILE], dtype=tl.float32)
+        b_lows = tl.zeros([TILE, TILE], dtype=tl.float32)
         rows = tl.cdiv(H, STRIPS)
         stop = tl.minimum((i_strip + 1) * rows, H)
         for top in range(i_strip * rows, stop, TILE):
@@ -162,20 +182,17 @@ def _extrema_kernel(
                 o_column = left + tl.arange(0, TILE)
                 o_x, b_fx = _position(o_column, w, W)
                 mask = (o_row < stop)[:, None] & (o_column < W)[None, :]
-                if i_map < 3:
-                    source = cam + ((i_map * N + i_n) * (C + 1) + channel) * h * w
-                    b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
-                else:
-                    source = refined + (((i_map - 3) * N + i_n) * (C + 1) + channel) * h * w
-                    b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
-                tile_high = tl.max(tl.where(mask, b_u, -float("inf")))
-                tile_low = tl.min(tl.where(mask, b_u, float("inf")))
-                tile_highs = tl.sum(tl.where(mask & (b_u == tile_high), 1.0, 0.0))
-                tile_lows = tl.sum(tl.where(mask & (b_u == tile_low), 1.0, 0.0))
-                highs = tl.where(high >= tile_high, highs, 0.0) + tl.where(tile_high >= high, tile_highs, 0.0)
-                lows = tl.where(low <= tile_low, lows, 0.0) + tl.where(tile_low <= low, tile_lows, 0.0)
-                high = tl.maximum(high, tile_high)
-                low = tl.minimum(low, tile_low)
+                b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
+                b_up = tl.where(mask, b_u, -float("inf"))
+                b_down = tl.where(mask, b_u, float("inf"))
+                b_highs = tl.where(b_up > b_high, 1.0, b_highs + tl.where(b_up == b_high, 1.0, 0.0))
+                b_lows = tl.where(b_down < b_low, 1.0, b_lows + tl.where(b_down == b_low, 1.0, 0.0))
+                b_high = _larger(b_high, b_up)
+                b_low = _smaller(b_low, b_down)
+        high = tl.reduce(b_high, None, _larger)
+        low = tl.reduce(b_low, None, _smaller)
+        highs = tl.sum(tl.where(b_high == high, b_highs, 0.0))
+        lows = tl.sum(tl.where(b_low == low, b_lows, 0.0))
         p_part = parts + (((i_n * (C + 1) + slot) * 6 + i_map) * STRIPS + i_strip) * 4
         tl.store(p_part, high)
         tl.store(p_part + 1, low)
@@ -200,12 +217,12 @@ def _join_kernel(
     p_part = parts + (i_row * STRIPS + tl.arange(0, STRIPS)) * 4
     b_high = tl.load(p_part)
     b_low = tl.load(p_part + 1)
-    high = tl.max(b_high)
-    low = tl.min(b_low)
+    high = tl.reduce(b_high, 0, _larger)
+    low = tl.reduce(b_low, 0, _smaller)
     highs = tl.sum(tl.where(b_high == high, tl.load(p_part + 2), 0.0))
     lows = tl.sum(tl.where(b_low == low, tl.load(p_part + 3), 0.0))
-    high = tl.maximum(high, 0.0)
-    low = tl.maximum(low, 0.0)
+    high = _larger(high, 0.0)
+    low = _larger(low, 0.0)
     if not MIN_MAX:
         low = 0.0
     share = tl.load(visible + i_n)
@@ -242,21 +259,21 @@ def _scan(
         channel = tl.load(table + i_n * (C + 1) + slot)
         p_s = statistics + (i_n * (C + 1) + slot) * 48
         b_r0, b_r1, b_r2, b_q1, b_q2 = _values(cam, refined, p_s, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-        b_top1 = tl.maximum(b_top1, b_r0 - b_r1)
-        b_top2 = tl.maximum(b_top2, b_r0 - b_r2)
-        b_raw0 = tl.maximum(b_raw0, b_r0)
-        b_raw1 = tl.maximum(b_raw1, b_r1)
-        b_raw2 = tl.maximum(b_raw2, b_r2)
+        b_top1 = _larger(b_top1, b_r0 - b_r1)
+        b_top2 = _larger(b_top2, b_r0 - b_r2)
+        b_raw0 = _larger(b_raw0, b_r0)
+        b_raw1 = _larger(b_raw1, b_r1)
+        b_raw2 = _larger(b_raw2, b_r2)
         b_ties1 = tl.where(b_q1 > b_own1, 1.0, tl.where(b_q1 == b_own1, b_ties1 + 1.0, b_ties1))
         b_ties2 = tl.where(b_q2 > b_own2, 1.0, tl.where(b_q2 == b_own2, b_ties2 + 1.0, b_ties2))
-        b_own1 = tl.maximum(b_own1, b_q1)
-        b_own2 = tl.maximum(b_own2, b_q2)
+        b_own1 = _larger(b_own1, b_q1)
+        b_own2 = _larger(b_own2, b_q2)
     full1 = share if BEFORE else 1.0
     full2 = 1.0 - share if BEFORE else 1.0
     b_back1 = (1.0 - b_raw0) - (full1 - b_raw1)
     b_back2 = (1.0 - b_raw0) - (full2 - b_raw2)
-    b_top1 = tl.maximum(b_top1, b_back1)
-    b_top2 = tl.maximum(b_top2, b_back2)
+    b_top1 = _larger(b_top1, b_back1)
+    b_top2 = _larger(b_top2, b_back2)
     return b_back1, b_back2, b_top1, b_top2, b_own1, b_own2, b_ties1, b_ties2, full1, full2
 
 
@@ -276,9 +293,20 @@ def _count_errors(bins, state, b_residual, mask, SHIFT: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def _count_bits(bins, state, b_bits, mask, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """Count where the digits of earlier rounds agree."""
+    """Count where the digits of earlier rounds agree.
+
+    Neighbours are alike, zeros above all, and additions to one bin wait for each other: a tile's lowest and highest
+    digits are counted first and added at once.
+    """
     b_mask = mask & ((b_bits >> (SHIFT + WIDTH)) == tl.load(state))
-    tl.atomic_add(bins + ((b_bits >> SHIFT) & ((1 << WIDTH) - 1)), 1, mask=b_mask, sem="relaxed")
+    b_digit = (b_bits >> SHIFT) & ((1 << WIDTH) - 1)
+    low = tl.min(tl.where(b_mask, b_digit, 1 << WIDTH))
+    high = tl.max(tl.where(b_mask, b_digit, -1))
+    lows = tl.sum((b_mask & (b_digit == low)).to(tl.int32))
+    highs = tl.sum((b_mask & (b_digit == high)).to(tl.int32))
+    tl.atomic_add(bins + low, lows, mask=lows > 0, sem="relaxed")
+    tl.atomic_add(bins + high, highs, mask=high > low, sem="relaxed")
+    tl.atomic_add(bins + b_digit, 1, mask=b_mask & (b_digit > low) & (b_digit < high), sem="relaxed")
 
 
 @triton.jit
@@ -359,7 +387,8 @@ def _counting(b_residual, cut):
     """Gradient of the errors that count."""
     last = tl.load(cut)
     b_error = tl.abs(b_residual)
-    return _sign(b_residual) * tl.where(b_error > last, 1.0, tl.where(b_error == last, tl.load(cut + 1), 0.0))
+    b_weight = tl.where(b_error > last, 1.0, tl.where(b_error == last, tl.load(cut + 1), 0.0))
+    return _sign(b_residual) * tl.where(last == last, b_weight, last)
 
 
 @triton.jit
@@ -380,37 +409,73 @@ def _weights(o_small, o_low, b_fraction, m):
 @triton.jit
 def _accumulate(acc, s1, s2, b_grad, b_value, b_wy, b_wx, m_owned):
     """Fold a gradient of normalised values back, and sum it as the gradient of the extrema needs it."""
-    b_live = tl.where(b_value > 0, b_grad, 0.0)
+    b_live = tl.where(b_value <= 0, 0.0, b_grad)  # not of b_value > 0, for a NaN has to come through
     s1 += tl.sum(tl.where(m_owned, b_live, 0.0))
     s2 += tl.sum(tl.where(m_owned, b_live * b_value, 0.0))
     return _fold(acc, b_live, b_wy, b_wx), s1, s2
 
 
 @triton.jit
+def _meets_zero(o, small, large):
+    """Whether a small row is taken times 0: as the upper neighbour of a pixel on the row before it, or the last row."""
+    return ((o > 0) & (((o - 1) * (large - 1)) % tl.maximum(small - 1, 1) == 0)) | (o == small - 1)
+
+
+@triton.jit
+def _flaw(maps, o_map, block_y, block_x, h, w, H, W, SIDE: tl.constexpr):
+    """The gradient of a block of a map that takes no part: zeros, but NaN where the plain formula, which multiplies
+    absent classes by 0, has it: NaN and infinity, and -infinity where upsampling multiplies it by 0."""
+    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+    b_zero_y = _meets_zero(block_y + tl.arange(0, SIDE), h, H)
+    b_zero_x = _meets_zero(block_x + tl.arange(0, SIDE), w, W)
+    b_map = tl.load(maps + o_map + o_block, mask=m_block, other=0.0)
+    b_sound = (b_map < float("inf")) & ((b_map > -float("inf")) | ~(b_zero_y[:, None] | b_zero_x[None, :]))
+    return tl.where(b_sound, 0.0, float("nan"))
+
+
+@triton.jit
+def _parts():
+    """How many programs give a part of a loss: blocks, slots and images."""
+    return tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * tl.num_programs(2)
+
+
+@triton.jit
+def _store_moments(moments, part, parts, s1, s2, GRADIENT: tl.constexpr):
+    """A program's two sums for one of the six gradients."""
+    p_moments = moments + (GRADIENT * parts + part) * 2
+    tl.store(p_moments, s1)
+    tl.store(p_moments + 1, s2)
+
+
+@triton.jit
 def _tcp_kernel(
-    sums, gradient, maps, statistics, table, present, N, C, h, w, H, W,
-    MAP: tl.constexpr, PAIR: tl.constexpr, GRADIENTS: tl.constexpr,
-    SIDE: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr,
+    partial, moments, gradient, maps, statistics, table, present, N, C, h, w, H, W, factor,
+    MAP: tl.constexpr, PAIR: tl.constexpr, GRADIENTS: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """TCP of one class over the pixels of a block of the small map, and the gradients folded back onto the block, but
-    for what flows through the extrema. MAP is 0 for raw maps and 3 for refined ones; PAIR says whether branches 1 and 2
-    get a gradient."""
+    for what flows through the extrema. MAP is 0 for raw maps and 3 for refined ones, of which branches 1 and 2 have a
+    gradient as well, which is zero unless PAIR."""
     block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
-    if slot < tl.load(present + i_n):
-        channel = tl.load(table + i_n * (C + 1) + slot)
+    part = (i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0)
+    count = tl.load(present + i_n)
+    channel = tl.load(table + i_n * (C + 1) + slot)
+    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+    o_map = (i_n * (C + 1) + channel) * h * w
+    branch = tl.num_programs(2).to(tl.int64) * (C + 1) * h * w
+    tcp = 0.0
+    m0_1 = 0.0
+    m0_2 = 0.0
+    m1_1 = 0.0
+    m1_2 = 0.0
+    m2_1 = 0.0
+    m2_2 = 0.0
+    if slot < count:
         p_s = statistics + (i_n * (C + 1) + slot) * 48
         acc_0 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
-        acc_1 = acc_0
-        acc_2 = acc_0
-        tcp = 0.0
-        m0_1 = 0.0
-        m0_2 = 0.0
-        m1_1 = 0.0
-        m1_2 = 0.0
-        m2_1 = 0.0
-        m2_2 = 0.0
+        acc_1 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
+        acc_2 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         for top in range(first_row, bottom, TILE):
             o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
             for left in range(first_column, right, TILE):
@@ -428,49 +493,53 @@ def _tcp_kernel(
                     if PAIR:
                         acc_1, m1_1, m1_2 = _accumulate(acc_1, m1_1, m1_2, b_sign, b_1, b_wy, b_wx, m_owned)
                         acc_2, m2_1, m2_2 = _accumulate(acc_2, m2_1, m2_2, b_sign, b_2, b_wy, b_wx, m_owned)
-        p_sum = sums + ((i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0)) * SUMS
-        tl.store(p_sum + MAP // 3, tcp)
-        if GRADIENTS:
-            p_sum += 3 + 2 * (MAP // 3)
-            tl.store(p_sum, m0_1)
-            tl.store(p_sum + 1, m0_2)
-            o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
-            p_g = gradient + (i_n * (C + 1) + channel) * h * w + o_block
-            tl.store(p_g, acc_0, mask=m_block)
-            if PAIR:
-                tl.store(p_sum + 2, m1_1)
-                tl.store(p_sum + 3, m1_2)
-                tl.store(p_sum + 4, m2_1)
-                tl.store(p_sum + 5, m2_2)
-                stride = tl.num_programs(2).to(tl.int64) * (C + 1) * h * w
-                tl.store(p_g + stride, acc_1, mask=m_block)
-                tl.store(p_g + 2 * stride, acc_2, mask=m_block)
+    else:
+        acc_0 = _flaw(maps, o_map, block_y, block_x, h, w, H, W, SIDE)
+        acc_1 = _flaw(maps + branch, o_map, block_y, block_x, h, w, H, W, SIDE)
+        acc_2 = _flaw(maps + 2 * branch, o_map, block_y, block_x, h, w, H, W, SIDE)
+        if slot > count:
+            tcp = tl.sum(acc_0 + acc_1 + acc_2)
+    parts = _parts()
+    tl.store(partial + (MAP // 3) * parts + part, tcp * factor)
+    if GRADIENTS:
+        tl.store(gradient + o_map + o_block, acc_0, mask=m_block)
+        _store_moments(moments, part, parts, m0_1, m0_2, MAP // 3)
+        if MAP == 3:
+            tl.store(gradient + branch + o_map + o_block, acc_1, mask=m_block)
+            tl.store(gradient + 2 * branch + o_map + o_block, acc_2, mask=m_block)
+            _store_moments(moments, part, parts, m1_1, m1_2, 2)
+            _store_moments(moments, part, parts, m2_1, m2_2, 3)
 
 
 @triton.jit
 def _cpcr_kernel(
-    sums, d_cpcr, cam, refined, statistics, cut, table, present, visible, N, C, h, w, H, W,
+    partial, moments, gradient, cam, refined, statistics, cut, table, present, visible, N, C, h, w, H, W, factor,
     OWN: tl.constexpr, BEFORE: tl.constexpr, ONE_HOT: tl.constexpr, BATCH: tl.constexpr, GRADIENTS: tl.constexpr,
-    SIDE: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr,
+    SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """CPCR of one class, or of the background in the slot behind the classes; otherwise as ``_tcp_kernel``."""
+    """CPCR of one class, or of the background in the slot behind the present classes; otherwise as ``_tcp_kernel``.
+    ``gradient`` is of branches 1 and 2."""
     block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
+    part = (i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0)
     count = tl.load(present + i_n)
+    channel = tl.load(table + i_n * (C + 1) + slot)
+    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+    o_map = (i_n * (C + 1) + channel) * h * w
+    branch = tl.num_programs(2).to(tl.int64) * (C + 1) * h * w
     is_class = slot < count
+    cpcr = 0.0
+    q1_1 = 0.0
+    q1_2 = 0.0
+    q2_1 = 0.0
+    q2_2 = 0.0
+    acc_1 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
+    acc_2 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
     if slot <= count:
-        channel = tl.load(table + i_n * (C + 1) + slot)
         share = tl.load(visible + i_n)
         p_s = statistics + (i_n * (C + 1) + slot) * 48
         p_cut = cut + i_n * (0 if BATCH else 1) * 4
-        acc_1 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
-        acc_2 = acc_1
-        cpcr = 0.0
-        q1_1 = 0.0
-        q1_2 = 0.0
-        q2_1 = 0.0
-        q2_2 = 0.0
         for top in range(first_row, bottom, TILE):
             o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
             for left in range(first_column, right, TILE):
@@ -498,60 +567,74 @@ def _cpcr_kernel(
                     if not OWN:
                         b_back1 = _counting(_residual(b_back1, b_top1, b_g2, ONE_HOT), p_cut)
                         b_back2 = _counting(_residual(b_back2, b_top2, b_g1, ONE_HOT), p_cut + 2)
-                        b_k1 += tl.where(b_q2 == b_own2, b_back1 / tl.maximum(b_ties2, 1.0), 0.0)
-                        b_k2 += tl.where(b_q1 == b_own1, b_back2 / tl.maximum(b_ties1, 1.0), 0.0)
+                        b_k1 += tl.where(b_q2 == b_own2, b_back1 / _larger(b_ties2, 1.0), 0.0)
+                        b_k2 += tl.where(b_q1 == b_own1, b_back2 / _larger(b_ties1, 1.0), 0.0)
                     acc_1, q1_1, q1_2 = _accumulate(acc_1, q1_1, q1_2, b_k2, b_q1, b_wy, b_wx, m_owned)
                     acc_2, q2_1, q2_2 = _accumulate(acc_2, q2_1, q2_2, b_k1, b_q2, b_wy, b_wx, m_owned)
-        p_sum = sums + ((i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0)) * SUMS
-        tl.store(p_sum + 2, cpcr)
-        if GRADIENTS:
-            tl.store(p_sum + 11, q1_1)
-            tl.store(p_sum + 12, q1_2)
-            tl.store(p_sum + 13, q2_1)
-            tl.store(p_sum + 14, q2_2)
-            o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
-            if not OWN:
-                m_block = m_block & is_class
-            p_g = d_cpcr + (i_n * (C + 1) + channel) * h * w + o_block
-            tl.store(p_g, acc_1, mask=m_block)
-            tl.store(p_g + tl.num_programs(2).to(tl.int64) * (C + 1) * h * w, acc_2, mask=m_block)
+    takes_part = is_class | ((slot == count) & OWN)
+    if not takes_part:
+        acc_1 = _flaw(refined + branch, o_map, block_y, block_x, h, w, H, W, SIDE)
+        acc_2 = _flaw(refined + 2 * branch, o_map, block_y, block_x, h, w, H, W, SIDE)
+        if slot > count:
+            cpcr = tl.sum(acc_1 + acc_2)
+            if not ONE_HOT:
+                for i_branch in range(3):
+                    flaw = tl.sum(_flaw(cam + i_branch * branch, o_map, block_y, block_x, h, w, H, W, SIDE))
+                    cpcr += flaw
+                    acc_1 += flaw
+                    acc_2 += flaw
+    parts = _parts()
+    tl.store(partial + 2 * parts + part, cpcr * factor)
+    if GRADIENTS:
+        tl.store(gradient + o_map + o_block, acc_1, mask=m_block)
+        tl.store(gradient + branch + o_map + o_block, acc_2, mask=m_block)
+        _store_moments(moments, part, parts, q1_1, q1_2, 4)
+        _store_moments(moments, part, parts, q2_1, q2_2, 5)
 
 
 @triton.jit
 def _finish_kernel(
-    gradient, sums, statistics, maps, table, present, C, h, w, H, W, blocks, factor,
-    MAP: tl.constexpr, GRADIENT: tl.constexpr, OWN: tl.constexpr, MIN_MAX: tl.constexpr,
-    SIDE: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr, BLOCKS: tl.constexpr,
+    d_cam, d_refined, moments, statistics, cam, refined, table, present, N, C, h, w, H, W, blocks, factor, factor_cpcr,
+    FIRST: tl.constexpr, OWN: tl.constexpr, MIN_MAX: tl.constexpr,
+    SIDE: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Finish one gradient of one branch (``gradient`` and ``maps`` (N, 1 + C, h, w)): slope, extrema and factor."""
+    """Finish the gradients from FIRST on of the six: slope, what flows through the extrema, and factor. They are
+    TCP's of cam[0] in ``d_cam``, of the three refined maps and then CPCR's of refined[1:] in ``d_refined``."""
     block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
-    i_n = tl.program_id(2).to(tl.int64)
+    i_n = (tl.program_id(2) % N).to(tl.int64)
+    i_gradient = FIRST + tl.program_id(2) // N
+    i_map = tl.where(i_gradient == 0, 0, tl.where(i_gradient <= 3, i_gradient + 2, i_gradient))
     count = tl.load(present + i_n)
     needed = slot < count
-    if OWN and MAP >= 3:
-        needed = slot <= count
+    if OWN:
+        needed = needed | ((slot == count) & (i_map >= 3))
     if needed:
         channel = tl.load(table + i_n * (C + 1) + slot)
-        p_s = statistics + ((i_n * (C + 1) + slot) * 6 + MAP) * 8
+        p_s = statistics + ((i_n * (C + 1) + slot) * 6 + i_map) * 8
         high = tl.load(p_s)
         low = tl.load(p_s + 1)
         slope = tl.load(p_s + 4)
         s1 = 0.0
         s2 = 0.0
+        first = ((i_gradient * N + i_n) * (C + 1) + slot) * blocks
         for start in range(0, blocks, BLOCKS):
             o_b = start + tl.arange(0, BLOCKS)
-            p_sum = sums + ((i_n * (C + 1) + slot) * blocks + o_b) * SUMS + 3 + 2 * GRADIENT
-            s1 += tl.sum(tl.load(p_sum, mask=o_b < blocks, other=0.0))
-            s2 += tl.sum(tl.load(p_sum + 1, mask=o_b < blocks, other=0.0))
+            p_moments = moments + (first + o_b) * 2
+            s1 += tl.sum(tl.load(p_moments, mask=o_b < blocks, other=0.0))
+            s2 += tl.sum(tl.load(p_moments + 1, mask=o_b < blocks, other=0.0))
         d_span = -s2 / tl.load(p_s + 6)
         at_high = tl.where(high > 0, d_span / tl.load(p_s + 2), 0.0)
         at_low = tl.where(low > 0, (-s1 * slope - d_span) / tl.load(p_s + 3), 0.0) if MIN_MAX else 0.0
 
         o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
-        p_g = gradient + (i_n * (C + 1) + channel) * h * w + o_block
+        if i_gradient == 0:
+            p_g = d_cam + (i_n * (C + 1) + channel) * h * w + o_block
+            source = cam + (i_n * (C + 1) + channel) * h * w
+        else:
+            p_g = d_refined + (((i_gradient - 1) * N + i_n) * (C + 1) + channel) * h * w + o_block
+            source = refined + (((i_map - 3) * N + i_n) * (C + 1) + channel) * h * w
         acc = tl.load(p_g, mask=m_block, other=0.0) * slope
-        source = maps + (i_n * (C + 1) + channel) * h * w
         for top in range(first_row, bottom, TILE):
             o_y, b_fy, m_y, _, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
             for left in range(first_column, right, TILE):
@@ -559,9 +642,9 @@ def _finish_kernel(
                 mask = m_y[:, None] & m_x[None, :]
                 b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
                 b_at = tl.where(mask & (b_u == high), at_high, 0.0) + tl.where(mask & (b_u == low), at_low, 0.0)
-                if tl.max(tl.abs(b_at)) > 0:
+                if tl.max((b_at != 0).to(tl.int32)) > 0:
                     acc = _fold(acc, b_at, b_wy, b_wx)
-        tl.store(p_g, acc * factor, mask=m_block)
+        tl.store(p_g, acc * tl.where(i_gradient <= 3, factor, factor_cpcr), mask=m_block)
 
 
 @triton.jit
@@ -573,7 +656,7 @@ def _strongest(refined, table, count, i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask):
         source = refined + (i_n * (C + 1) + tl.load(table + i_n * (C + 1) + slot)) * h * w
         b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
         b_ties = tl.where(b_u > b_strongest, 1.0, tl.where(b_u == b_strongest, b_ties + 1.0, b_ties))
-        b_strongest = tl.maximum(b_strongest, b_u)
+        b_strongest = _larger(b_strongest, b_u)
     return b_strongest, b_ties
 
 
@@ -590,13 +673,13 @@ def _score_histogram_kernel(
     o_x, b_fx = _position(o_column, w, W)
     mask = (o_row < H)[:, None] & (o_column < W)[None, :]
     b_s, _ = _strongest(refined, table, tl.load(present + i_n), i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask)
-    b_bits = 0x7FFFFFFF - b_s.to(tl.int32, bitcast=True)
+    b_bits = 0x7FFFFFFF - tl.abs(b_s).to(tl.int32, bitcast=True)  # a NaN may have a sign
     _count_bits(bins + i_n * BINS, state + i_n * 4, b_bits, mask, SHIFT, WIDTH)
 
 
 @triton.jit
 def _suppression_kernel(
-    sums, gradient, refined, cut, table, present, factor, C, h, w, H, W,
+    partial, gradient, refined, cut, table, present, factor, C, h, w, H, W,
     GRADIENTS: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Background suppression over the pixels of a block of the small map (summed by the first class), and its gradient
@@ -605,12 +688,13 @@ def _suppression_kernel(
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
     count = tl.load(present + i_n)
+    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+    o_map = (i_n * (C + 1) + tl.load(table + i_n * (C + 1) + slot)) * h * w
+    acc = tl.zeros([SIDE, SIDE], dtype=tl.float32)
+    loss = 0.0
     if slot < count:
         last = tl.load(cut + i_n * 2)
         place = tl.load(cut + i_n * 2 + 1)
-        o_map = (i_n * (C + 1) + tl.load(table + i_n * (C + 1) + slot)) * h * w
-        acc = tl.zeros([SIDE, SIDE], dtype=tl.float32)
-        loss = 0.0
         for top in range(first_row, bottom, TILE):
             o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
             for left in range(first_column, right, TILE):
@@ -622,13 +706,50 @@ def _suppression_kernel(
                 loss += tl.sum(tl.where(m_owned, b_s * b_weight, 0.0))
                 if GRADIENTS:
                     b_u = _sample(refined + o_map, o_y, b_fy, o_x, b_fx, h, w, mask)
-                    b_grad = tl.where((b_u == b_s) & (b_s > 0) & mask, b_weight / tl.maximum(b_ties, 1.0), 0.0)
-                    acc = _fold(acc, b_grad, b_wy, b_wx)
-        if slot == 0:
-            tl.store(sums + i_n * tl.num_programs(0) + tl.program_id(0), loss * factor)
-        if GRADIENTS:
-            o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
-            tl.store(gradient + o_map + o_block, acc * factor, mask=m_block)
+                    b_grad = tl.where((b_u == b_s) & (b_s > 0) & mask, b_weight / _larger(b_ties, 1.0), 0.0)
+                    acc = _fold(acc, tl.where(b_s != b_s, b_s, b_grad), b_wy, b_wx)
+        loss = tl.where(slot == 0, loss * factor, 0.0)
+    elif slot > count:  # an absent class: labels of 0 times its map, as in eager
+        acc = tl.load(refined + o_map + o_block, mask=m_block, other=0.0)
+        acc = tl.where(tl.abs(acc) < float("inf"), 0.0, float("nan"))
+        loss = tl.sum(acc)
+    tl.store(partial + (i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0), loss)
+    if GRADIENTS:
+        tl.store(gradient + o_map + o_block, acc * factor, mask=m_block)
+
+
+@triton.jit
+def _classes_kernel(
+    table, present, state, cut, labels, N, C, pixels, last,
+    DIRECTIONS: tl.constexpr, BATCH: tl.constexpr, CHOICE: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """An image's channels in ``table``: present classes, background, absent classes; how many are present; and where
+    the radix select of its errors, or of the batch's, begins. ``last`` is how many errors count, of ``pixels`` each of
+    present classes and background; without CHOICE all of them."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, CB)
+    b_present = (tl.load(labels + i_n * C + o_c, mask=o_c < C, other=0.0) != 0).to(tl.int32)
+    count = tl.sum(b_present)
+    b_before = tl.cumsum(b_present) - b_present
+    b_slot = tl.where(b_present != 0, b_before, count + 1 + o_c - b_before)
+    tl.store(table + i_n * (C + 1) + b_slot, o_c + 1, mask=o_c < C)
+    tl.store(table + i_n * (C + 1) + count, 0)
+    tl.store(present + i_n, count)
+    if not BATCH or i_n == 0:
+        elements = (count + 1).to(tl.int64)
+        if BATCH:
+            for other in range(1, N):
+                b_other = tl.load(labels + other * C + o_c, mask=o_c < C, other=0.0) != 0
+                elements += tl.sum(b_other.to(tl.int32)) + 1
+        chosen = (elements * pixels > last).to(tl.int32)
+        for direction in tl.static_range(DIRECTIONS):
+            row = i_n * DIRECTIONS + direction
+            tl.store(cut + row * 2, -1.0)
+            tl.store(cut + row * 2 + 1, 0.0)
+            if CHOICE:
+                tl.store(state + row * 4, 0)
+                tl.store(state + row * 4 + 1, last)
+                tl.store(state + row * 4 + 2, chosen)
 
 
 def complementary_losses(
@@ -636,34 +757,40 @@ def complementary_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``eager.complementary_losses``."""
     check(obstacle(cam))
-    needs_grad = torch.is_grad_enabled() and (cam.requires_grad or (refined is not None and refined.requires_grad))
-    losses = _losses(cam, refined, visible, labels, *variant, needs_grad)[0]
-    tcp, tcp_refined, cpcr = losses.unbind()
+    tcp, tcp_refined, cpcr = _losses(cam, refined, visible, labels, *variant, *needed(cam, refined)).unbind()
     return tcp, tcp_refined, cpcr
 
 
-@torch.library.custom_op("cpn_fast::complementary_losses_triton", mutates_args=(), schema=SCHEMA)
-def _losses(
+def _forward(
     cam: Tensor, refined: Tensor | None, visible: Tensor, labels: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses (3,); gradients of TCP for cam[0], of refined TCP for refined, of CPCR for refined[1:]."""
-    variant, needs_grad = Variant(*options[:-1]), options[-1]
-    size, hard_share, pair = variant.size, variant.hard_share, not variant.detach_refined_pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``losses_tiled._forward``."""
+    *fields, needs_cam, needs_refined = options
+    variant = Variant(*fields)
+    size, hard_share = variant.size, variant.hard_share
     _, batch, channels, *small = cam.shape
     classes, pixels, device = channels - 1, size[0] * size[1], cam.device
     own, over_batch = variant.refined_background == "own", variant.hard_over == "batch"
     count = counted((batch if over_batch else 1) * channels * pixels, hard_share)
     share_of_tcp = 1 / (batch * classes * pixels)
     share_of_cpcr = 1 / (count if over_batch else count * batch)
+    choice = refined is not None and hard_share < 1
 
-    cam, visible = cam.contiguous(), visible.contiguous()
+    cam, visible, labels = cam.contiguous(), visible.contiguous(), labels.contiguous()
     maps = cam if refined is None else refined.contiguous()
-    table, present = _present(labels)
     blocks = triton.cdiv(small[0], SIDE) * triton.cdiv(small[1], SIDE)
+    rows = 1 if over_batch else batch
+    table = torch.empty(batch, channels, dtype=torch.int32, device=device)
+    present = torch.empty(batch, dtype=torch.int32, device=device)
+    state = torch.empty(rows, 2, 4, dtype=torch.int32, device=device)
+    cut = torch.empty(rows, 2, 2, device=device)
     parts = torch.empty(batch, channels, MAPS, STRIPS, 4, device=device)
     statistics = torch.empty(batch, channels, MAPS, FIELDS, device=device)
-    sums = torch.zeros(batch, channels, blocks, SUMS, device=device)
-    d_tcp, d_refined, d_cpcr = (part.zero_() for part in empty_gradients(cam, needs_grad))
+    partial = torch.empty(3, batch, channels, blocks, device=device)
+    moments = torch.empty(MAPS if needs_cam or needs_refined else 0, batch, channels, blocks, 2, device=device)
+    if refined is None:
+        partial[1:].zero_()
+    d_cam, d_refined = empty_gradients(cam, refined, needs_cam, needs_refined)
     shape = (batch, classes, *small, *size)
     flags: dict[str, Any] = {
         "OWN": own,
@@ -674,6 +801,10 @@ def _losses(
     }
     min_max = variant.normalise == "min-max"
     with on_device(cam):
+        _classes_kernel[(batch,)](
+            table, present, state, cut, labels, batch, classes, pixels, count,
+            DIRECTIONS=2, BATCH=over_batch, CHOICE=choice, CB=next_power(classes), **OPTIONS,
+        )  # fmt: skip
         _extrema_kernel[(STRIPS, MAPS * channels, batch)](
             parts, cam, maps, table, present, *shape,
             OWN=own, HAS_REFINED=refined is not None, STRIPS=STRIPS, TILE=TILE, **OPTIONS,
@@ -682,99 +813,86 @@ def _losses(
             statistics, parts, visible, present, classes, NORMALISE_EPS,
             OWN=own, MIN_MAX=min_max, STRIPS=STRIPS, **OPTIONS,
         )  # fmt: skip
-        elements = (present + 1).sum(dim=0, keepdim=True) if over_batch else present + 1
-        cut = torch.full((len(elements), 2, 2), -1.0, device=device)  # every error counts
-        if refined is not None and hard_share < 1:
-            state = torch.zeros(len(elements), 2, 4, dtype=torch.int32, device=device)
-            state[:, :, 1] = count
-            state[:, :, 2] = (elements.long() * pixels > count)[:, None]
-            for shift, width in BITS:
-                bins = torch.zeros(len(elements), 2, BINS, dtype=torch.int32, device=device)
+        if choice:
+            bins = torch.zeros(len(BITS), rows, 2, BINS, dtype=torch.int32, device=device)
+            for (shift, width), of_round in zip(BITS, bins, strict=True):
                 _histogram_kernel[(triton.cdiv(size[0], TILE), triton.cdiv(size[1], TILE), batch)](
-                    bins, state, cam, maps, statistics, table, present, visible, *shape,
+                    of_round, state, cam, maps, statistics, table, present, visible, *shape,
                     SHIFT=shift, WIDTH=width, BINS=BINS, **flags, **OPTIONS,
                 )  # fmt: skip
-                _pick_kernel[(2 * len(elements),)](
-                    cut, state, bins, WIDTH=width, LAST=shift == 0, SMALLEST=False, BINS=BINS, **OPTIONS
+                _pick_kernel[(2 * rows,)](
+                    cut, state, of_round, WIDTH=width, LAST=shift == 0, SMALLEST=False, BINS=BINS, **OPTIONS
                 )
-        tcp = {"GRADIENTS": needs_grad, "SIDE": SIDE, "TILE": TILE, "SUMS": SUMS, **OPTIONS}
-        _tcp_kernel[(blocks, classes, batch)](
-            sums, d_tcp, cam, statistics, table, present, *shape, MAP=0, PAIR=False, **tcp
-        )
+        grid = (blocks, channels, batch)
+        _tcp_kernel[grid](
+            partial, moments, d_cam, cam, statistics, table, present, *shape, share_of_tcp,
+            MAP=0, PAIR=False, GRADIENTS=needs_cam, SIDE=SIDE, TILE=TILE, **OPTIONS,
+        )  # fmt: skip
         if refined is not None:
-            _tcp_kernel[(blocks, classes, batch)](
-                sums, d_refined, maps, statistics, table, present, *shape, MAP=3, PAIR=pair, **tcp
-            )
-            _cpcr_kernel[(blocks, channels, batch)](
-                sums, d_cpcr, cam, maps, statistics, cut, table, present, visible, *shape,
-                GRADIENTS=needs_grad, SIDE=SIDE, SUMS=SUMS, **flags, **OPTIONS,
+            _tcp_kernel[grid](
+                partial, moments, d_refined, maps, statistics, table, present, *shape, share_of_tcp,
+                MAP=3, PAIR=not variant.detach_refined_pair, GRADIENTS=needs_refined, SIDE=SIDE, TILE=TILE, **OPTIONS,
             )  # fmt: skip
-        if needs_grad:
-            finished = [(d_tcp, cam[0], 0, share_of_tcp)]
-            if refined is not None:
-                finished += [(d_refined[i], maps[i], 3 + i, share_of_tcp) for i in range(3)]
-                finished += [(d_cpcr[i], maps[1 + i], 4 + i, share_of_cpcr) for i in range(2)]
-            for index, (gradient, source, i_map, factor) in enumerate(finished):
-                _finish_kernel[(blocks, channels, batch)](
-                    gradient, sums, statistics, source, table, present, classes, *small, *size, blocks, factor,
-                    MAP=i_map, GRADIENT=index, OWN=own, MIN_MAX=min_max, SIDE=SIDE, TILE=TILE, SUMS=SUMS, BLOCKS=16,
-                    **OPTIONS,
-                )  # fmt: skip
-    losses = sums[..., :3].sum(dim=(0, 1, 2))
-    losses[:2] *= share_of_tcp
-    losses[2:] *= share_of_cpcr
-    return losses, d_tcp, d_refined, d_cpcr
+            _cpcr_kernel[grid](
+                partial, moments, d_refined[3:], cam, maps, statistics, cut, table, present, visible,
+                *shape, share_of_cpcr, GRADIENTS=needs_refined, SIDE=SIDE, **flags, **OPTIONS,
+            )  # fmt: skip
+        first, stop = 0 if needs_cam else 1, MAPS if needs_refined else 1
+        if first < stop:
+            _finish_kernel[(blocks, channels, batch * (stop - first))](
+                d_cam, d_refined, moments, statistics, cam, maps, table, present, *shape, blocks, share_of_tcp,
+                share_of_cpcr, FIRST=first, OWN=own, MIN_MAX=min_max, SIDE=SIDE, TILE=TILE, BLOCKS=16, **OPTIONS,
+            )  # fmt: skip
+    return partial.flatten(1).sum(dim=1), d_cam, d_refined
 
 
 def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int], share: float) -> Tensor:
     """As ``eager.background_suppression``."""
     check(obstacle(refined))
-    return _suppression(refined, labels, size, share, torch.is_grad_enabled() and refined.requires_grad)[0]
+    return _suppression(refined, labels, size, share, needed(refined)[0])
 
 
-@torch.library.custom_op("cpn_fast::background_suppression_triton", mutates_args=())
-def _suppression(
+def _forward_suppression(
     refined: Tensor, labels: Tensor, size: list[int], share: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss () and its gradient."""
     batch, channels, *small = refined.shape
-    classes, device = channels - 1, refined.device
-    count = counted(size[0] * size[1], share)
-    refined = refined.contiguous()
-    table, present = _present(labels)
+    classes, pixels, device = channels - 1, size[0] * size[1], refined.device
+    count = counted(pixels, share)
+    refined, labels = refined.contiguous(), labels.contiguous()
     blocks = triton.cdiv(small[0], SIDE) * triton.cdiv(small[1], SIDE)
-    gradient = torch.zeros_like(refined if needs_grad else refined[:0])
-    sums = torch.zeros(batch, blocks, device=device)
-    cut = torch.zeros(batch, 2, device=device)
-    state = torch.zeros(batch, 4, dtype=torch.int32, device=device)
-    state[:, 1:3] = count
+    table = torch.empty(batch, channels, dtype=torch.int32, device=device)
+    present = torch.empty(batch, dtype=torch.int32, device=device)
+    state = torch.empty(batch, 4, dtype=torch.int32, device=device)
+    cut = torch.empty(batch, 2, device=device)
+    bins = torch.zeros(len(BITS), batch, BINS, dtype=torch.int32, device=device)
+    partial = torch.empty(batch, channels, blocks, device=device)
+    gradient = torch.empty_like(refined if needs_grad else refined[:0])
     with on_device(refined):
-        for shift, width in BITS:
-            bins = torch.zeros(batch, BINS, dtype=torch.int32, device=device)
+        _classes_kernel[(batch,)](
+            table, present, state, cut, labels, batch, classes, pixels, count,
+            DIRECTIONS=1, BATCH=False, CHOICE=True, CB=next_power(classes), **OPTIONS,
+        )  # fmt: skip
+        for (shift, width), of_round in zip(BITS, bins, strict=True):
             _score_histogram_kernel[(triton.cdiv(size[0], TILE), triton.cdiv(size[1], TILE), batch)](
-                bins, state, refined, table, present, classes, *small, *size,
+                of_round, state, refined, table, present, classes, *small, *size,
                 SHIFT=shift, WIDTH=width, TILE=TILE, BINS=BINS, **OPTIONS,
             )  # fmt: skip
-            _pick_kernel[(batch,)](cut, state, bins, WIDTH=width, LAST=shift == 0, SMALLEST=True, BINS=BINS, **OPTIONS)
-        _suppression_kernel[(blocks, classes, batch)](
-            sums, gradient, refined, cut, table, present, 1 / (count * batch), classes, *small, *size,
+            _pick_kernel[(batch,)](
+                cut, state, of_round, WIDTH=width, LAST=shift == 0, SMALLEST=True, BINS=BINS, **OPTIONS
+            )
+        _suppression_kernel[(blocks, channels, batch)](
+            partial, gradient, refined, cut, table, present, 1 / (count * batch), classes, *small, *size,
             GRADIENTS=needs_grad, SIDE=SIDE, TILE=TILE, **OPTIONS,
         )  # fmt: skip
-    return sums.sum(), gradient
+    return partial.sum(), gradient
 
 
-_suppression.register_fake(fake_suppression)
-_suppression.register_autograd(differentiate_suppression, setup_context=save_suppression)
-
-
-def _present(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels of each image's present classes, first in (N, 1 + C), and how many they are; no wait for the host."""
-    order = labels.ne(0).to(torch.int8).argsort(dim=1, descending=True, stable=True) + 1
-    present = labels.ne(0).sum(dim=1)
-    slots = torch.arange(labels.shape[1] + 1, device=labels.device)
-    table = torch.where(slots < present[:, None], torch.cat([order, torch.zeros_like(order[:, :1])], dim=1), 0)
-    return table.to(torch.int32), present.to(torch.int32)
-
-
-_losses.register_fake(fake)
-_losses.register_autograd(differentiate, setup_context=save)
+_losses = operation(
+    "complementary_losses_triton", _forward, fake, backward, fake_backward,
+    save=save, differentiate=differentiate, schema=SCHEMA, fuse_backward=True,
+)  # fmt: skip
+_suppression = operation(
+    "background_suppression_triton", _forward_suppression, fake_suppression, backward_suppression,
+    fake_backward_suppression, save=save_suppression, differentiate=differentiate_suppression, fuse_backward=True,
+)  # fmt: skip

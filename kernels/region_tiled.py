@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpn_fast.kernels import eager
+from cpn_fast.kernels.operators import operation
 
 
 def region_pooling(cam: Tensor, features: Tensor) -> Tensor:
@@ -21,93 +22,119 @@ def region_pooling(cam: Tensor, features: Tensor) -> Tensor:
 def region_correlation(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> Tensor:
     """As ``eager.region_correlation``, computed in float32 (float64 for float64 inputs)."""
     wide = torch.promote_types(eager.statistics_dtype(cam), queries.dtype)
-    return _correlate(cam.to(wide), keys.to(wide), queries.to(wide), scale)[0].to(cam.dtype)
+    return _correlate(cam.to(wide), keys.to(wide), queries.to(wide), scale).to(cam.dtype)
 
 
-@torch.library.custom_op("cpn_fast::region_pooling_tiled", mutates_args=())
-def _pool(cam: Tensor, features: Tensor) -> Tensor:
-    pooled = cam.new_empty(cam.shape[0], cam.shape[1], features.shape[1])
+def _forward_pool(cam: Tensor, features: Tensor) -> tuple[Tensor]:
+    (pooled,) = _fake_pool(cam, features)
     for n in range(len(cam)):
         torch.mm(cam[n].softmax(dim=1), features[n].mT, out=pooled[n])
-    return pooled
+    return (pooled,)
 
 
-@torch.library.custom_op("cpn_fast::region_pooling_tiled_backward", mutates_args=())
-def _pool_backward(grad: Tensor, cam: Tensor, features: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-    d_cam, d_features = cam.new_empty(cam.shape), features.new_empty(features.shape)
+def _backward_pool(
+    grad: Tensor, cam: Tensor, features: Tensor, pooled: Tensor, of_cam: bool, of_features: bool
+) -> tuple[Tensor, Tensor]:
+    d_cam, d_features = _fake_backward_pool(grad, cam, features, pooled, of_cam, of_features)
     along = torch.linalg.vecdot(grad, pooled)[:, :, None]
     for n in range(len(cam)):
         share = cam[n].softmax(dim=1)
-        torch.mm(grad[n].mT, share, out=d_features[n])
-        torch.mm(grad[n], features[n], out=d_cam[n]).sub_(along[n]).mul_(share)
+        if of_features:
+            torch.mm(grad[n].mT, share, out=d_features[n])
+        if of_cam:
+            torch.mm(grad[n], features[n], out=d_cam[n]).sub_(along[n]).mul_(share)
     return d_cam, d_features
 
 
-@torch.library.custom_op("cpn_fast::region_correlation_tiled", mutates_args=())
-def _correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The output, and the softmax over pixels."""
-    out, share = cam.new_empty(cam.shape), cam.new_empty(cam.shape)
+    out, share = _fake_correlate(cam, keys, queries, scale)
     for n in range(len(cam)):
-        torch.softmax(torch.mm(keys[n] * scale, queries[n]), dim=1, out=share[n])
+        torch.softmax(torch.mm(keys[n], queries[n]).mul_(scale), dim=1, out=share[n])
         torch.mul(cam[n], share[n], out=out[n])
     return out, share
 
 
-@torch.library.custom_op("cpn_fast::region_correlation_tiled_backward", mutates_args=())
-def _correlate_backward(
-    grad: Tensor, cam: Tensor, keys: Tensor, queries: Tensor, out: Tensor, share: Tensor, scale: float
+def _backward_correlate(
+    grad: Tensor,
+    cam: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    out: Tensor,
+    share: Tensor,
+    scale: float,
+    of_cam: bool,
+    of_keys: bool,
+    of_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_keys, d_queries = keys.new_empty(keys.shape), queries.new_empty(queries.shape)
-    d_cam = cam.new_empty(cam.shape)
+    d_cam, d_keys, d_queries = _fake_backward_correlate(
+        grad, cam, keys, queries, out, share, scale, of_cam, of_keys, of_queries
+    )
     along = torch.linalg.vecdot(grad, out)[:, :, None]
     for n in range(len(cam)):
-        torch.mul(grad[n], share[n], out=d_cam[n])
-        d_logits = (d_cam[n] * cam[n]).addcmul_(share[n], along[n], value=-1).mul_(scale)
-        torch.mm(d_logits, queries[n].mT, out=d_keys[n])
-        torch.mm(keys[n].mT, d_logits, out=d_queries[n])
+        weighted = torch.mul(grad[n], share[n], out=d_cam[n]) if of_cam else grad[n] * share[n]
+        d_logits = (weighted * cam[n]).addcmul_(share[n], along[n], value=-1).mul_(scale)
+        if of_keys:
+            torch.mm(d_logits, queries[n].mT, out=d_keys[n])
+        if of_queries:
+            torch.mm(keys[n].mT, d_logits, out=d_queries[n])
     return d_cam, d_keys, d_queries
 
 
-@_pool.register_fake
-def _(cam: Tensor, features: Tensor) -> Tensor:
-    return cam.new_empty(cam.shape[0], cam.shape[1], features.shape[1])
+def empty_gradient(tensor: Tensor, wanted: bool) -> Tensor:
+    """Contiguous; of no image if not wanted."""
+    return tensor.new_empty((tensor if wanted else tensor[:0]).shape)
 
 
-@_pool_backward.register_fake
-def _(grad: Tensor, cam: Tensor, features: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-    return cam.new_empty(cam.shape), features.new_empty(features.shape)
+def _fake_pool(cam: Tensor, features: Tensor) -> tuple[Tensor]:
+    return (cam.new_empty(cam.shape[0], cam.shape[1], features.shape[1]),)
 
 
-@_correlate.register_fake
-def _(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake_backward_pool(
+    grad: Tensor, cam: Tensor, features: Tensor, pooled: Tensor, of_cam: bool, of_features: bool
+) -> tuple[Tensor, Tensor]:
+    return empty_gradient(cam, of_cam), empty_gradient(features, of_features)
+
+
+def _fake_correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return cam.new_empty(cam.shape), cam.new_empty(cam.shape)
 
 
-@_correlate_backward.register_fake
-def _(
-    grad: Tensor, cam: Tensor, keys: Tensor, queries: Tensor, out: Tensor, share: Tensor, scale: float
+def _fake_backward_correlate(
+    grad: Tensor,
+    cam: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    out: Tensor,
+    share: Tensor,
+    scale: float,
+    of_cam: bool,
+    of_keys: bool,
+    of_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cam.new_empty(cam.shape), keys.new_empty(keys.shape), queries.new_empty(queries.shape)
+    return empty_gradient(cam, of_cam), empty_gradient(keys, of_keys), empty_gradient(queries, of_queries)
 
 
-def _save_pool(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs, output)
+def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+    ctx.save_for_backward(*inputs[: len(inputs) - len(ctx.others)], *output)
 
 
-def _differentiate_pool(ctx, grad):  # type: ignore[no-untyped-def]
+def differentiate(ctx, grad, backward):  # type: ignore[no-untyped-def]
+    """What ``backward`` gives for each input tensor; the inputs behind them are numbers."""
+    needed = ctx.needs_input_grad[: len(ctx.needs_input_grad) - len(ctx.others)]
     with eager.full_precision(grad):
-        return _pool_backward(grad, *ctx.saved_tensors)
+        gradients = backward(grad, *ctx.saved_tensors, *ctx.others, *needed)
+    return *(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), *(
+        None for _ in ctx.others
+    )
 
 
-def _save_correlate(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _differentiate_correlate(ctx, grad, _):  # type: ignore[no-untyped-def]
-    with eager.full_precision(grad):
-        return *_correlate_backward(grad, *ctx.saved_tensors, ctx.scale), None
-
-
-_pool.register_autograd(_differentiate_pool, setup_context=_save_pool)
-_correlate.register_autograd(_differentiate_correlate, setup_context=_save_correlate)
+_pool = operation(
+    "region_pooling_tiled", _forward_pool, _fake_pool, _backward_pool, _fake_backward_pool,
+    save=save, differentiate=differentiate,
+)  # fmt: skip
+_correlate = operation(
+    "region_correlation_tiled", _forward_correlate, _fake_correlate, _backward_correlate, _fake_backward_correlate,
+    save=save, differentiate=differentiate,
+)  # fmt: skip

@@ -18,14 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpn_fast.kernels import eager
+from cpn_fast.kernels import region_tiled
 from cpn_fast.kernels.launch import check, next_power, obstacle, on_device, precision, product
+from cpn_fast.kernels.operators import operation
 
 BP = 32  # pixels of a block
 BD = 64  # channels of a block
 SPLITS = 8  # programs that share an image's pixels in pooling
 JOINED = 256  # channels that a program joins
 OPTIONS = {"num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _base(b_high):
+    """What exponents are relative to. A block of -inf is nothing beside others, but -inf - (-inf) would be NaN."""
+    return tl.where(b_high == float("-inf"), 0.0, b_high)
 
 
 @triton.jit
@@ -54,8 +61,9 @@ def _pool_kernel(
         b_c = tl.load(p_c, mask=(o_c < C)[:, None] & m_p[None, :], other=0.0).to(tl.float32)  # [CB, BP]
         b_c = tl.where(m_p[None, :], b_c, float("-inf"))
         b_new = tl.maximum(b_high, tl.max(b_c, 1))
-        b_e = tl.exp(b_c - b_new[:, None])
-        b_scale = tl.exp(b_high - b_new)
+        b_base = _base(b_new)
+        b_e = tl.exp(b_c - b_base[:, None])
+        b_scale = tl.exp(b_high - b_base)
         b_sum = b_sum * b_scale + tl.sum(b_e, 1)
         p_f = features + i_n * stride_fn + o_64[:, None] * stride_fp + o_d[None, :] * stride_fd
         b_f = tl.load(p_f, mask=m_p[:, None] & (o_d < D)[None, :], other=0.0)  # [BP, BD]
@@ -76,7 +84,7 @@ def _join_kernel(
     i_c = tl.program_id(0)
     i_n = tl.program_id(1).to(tl.int64)
     o_s = tl.arange(0, SB)
-    o_d = tl.program_id(2) * DB + tl.arange(0, DB)
+    o_d = (tl.program_id(2) * DB + tl.arange(0, DB)).to(tl.int64)
     o_row = (i_n * splits + o_s) * C + i_c
     b_highs = tl.load(highs + o_row, mask=o_s < splits, other=float("-inf"))
     b_high = tl.max(b_highs, 0)
@@ -96,7 +104,8 @@ def _share(cam, high, total, o_c, o_p, C, pixels, stride_c, stride_p):
     """The softmax of a block of the CAM, [CB, BP]; zeros outside."""
     m_c = o_c < C
     m = m_c[:, None] & (o_p < pixels)[None, :]
-    b_c = tl.load(cam + o_c[:, None] * stride_c + o_p.to(tl.int64)[None, :] * stride_p, mask=m, other=0.0)
+    p_c = cam + o_c.to(tl.int64)[:, None] * stride_c + o_p.to(tl.int64)[None, :] * stride_p
+    b_c = tl.load(p_c, mask=m, other=0.0)
     b_high = tl.load(high + o_c, mask=m_c, other=0.0)
     b_total = tl.load(total + o_c, mask=m_c, other=1.0)
     return tl.where(m, tl.exp(b_c.to(tl.float32) - b_high[:, None]) / b_total[:, None], 0.0)
@@ -106,7 +115,8 @@ def _share(cam, high, total, o_c, o_p, C, pixels, stride_c, stride_p):
 def _pool_backward_kernel(
     d_cam, d_features, grad, along, cam, features, high, total,
     stride_cn, stride_cc, stride_cp, stride_fn, stride_fd, stride_fp, stride_dn, stride_dd, stride_dp,
-    pixels, C, D,
+    pixels, C, D, unit,
+    OF_CAM: tl.constexpr, OF_FEATURES: tl.constexpr,
     CB: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_cam = P (dZ F - along), d_features = dZ^T P for one block of pixels; P is the softmax."""
@@ -118,33 +128,35 @@ def _pool_backward_kernel(
     high += i_n * C
     total += i_n * C
     grad += i_n * C * D
-    for start_c in range(0, C, CB):
-        o_c = start_c + tl.arange(0, CB)
-        b_share = _share(cam, high, total, o_c, o_p, C, pixels, stride_cc, stride_cp)
-        acc = tl.zeros([CB, BP], dtype=tl.float32)
-        for start_d in range(0, D, BD):
-            o_d = start_d + tl.arange(0, BD)
-            m_g = (o_c < C)[:, None] & (o_d < D)[None, :]
-            b_g = tl.load(grad + o_c[:, None] * D + o_d[None, :], mask=m_g, other=0.0)  # [CB, BD]
-            p_f = features + i_n * stride_fn + o_d[:, None] * stride_fd + o_64[None, :] * stride_fp
-            b_f = tl.load(p_f, mask=(o_d < D)[:, None] & m_p[None, :], other=0.0)  # [BD, BP]
-            acc = product(b_g, b_f, acc, PRECISION)
-        b_along = tl.load(along + i_n * C + o_c, mask=o_c < C, other=0.0)
-        p_d = d_cam + (i_n * C + o_c)[:, None] * pixels + o_p[None, :]
-        b_d = b_share * (acc - b_along[:, None])
-        tl.store(p_d, b_d.to(d_cam.dtype.element_ty), mask=(o_c < C)[:, None] & m_p[None, :])
-    for start_d in range(0, D, BD):
-        o_d = start_d + tl.arange(0, BD)
-        acc_f = tl.zeros([BD, BP], dtype=tl.float32)
+    if OF_CAM:
         for start_c in range(0, C, CB):
             o_c = start_c + tl.arange(0, CB)
-            m_g = (o_c < C)[None, :] & (o_d < D)[:, None]
-            b_g = tl.load(grad + o_c[None, :] * D + o_d[:, None], mask=m_g, other=0.0)  # [BD, CB]
-            b_share = _share(cam, high, total, o_c, o_p, C, pixels, stride_cc, stride_cp) * pixels
-            acc_f = product(b_g, b_share.to(b_g.dtype), acc_f, PRECISION)
-        p_d = d_features + i_n * stride_dn + o_d[:, None] * stride_dd + o_64[None, :] * stride_dp
-        b_d = (acc_f / pixels).to(d_features.dtype.element_ty)
-        tl.store(p_d, b_d, mask=(o_d < D)[:, None] & m_p[None, :])
+            b_share = _share(cam, high, total, o_c, o_p, C, pixels, stride_cc, stride_cp)
+            acc = tl.zeros([CB, BP], dtype=tl.float32)
+            for start_d in range(0, D, BD):
+                o_d = start_d + tl.arange(0, BD)
+                m_g = (o_c < C)[:, None] & (o_d < D)[None, :]
+                b_g = tl.load(grad + o_c[:, None] * D + o_d[None, :], mask=m_g, other=0.0)  # [CB, BD]
+                p_f = features + i_n * stride_fn + o_d.to(tl.int64)[:, None] * stride_fd + o_64[None, :] * stride_fp
+                b_f = tl.load(p_f, mask=(o_d < D)[:, None] & m_p[None, :], other=0.0)  # [BD, BP]
+                acc = product(b_g, b_f, acc, PRECISION)
+            b_along = tl.load(along + i_n * C + o_c, mask=o_c < C, other=0.0)
+            p_d = d_cam + (i_n * C + o_c)[:, None] * pixels + o_p[None, :]
+            b_d = b_share * (acc - b_along[:, None])
+            tl.store(p_d, b_d.to(d_cam.dtype.element_ty), mask=(o_c < C)[:, None] & m_p[None, :])
+    if OF_FEATURES:
+        for start_d in range(0, D, BD):
+            o_d = start_d + tl.arange(0, BD)
+            acc_f = tl.zeros([BD, BP], dtype=tl.float32)
+            for start_c in range(0, C, CB):
+                o_c = start_c + tl.arange(0, CB)
+                m_g = (o_c < C)[None, :] & (o_d < D)[:, None]
+                b_g = tl.load(grad + o_c[None, :] * D + o_d[:, None], mask=m_g, other=0.0)  # [BD, CB]
+                b_share = _share(cam, high, total, o_c, o_p, C, pixels, stride_cc, stride_cp) * unit
+                acc_f = product(b_g, b_share.to(b_g.dtype), acc_f, PRECISION)
+            p_d = d_features + i_n * stride_dn + o_d.to(tl.int64)[:, None] * stride_dd + o_64[None, :] * stride_dp
+            b_d = (acc_f / unit).to(d_features.dtype.element_ty)
+            tl.store(p_d, b_d, mask=(o_d < D)[:, None] & m_p[None, :])
 
 
 @triton.jit
@@ -160,7 +172,7 @@ def _logits_kernel(
     o_p = i_p * BP + tl.arange(0, BP)
     m_p = o_p < pixels
     for start_c in range(0, C, CB):
-        o_c = start_c + tl.arange(0, CB)
+        o_c = (start_c + tl.arange(0, CB)).to(tl.int64)
         m_c = o_c < C
         acc = tl.zeros([CB, BP], dtype=tl.float32)
         for start_e in range(0, E, BE):
@@ -172,7 +184,7 @@ def _logits_kernel(
             acc = product(b_k, b_q, acc, PRECISION)
         b_l = tl.where(m_p[None, :], acc * scale, float("-inf"))
         b_high = tl.max(b_l, 1)
-        b_sum = tl.sum(tl.exp(b_l - b_high[:, None]), 1)
+        b_sum = tl.sum(tl.exp(b_l - _base(b_high)[:, None]), 1)
         tl.store(logits + (i_n * C + o_c)[:, None] * pixels + o_p[None, :], b_l, mask=m_c[:, None] & m_p[None, :])
         tl.store(highs + (i_n * C + o_c) * blocks + i_p, b_high, mask=m_c)
         tl.store(sums + (i_n * C + o_c) * blocks + i_p, b_sum, mask=m_c)
@@ -187,7 +199,7 @@ def _correlate_kernel(
 ):  # fmt: skip
     """cam * exp(logits - high) / total for one region; every program joins the blocks' maxima and sums for itself."""
     i_p = tl.program_id(0)
-    i_c = tl.program_id(1)
+    i_c = tl.program_id(1).to(tl.int64)
     i_n = tl.program_id(2).to(tl.int64)
     i_row = i_n * C + i_c
     b_high = tl.full([SB], float("-inf"), dtype=tl.float32)
@@ -197,7 +209,7 @@ def _correlate_kernel(
         b_h = tl.load(highs + i_row * blocks + o_s, mask=o_s < blocks, other=float("-inf"))
         b_s = tl.load(sums + i_row * blocks + o_s, mask=o_s < blocks, other=0.0)
         b_new = tl.maximum(b_high, b_h)
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_base = _base(b_new)
         b_sum = b_sum * tl.exp(b_high - b_base) + b_s * tl.exp(b_h - b_base)
         b_high = b_new
     b_top = tl.max(b_high, 0)
@@ -216,10 +228,11 @@ def _correlate_kernel(
 def _correlate_backward_kernel(
     d_cam, d_logits, d_queries, grad, along, cam, logits, high, total, keys,
     stride_gn, stride_gc, stride_gp, stride_cn, stride_cc, stride_cp, stride_dn, stride_de, stride_dp,
-    pixels, C, E, scale,
+    pixels, C, E, scale, unit,
+    OF_CAM: tl.constexpr, OF_LOGITS: tl.constexpr, OF_QUERIES: tl.constexpr,
     CB: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_cam = dO P; d_logits = pixels * P (dO cam - along); d_queries = scale * keys^T d_logits / pixels."""
+    """d_cam = dO P; d_logits = unit * P (dO cam - along); d_queries = scale * keys^T d_logits / unit."""
     i_n = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     o_64 = o_p.to(tl.int64)
@@ -235,55 +248,64 @@ def _correlate_backward_kernel(
         p_g = grad + i_n * stride_gn + o_c[:, None] * stride_gc + o_64[None, :] * stride_gp
         p_c = cam + i_n * stride_cn + o_c[:, None] * stride_cc + o_64[None, :] * stride_cp
         b_g = tl.load(p_g, mask=m, other=0.0).to(tl.float32)
-        b_c = tl.load(p_c, mask=m, other=0.0).to(tl.float32)
-        b_along = tl.load(along + i_n * C + o_c, mask=o_c < C, other=0.0)
         o_out = o_c[:, None] * pixels + o_p[None, :]
-        tl.store(d_cam + i_n * C * pixels + o_out, (b_g * b_share).to(d_cam.dtype.element_ty), mask=m)
-        b_d = b_share * (b_g * b_c - b_along[:, None]) * pixels
-        tl.store(d_logits + o_out, b_d.to(d_logits.dtype.element_ty), mask=m)
-    tl.debug_barrier()
-    for start_e in range(0, E, BE):
-        o_e = (start_e + tl.arange(0, BE)).to(tl.int64)
-        acc = tl.zeros([BE, BP], dtype=tl.float32)
-        for start_c in range(0, C, CB):
-            o_c = (start_c + tl.arange(0, CB)).to(tl.int64)
-            m = (o_c < C)[:, None] & m_p[None, :]
-            b_d = tl.load(d_logits + o_c[:, None] * pixels + o_p[None, :], mask=m, other=0.0)  # [CB, BP]
-            p_k = keys + (i_n * C + o_c)[None, :] * E + o_e[:, None]
-            b_k = tl.load(p_k, mask=(o_c < C)[None, :] & (o_e < E)[:, None], other=0.0)  # [BE, CB]
-            acc = product(b_k, b_d, acc, PRECISION)
-        p_d = d_queries + i_n * stride_dn + o_e[:, None] * stride_de + o_64[None, :] * stride_dp
-        b_q = (acc * (scale / pixels)).to(d_queries.dtype.element_ty)
-        tl.store(p_d, b_q, mask=(o_e < E)[:, None] & m_p[None, :])
+        if OF_CAM:
+            tl.store(d_cam + i_n * C * pixels + o_out, (b_g * b_share).to(d_cam.dtype.element_ty), mask=m)
+        if OF_LOGITS:
+            b_c = tl.load(p_c, mask=m, other=0.0).to(tl.float32)
+            b_along = tl.load(along + i_n * C + o_c, mask=o_c < C, other=0.0)
+            b_d = b_share * (b_g * b_c - b_along[:, None]) * unit
+            tl.store(d_logits + o_out, b_d.to(d_logits.dtype.element_ty), mask=m)
+    if OF_QUERIES:
+        tl.debug_barrier()
+        for start_e in range(0, E, BE):
+            o_e = (start_e + tl.arange(0, BE)).to(tl.int64)
+            acc = tl.zeros([BE, BP], dtype=tl.float32)
+            for start_c in range(0, C, CB):
+                o_c = (start_c + tl.arange(0, CB)).to(tl.int64)
+                m = (o_c < C)[:, None] & m_p[None, :]
+                b_d = tl.load(d_logits + o_c[:, None] * pixels + o_p[None, :], mask=m, other=0.0)  # [CB, BP]
+                p_k = keys + (i_n * C + o_c)[None, :] * E + o_e[:, None]
+                b_k = tl.load(p_k, mask=(o_c < C)[None, :] & (o_e < E)[:, None], other=0.0)  # [BE, CB]
+                acc = product(b_k, b_d, acc, PRECISION)
+            p_d = d_queries + i_n * stride_dn + o_e[:, None] * stride_de + o_64[None, :] * stride_dp
+            b_q = (acc * (scale / unit)).to(d_queries.dtype.element_ty)
+            tl.store(p_d, b_q, mask=(o_e < E)[:, None] & m_p[None, :])
 
 
 def region_pooling(cam: Tensor, features: Tensor) -> Tensor:
     """As ``eager.region_pooling``."""
     check(obstacle(cam, features))
-    return _pool(cam, features)[0]
+    return _pool(cam, features)
 
 
 def region_correlation(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> Tensor:
     """As ``eager.region_correlation``."""
     check(obstacle(cam, keys, queries))
-    return _correlate(cam, keys.to(queries.dtype), queries, scale)[0]
+    return _correlate(cam, keys.to(queries.dtype), queries, scale)
 
 
 def _class_block(classes: int) -> int:
     return min(64, next_power(classes))
 
 
-def options(classes: int) -> dict[str, int]:
-    """How the kernels with a product are launched: other blocks of classes than the paper's spill with two stages."""
-    return OPTIONS if _class_block(classes) == 32 else OPTIONS | {"num_stages": 1}
+def options(classes: int, numbers: str) -> dict[str, int]:
+    """How the kernels with a product are launched. Other blocks of classes than the paper's, and float32, spill with
+    two stages on one GPU or another."""
+    return OPTIONS if _class_block(classes) == 32 and numbers == "half" else OPTIONS | {"num_stages": 1}
 
 
-@torch.library.custom_op("cpn_fast::region_pooling_triton", mutates_args=())
-def _pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unit(pixels: int, dtype: torch.dtype) -> int:
+    """By what shares of a softmax are multiplied before a product: float16 loses 1 / pixels, and ends at 65,504."""
+    return min(pixels, 1 << 15) if dtype == torch.float16 else 1
+
+
+def _forward_pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and maxima and sums of the softmax (N, C)."""
     (batch, classes, pixels), depth = cam.shape, features.shape[1]
     per_split = triton.cdiv(triton.cdiv(pixels, SPLITS), BP) * BP
     splits = triton.cdiv(pixels, per_split)
-    block = _class_block(classes)
+    block, numbers = _class_block(classes), precision(features.dtype)
     pooled, high, total = _fake_pool(cam, features)
     highs, sums = (torch.empty(batch, splits, classes, dtype=torch.float32, device=cam.device) for _ in range(2))
     partial = torch.empty(batch, splits, classes, depth, dtype=torch.float32, device=cam.device)
@@ -291,7 +313,7 @@ def _pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _pool_kernel[(splits, triton.cdiv(depth, BD), batch * triton.cdiv(classes, block))](
             partial, highs, sums, cam, features, *cam.stride(), *features.stride(),
             pixels, per_split, classes, depth, splits,
-            CB=block, BD=BD, BP=BP, PRECISION=precision(features.dtype), **options(classes),
+            CB=block, BD=BD, BP=BP, PRECISION=numbers, **options(classes, numbers),
         )  # fmt: skip
         _join_kernel[(classes, batch, triton.cdiv(depth, JOINED))](
             pooled, high, total, partial, highs, sums, classes, depth, splits, DB=JOINED, SB=SPLITS, **OPTIONS,
@@ -299,34 +321,43 @@ def _pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pooled, high, total
 
 
-@torch.library.custom_op("cpn_fast::region_pooling_triton_backward", mutates_args=())
-def _pool_backward(
-    grad: Tensor, cam: Tensor, features: Tensor, pooled: Tensor, high: Tensor, total: Tensor
+def _backward_pool(
+    grad: Tensor,
+    cam: Tensor,
+    features: Tensor,
+    pooled: Tensor,
+    high: Tensor,
+    total: Tensor,
+    of_cam: bool,
+    of_features: bool,
 ) -> tuple[Tensor, Tensor]:
     (batch, classes, pixels), depth = cam.shape, features.shape[1]
-    d_cam, d_features = _fake_pool_backward(grad, cam, features)
-    grad = grad.contiguous()
-    along = torch.linalg.vecdot(grad.float(), pooled.float())
+    d_cam, d_features = _fake_backward_pool(grad, cam, features, pooled, high, total, of_cam, of_features)
+    grad, numbers = grad.contiguous(), precision(features.dtype)
+    along = torch.linalg.vecdot(grad.float(), pooled.float()) if of_cam else high
     with on_device(cam):
         _pool_backward_kernel[(triton.cdiv(pixels, BP), batch)](
             d_cam, d_features, grad, along, cam, features, high, total,
-            *cam.stride(), *features.stride(), *d_features.stride(), pixels, classes, depth,
-            CB=_class_block(classes), BD=BD, BP=BP, PRECISION=precision(features.dtype), **options(classes),
+            *cam.stride(), *features.stride(), *d_features.stride(),
+            pixels, classes, depth, _unit(pixels, features.dtype),
+            OF_CAM=of_cam, OF_FEATURES=of_features,
+            CB=_class_block(classes), BD=BD, BP=BP, PRECISION=numbers, **options(classes, numbers),
         )  # fmt: skip
     return d_cam, d_features
 
 
-@torch.library.custom_op("cpn_fast::region_correlation_triton", mutates_args=())
-def _correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_correlate(
+    cam: Tensor, keys: Tensor, queries: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, float32 logits, and their maxima and sums (N, C)."""
     (batch, classes, pixels), depth = cam.shape, queries.shape[1]
-    blocks = triton.cdiv(pixels, BP)
+    blocks, numbers = triton.cdiv(pixels, BP), precision(queries.dtype)
     out, logits, high, total = _fake_correlate(cam, keys, queries, scale)
     highs, sums = (torch.empty(batch, classes, blocks, dtype=torch.float32, device=cam.device) for _ in range(2))
     with on_device(cam):
         _logits_kernel[(blocks, batch)](
             logits, highs, sums, keys.contiguous(), queries, *queries.stride(), pixels, classes, depth, scale, blocks,
-            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=precision(queries.dtype), **options(classes),
+            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=numbers, **options(classes, numbers),
         )  # fmt: skip
         _correlate_kernel[(triton.cdiv(pixels, 1024), classes, batch)](
             out, logits, highs, sums, high, total, cam, *cam.stride(), pixels, classes, blocks,
@@ -335,8 +366,7 @@ def _correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tupl
     return out, logits, high, total
 
 
-@torch.library.custom_op("cpn_fast::region_correlation_triton_backward", mutates_args=())
-def _correlate_backward(
+def _backward_correlate(
     grad: Tensor,
     cam: Tensor,
     keys: Tensor,
@@ -346,72 +376,84 @@ def _correlate_backward(
     high: Tensor,
     total: Tensor,
     scale: float,
+    of_cam: bool,
+    of_keys: bool,
+    of_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, classes, pixels), depth = cam.shape, queries.shape[1]
-    d_cam, d_keys, d_queries = _fake_correlate_backward(grad, cam, keys, queries)
-    along = torch.linalg.vecdot(grad.float(), out.float())
-    d_logits = torch.empty(batch, classes, pixels, dtype=queries.dtype, device=cam.device)
+    d_cam, d_keys, d_queries = _fake_backward_correlate(
+        grad, cam, keys, queries, out, logits, high, total, scale, of_cam, of_keys, of_queries
+    )
+    of_logits, unit, numbers = of_keys or of_queries, _unit(pixels, queries.dtype), precision(queries.dtype)
+    along = torch.linalg.vecdot(grad.float(), out.float()) if of_logits else high
+    d_logits = torch.empty(batch if of_logits else 0, classes, pixels, dtype=queries.dtype, device=cam.device)
     with on_device(cam):
         _correlate_backward_kernel[(triton.cdiv(pixels, BP), batch)](
             d_cam, d_logits, d_queries, grad, along, cam, logits, high, total, keys.contiguous(),
-            *grad.stride(), *cam.stride(), *d_queries.stride(), pixels, classes, depth, scale,
-            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=precision(queries.dtype), **options(classes),
+            *grad.stride(), *cam.stride(), *d_queries.stride(), pixels, classes, depth, scale, unit,
+            OF_CAM=of_cam, OF_LOGITS=of_logits, OF_QUERIES=of_queries,
+            CB=_class_block(classes), BE=BD, BP=BP, PRECISION=numbers, **options(classes, numbers),
         )  # fmt: skip
-    torch.mul(torch.bmm(d_logits, queries.mT), scale / pixels, out=d_keys)
+    if of_keys:
+        torch.mul(torch.bmm(d_logits, queries.mT), scale / unit, out=d_keys)
     return d_cam, d_keys, d_queries
 
 
-def _empty_like_layout(tensor: Tensor) -> Tensor:
-    """(N, D, P), pixels or channels last as the tensor has them."""
+def _in_layout_of(tensor: Tensor, wanted: bool) -> Tensor:
+    """(N, D, P), or of no image if not wanted: pixels or channels last as the tensor has them."""
     batch, depth, pixels = tensor.shape
     if tensor.stride(1) == 1:
-        return tensor.new_empty(batch, pixels, depth).mT
-    return tensor.new_empty(batch, depth, pixels)
+        return tensor.new_empty(batch if wanted else 0, pixels, depth).mT
+    return tensor.new_empty(batch if wanted else 0, depth, pixels)
 
 
-@_pool.register_fake
 def _fake_pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     statistic = torch.empty(cam.shape[:2], dtype=torch.float32, device=cam.device)
     return features.new_empty(*cam.shape[:2], features.shape[1]), statistic, torch.empty_like(statistic)
 
 
-@_pool_backward.register_fake
-def _fake_pool_backward(grad: Tensor, cam: Tensor, features: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    return cam.new_empty(cam.shape), _empty_like_layout(features)
+def _fake_backward_pool(
+    grad: Tensor,
+    cam: Tensor,
+    features: Tensor,
+    pooled: Tensor,
+    high: Tensor,
+    total: Tensor,
+    of_cam: bool,
+    of_features: bool,
+) -> tuple[Tensor, Tensor]:
+    return region_tiled.empty_gradient(cam, of_cam), _in_layout_of(features, of_features)
 
 
-@_correlate.register_fake
 def _fake_correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistic = torch.empty(cam.shape[:2], dtype=torch.float32, device=cam.device)
     logits = torch.empty(cam.shape, dtype=torch.float32, device=cam.device)
     return cam.new_empty(cam.shape), logits, statistic, torch.empty_like(statistic)
 
 
-@_correlate_backward.register_fake
-def _fake_correlate_backward(
-    grad: Tensor, cam: Tensor, keys: Tensor, queries: Tensor, *rest: object
+def _fake_backward_correlate(
+    grad: Tensor,
+    cam: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    out: Tensor,
+    logits: Tensor,
+    high: Tensor,
+    total: Tensor,
+    scale: float,
+    of_cam: bool,
+    of_keys: bool,
+    of_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cam.new_empty(cam.shape), keys.new_empty(keys.shape), _empty_like_layout(queries)
+    d_cam, d_keys = region_tiled.empty_gradient(cam, of_cam), region_tiled.empty_gradient(keys, of_keys)
+    return d_cam, d_keys, _in_layout_of(queries, of_queries)
 
 
-def _save_pool(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate_pool(ctx, grad, *_):
-    with eager.full_precision(grad):
-        return _pool_backward(grad, *ctx.saved_tensors)
-
-
-def _save_correlate(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _differentiate_correlate(ctx, grad, *_):
-    with eager.full_precision(grad):
-        return *_correlate_backward(grad, *ctx.saved_tensors, ctx.scale), None
-
-
-_pool.register_autograd(_differentiate_pool, setup_context=_save_pool)
-_correlate.register_autograd(_differentiate_correlate, setup_context=_save_correlate)
+_pool = operation(
+    "region_pooling_triton", _forward_pool, _fake_pool, _backward_pool, _fake_backward_pool,
+    save=region_tiled.save, differentiate=region_tiled.differentiate,
+)  # fmt: skip
+_correlate = operation(
+    "region_correlation_triton", _forward_correlate, _fake_correlate, _backward_correlate, _fake_backward_correlate,
+    save=region_tiled.save, differentiate=region_tiled.differentiate,
+)  # fmt: skip

@@ -1,7 +1,8 @@
 """Every Triton kernel and gradient on the CPU against eager float64. Run by test_kernels_triton.py in the interpreter.
 
-All memory that the package allocates starts as NaN, so that a partial write cannot pass. Two liberties of the
-interpreter are taken back: it cuts float32 off to bfloat16 where a GPU rounds, and multiplies TF32 in full float32.
+All memory that the package allocates starts as NaN, so that a partial write cannot pass. Three liberties of the
+interpreter are taken back: it cuts float32 off to bfloat16 where a GPU rounds, multiplies TF32 in full float32, and
+keeps NaN in a maximum that a GPU takes of the other number.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from cpn_fast import config, kernels
-from cpn_fast.kernels import launch, losses_triton, pixel_triton, region_triton
+from cpn_fast.kernels import launch, losses_triton, pixel_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 few = settings(
@@ -57,6 +58,24 @@ def _bfloat16_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return values.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture(autouse=True)
+def _extrema_drop_nan_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless told not to. A reduction by a function of our own is a call for each element, so NumPy stands in."""
+    apply = interpreter.ReduceOps.apply_impl
+    keep = {losses_triton._larger: np.max, losses_triton._smaller: np.min}
+
+    def reduced(self: Any, values: tuple[Any, ...]) -> Any:
+        if self.combine_fn in keep:
+            return self.min_max(values[0], val_reduce_op=keep[self.combine_fn])
+        return apply(self, values)
+
+    monkeypatch.setattr(interpreter.ReduceOps, "apply_impl", reduced)
+    for name, drop in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder, name, lambda self, a, b, drop=drop: self.binary_op(a, b, drop)
+        )
 
 
 @pytest.fixture
@@ -302,6 +321,94 @@ def test_losses_where_everything_ties() -> None:
         assert_close("losses", found, exact, 1e-5)
 
 
+FLAWS = (float("nan"), float("inf"), -float("inf"))
+
+
+NAN, INF = FLAWS[:2]
+PIXEL, LAST, WHOLE = (1, 1), (2, 3), (slice(None), slice(None))
+
+
+@pytest.mark.parametrize(
+    ("place", "channel", "branch", "at", "flaw", "options"),
+    [
+        ("cam", "present", 0, PIXEL, NAN, {}),
+        ("cam", "present", 1, WHOLE, -INF, {"cpcr_target": "difference"}),
+        ("cam", "present", 2, PIXEL, -INF, {}),
+        ("cam", "absent", 2, PIXEL, NAN, {"cpcr_target": "difference"}),
+        ("cam", "absent", 0, LAST, -INF, {}),
+        ("cam", "background", 0, PIXEL, NAN, {}),
+        ("refined", "present", 0, PIXEL, NAN, {"normalise": "max"}),
+        ("refined", "present", 1, PIXEL, NAN, {}),
+        ("refined", "present", 2, LAST, INF, {"hard_over": "batch"}),
+        ("refined", "absent", 1, PIXEL, INF, {}),
+        ("refined", "background", 1, WHOLE, NAN, {"refined_background": "own", "hard_over": "batch"}),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_reaches_losses_and_gradients_as_in_eager(
+    place: str, channel: str, branch: int, at: tuple[Any, ...], flaw: float, options: dict[str, Any]
+) -> None:
+    """A GPU's maximum drops NaN, and so does the interpreter's here."""
+    data = maps([1], 2, 3, 4)
+    present = int(data[3][0].argmax()) + 1
+    i_channel = {"present": present, "absent": 3 - present, "background": 0}[channel]
+    i_place = ("cam", "refined").index(place)
+    data[i_place][(branch, 0, i_channel, *at)] = flaw
+    exact = losses(data, "eager", size=(6, 7), **options)
+    found = losses(data, "triton", size=(6, 7), **options)
+    assert torch.equal(found[0].isfinite(), exact[0].isfinite())
+    for mine, reference in zip(found[1:], exact[1:], strict=True):
+        if exact[0].isfinite().all() or not reference.isfinite().all():
+            assert mine.isfinite().all() == reference.isfinite().all()
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_what_is_not_finite_reaches_background_suppression_as_in_eager(flaw: float) -> None:
+    _, refined, _, labels = maps([1], 2, 3, 4)
+    for channel, at in ((0, PIXEL), (1, PIXEL), (2, LAST)):
+        leaf = refined[0].clone()
+        leaf[(0, channel, *at)] = flaw
+        leaf.requires_grad_()
+        finite = []
+        for backend in ("triton", "eager"):
+            loss = kernels.background_suppression(leaf, labels, size=(6, 7), backend=backend)  # type: ignore[arg-type]
+            finite.append([x.isfinite().all() for x in (loss, torch.autograd.grad(loss, leaf)[0])])
+        assert finite[0] == finite[1]
+
+
+@few
+@given(
+    c=st.integers(1, 20), h=st.integers(1, 20), w=st.integers(1, 20), share=st.floats(0.1, 0.9),
+    flaw=st.sampled_from(FLAWS), seed=st.integers(0, 99),
+)  # fmt: skip
+@pytest.mark.parametrize("op", ["pooling", "correlation"])
+def test_regions_are_finite_where_eager_is(
+    op: str, c: int, h: int, w: int, share: float, flaw: float, seed: int
+) -> None:
+    """Maps and queries of which most is -inf (whole blocks of pixels, whole rows) or a little is not finite."""
+    cam, keys, features = tensors(1, c, 8, h, w, torch.float32, False)
+    generator = torch.Generator().manual_seed(seed)
+    cam, features = cam.clone(), features.clone()
+    cam.view(-1)[: int(share * cam.numel())] = -float("inf")
+    if op == "correlation":
+        cam, features = tensors(1, c, 8, h, w, torch.float32, False)[0], features.abs()
+        keys = keys.clone()
+        keys[:, ::2, 0] = -1e30  # its products with large queries are -inf
+        features.view(8, -1)[0, : int(share * h * w)] = 1e30
+    else:
+        features.view(-1)[torch.randint(features.numel(), (1,), generator=generator)] = flaw
+    function, arguments = (
+        (kernels.region_pooling, [cam, features]) if op == "pooling" else (correlation, [cam, keys, features])
+    )
+    found = results(function, arguments, torch.float32, "triton")
+    exact = results(function, arguments, torch.float32, "eager")
+    for index, (mine, reference) in enumerate(zip(found, exact, strict=True)):
+        assert torch.equal(mine.isfinite(), reference.isfinite())
+        if index == 0 or op == "pooling":  # a key's gradient is a sum of 1e30 and -1e30
+            sound = reference.isfinite()
+            torch.testing.assert_close(mine[sound], reference[sound], rtol=1e-3, atol=1e-4)
+
+
 def test_tcp_alone_without_gradients() -> None:
     cam, _, visible, labels = maps([2], 2, 3, 4)
     found = kernels.complementary_losses(cam, None, visible, labels, size=(6, 7), backend="triton")
@@ -353,17 +460,17 @@ def test_registered_operators_pass_opcheck() -> None:
     cam, keys, features = (t.flatten(2).requires_grad_() for t in tensors(1, 3, 8, 2, 3, torch.float32, False))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.cpn_fast.pixel_correlation_triton, (cam, features, 1e-5), test_utils=checks)
-    torch.library.opcheck(region_triton._pool, (cam, features), test_utils=checks)
-    torch.library.opcheck(region_triton._correlate, (cam, keys, features, 0.3), test_utils=checks)
+    torch.library.opcheck(torch.ops.cpn_fast.region_pooling_triton, (cam, features), test_utils=checks)
+    torch.library.opcheck(torch.ops.cpn_fast.region_correlation_triton, (cam, keys, features, 0.3), test_utils=checks)
     raw, refined, visible, labels = maps([1], 1, 2, 2)
-    options = ([3, 3], "max", "after-lambda", "recomputed", "one-hot", False, 1.0, "image", True)
+    options = ([3, 3], "max", "after-lambda", "recomputed", "one-hot", False, 1.0, "image", True, True)
     leaves = (raw.requires_grad_(), refined.requires_grad_(), visible, labels)
-    torch.library.opcheck(losses_triton._losses, (*leaves, *options), test_utils=checks)
+    torch.library.opcheck(torch.ops.cpn_fast.complementary_losses_triton, (*leaves, *options), test_utils=checks)
     scores = refined[0].detach().requires_grad_()
     images = torch.arange(18, dtype=torch.uint8).view(1, 3, 2, 3)
     torch.library.opcheck(torch.ops.cpn_fast.slic_triton, (images, None, 1, 10.0, 1), test_utils=checks)
     arguments = (scores, labels, [3, 3], 0.25, True)
-    torch.library.opcheck(losses_triton._suppression, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.cpn_fast.background_suppression_triton, arguments, test_utils=checks)
 
 
 def test_compiles_to_one_graph() -> None:

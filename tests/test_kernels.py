@@ -16,7 +16,6 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from cpn_fast import kernels
-from cpn_fast.kernels import region_tiled
 
 BACKENDS = ("eager", "tiled")
 Op = Callable[..., Tensor]
@@ -164,8 +163,8 @@ def test_compiles_to_one_graph(op: Op, backend: str) -> None:
 def test_registered_operators_pass_opcheck() -> None:
     cam, keys, features = (t.detach().flatten(2).requires_grad_() for t in inputs(2, 3, 4, 3, 5, torch.float32))
     torch.library.opcheck(torch.ops.cpn_fast.pixel_correlation_tiled, (cam, features, 1e-5))
-    torch.library.opcheck(region_tiled._pool, (cam, features))
-    torch.library.opcheck(region_tiled._correlate, (cam, keys, features, 0.3))
+    torch.library.opcheck(torch.ops.cpn_fast.region_pooling_tiled, (cam, features))
+    torch.library.opcheck(torch.ops.cpn_fast.region_correlation_tiled, (cam, keys, features, 0.3))
 
 
 @settings(max_examples=20, deadline=None)

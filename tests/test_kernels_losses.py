@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from cpn_fast import kernels
-from cpn_fast.kernels import losses_tiled
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "normalise": ("max", "min-max"),
@@ -119,6 +118,64 @@ def test_constant_and_negative_maps_are_finite_without_gradient() -> None:
             assert torch.all(d_refined == 0)
 
 
+FLAWS = (float("nan"), float("inf"), -float("inf"))
+
+
+def with_flaw(maps: Tensor, at: tuple[int, ...], flaw: float) -> Tensor:
+    changed = maps.detach().clone()
+    changed[at] = flaw
+    return changed.requires_grad_()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    small=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    more=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    variant=st.sampled_from(VARIANTS),
+    flaw=st.sampled_from(FLAWS),
+    whole=st.booleans(),
+    choose=st.data(),
+)
+def test_what_is_not_finite_reaches_losses_and_gradients_as_in_eager(
+    counts: list[int], small: tuple[int, int], more: tuple[int, int], variant: dict[str, Any], flaw: float,
+    whole: bool, choose: st.DataObject,
+) -> None:  # fmt: skip
+    """In raw or refined maps, of present or absent classes or the background; -inf is cut off by the relu."""
+    cam, refined, visible, labels = maps(counts, 3, *small)
+    at = tuple(choose.draw(st.integers(0, side - 1)) for side in cam.shape)
+    at = at[:3] if whole else at
+    size = (small[0] + more[0], small[1] + more[1])
+    for data in ((with_flaw(cam, at, flaw), refined), (cam, with_flaw(refined, at, flaw))):
+        exact = results((*data, visible, labels), size, "eager", **variant)
+        found = results((*data, visible, labels), size, "tiled", **variant)
+        assert torch.equal(found[0].isfinite(), exact[0].isfinite())
+        for mine, reference in zip(found[1:], exact[1:], strict=True):
+            if exact[0].isfinite().all() or not reference.isfinite().all():
+                assert mine.isfinite().all() == reference.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(0, 3),
+    share=st.sampled_from([0.25, 1.0]),
+    flaw=st.sampled_from(FLAWS),
+    whole=st.booleans(),
+    choose=st.data(),
+)
+def test_what_is_not_finite_reaches_background_suppression_as_in_eager(
+    count: int, share: float, flaw: float, whole: bool, choose: st.DataObject
+) -> None:
+    _, refined, _, labels = maps([count], 3, 3, 4)
+    at = tuple(choose.draw(st.integers(0, side - 1)) for side in refined[0].shape)
+    leaf = with_flaw(refined[0], at[:2] if whole else at, flaw)
+    results = []
+    for backend in ("tiled", "eager"):
+        loss = kernels.background_suppression(leaf, labels, size=(7, 9), share=share, backend=backend)  # type: ignore[arg-type]
+        results.append([x.isfinite().all() for x in (loss, torch.autograd.grad(loss, leaf)[0])])
+    assert results[0] == results[1]
+
+
 def test_without_refined_maps_only_tcp_remains() -> None:
     cam, refined, visible, labels = maps([2, 1], 3, 3, 4)
     for backend in ("eager", "tiled"):
@@ -193,10 +250,13 @@ def test_compiles_to_one_graph() -> None:
 
 def test_registered_operators_pass_opcheck() -> None:
     cam, refined, visible, labels = (tensor.detach().float() for tensor in maps([2, 1], 3, 4, 4))
-    options = ([9, 9], "min-max", "after-lambda", "recomputed", "one-hot", False, 0.2, "image", True)
+    options = ([9, 9], "min-max", "after-lambda", "recomputed", "one-hot", False, 0.2, "image", True, True)
     leaves = (cam.requires_grad_(), refined.requires_grad_(), visible, labels)
-    torch.library.opcheck(losses_tiled._losses, (*leaves, *options))
-    torch.library.opcheck(losses_tiled._suppression, (refined[0].detach().requires_grad_(), labels, [9, 9], 0.25, True))
+    torch.library.opcheck(torch.ops.cpn_fast.complementary_losses_tiled, (*leaves, *options))
+    torch.library.opcheck(
+        torch.ops.cpn_fast.background_suppression_tiled,
+        (refined[0].detach().requires_grad_(), labels, [9, 9], 0.25, True),
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from cpn_fast import ranks, reading, train
 from cpn_fast.affinity import combined_labels, fitting_radius, pair_affinities, random_walk
 from cpn_fast.cam import images_for, seed_sources, tags
 from cpn_fast.config import Config, CrfName
-from cpn_fast.crf import PARAMETERS, class_values, dense_crf, process_pool, with_background, write_label_maps
+from cpn_fast.crf import PARAMETERS, Room, class_values, dense_crf, process_pool, with_background, write_label_maps
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, read_note, remove_partials, write_json
@@ -171,15 +172,16 @@ def walk(
     progress = Progress("random walk", len(samples), len(samples) - len(missing))
     with process_pool(workers) if config.walk.crf else ThreadPoolExecutor(workers) as pool, progress:
         writing: deque[Future[None]] = deque()
+        room = Room()
         for batch in batches:
             chosen = [missing[index] for index in batch.indices]
             read = [read_seed(seeds / f"{sample.id}.npz") for sample in chosen]
             for sample, seed, scores in zip(chosen, read, walked_scores(network, batch, read, config), strict=True):
                 require_finite(scores, weights, sample.id)
-                path, values = folder / f"{sample.id}.png", class_values(seed)
-                writing.append(
-                    pool.submit(_write_mask, path, sample.image, scores, values, sources[sample.id], config.walk.crf)
-                )
+                path, values, source = folder / f"{sample.id}.png", class_values(seed), sources[sample.id]
+                job = partial(_write_mask, path, sample.image, scores, values, source, config.walk.crf)
+                in_room = config.walk.crf is not None
+                writing.append(room.submit(pool, scores[0].size, len(scores), job) if in_room else pool.submit(job))
             while len(writing) > workers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
             progress.advance(len(chosen))

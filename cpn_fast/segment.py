@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from cpn_fast import ranks, reading, train
 from cpn_fast.cam import images_for
 from cpn_fast.config import Config, CrfName
-from cpn_fast.crf import PARAMETERS, dense_crf, process_pool
+from cpn_fast.crf import PARAMETERS, Room, dense_crf, process_pool
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing
@@ -134,11 +135,14 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
         pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))
         progress = stack.enter_context(Progress("segment", len(own), len(own) - len(missing)))
         writing: deque[Future[None]] = deque()
+        room = Room()
         for batch in batches:
             for index, probabilities in zip(batch.indices, class_probabilities(network, batch, config), strict=True):
                 sample = missing[index]
                 require_finite(probabilities, weights, sample.id)
-                writing.append(pool.submit(_write, folder, sample, probabilities, sources[sample.id], options.crf))
+                job = partial(_write, folder, sample, probabilities, sources[sample.id], options.crf)
+                classes, pixels = len(probabilities), probabilities[0].size
+                writing.append(room.submit(pool, pixels, classes, job) if options.crf else pool.submit(job))
                 while len(writing) > 2 * workers:  # bounds what waits in memory
                     writing.popleft().result()
                     progress.advance()

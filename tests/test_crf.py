@@ -4,7 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +170,35 @@ def test_processes_end_with_the_one_that_started_them(tmp_path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("it is still there")
+
+
+def test_so_many_crfs_run_at_a_time_as_memory_has_room_for_and_a_larger_one_runs_alone() -> None:
+    room, running, seen, lock = crf.Room(1000 * (200 + 60 * 2)), [], [], threading.Lock()
+
+    def job(pixels: int) -> None:
+        with lock:
+            running.append(pixels)
+            seen.append(tuple(running))
+        time.sleep(0.01)
+        with lock:
+            running.remove(pixels)
+
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [room.submit(pool, pixels, 2, partial(job, pixels)) for pixels in (*[300] * 12, 5000, *[300] * 5)]
+        for done in jobs:
+            done.result()
+    assert len(seen) == 18
+    assert all(together == (5000,) or sum(together) <= 1000 for together in seen)
+    assert room._taken == 0
+
+
+def test_a_crf_that_fails_gives_its_room_back() -> None:
+    room = crf.Room(1)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                room.submit(pool, 9, 2, lambda: 1 / 0).result()
+
+
+def test_the_memory_that_is_available_is_the_machine_s_or_less() -> None:
+    assert 0 <= crf.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -301,6 +301,14 @@ def test_faults_and_rows_are_the_same() -> None:
     assert {row.fault for row in rows()} == FAULTS.keys()
 
 
+def test_the_tests_that_the_page_names_are_there() -> None:
+    named = re.findall(r"`tests/(\w+\.py)(?:::(\w+))?`", PAGE.read_text())
+    assert len(named) > 20
+    for file, name in named:
+        text = (Path(__file__).parent / file).read_text()
+        assert not name or f"def {name}(" in text, f"{file} has no {name}"
+
+
 def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["cpn-fast", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -1,18 +1,20 @@
-"""Host time of a call of pixel_correlation's Triton backend, without a GPU: everything but the launches themselves.
+"""Host time of a call of each operation's Triton backend, without a GPU: everything but the launches themselves.
 
 Triton gets a driver that compiles for sm_90 and whose launcher does nothing, and CPU tensors of a few pixels stand for
 a GPU's; all the rest (checks, choice of blocks, allocations, autograd, Triton's own work for a launch) is what a
 program on a GPU runs. Left out are ``cuLaunchKernel`` (2 to 3 us each, not measured here) and what torch's CUDA
 allocator takes more than its CPU one. "operators" is the same call through torch's custom operators, as under a
 dispatch mode; "direct" is what a program without torch.compile gets. Before that there was one way, with tuning:
-72 us forward and 211 us with backward where the goals were set, on an idle machine. Times are the processor's own,
-but a busy neighbour in the same core or cache still makes them longer: compare rows of one run.
+72 us forward and 211 us with backward for pixel_correlation where its goals were set, on an idle machine. Times are the
+processor's own, but a busy neighbour in the same core or cache still makes them longer: compare rows of one run.
 
     python bench/host_time.py [--out FOLDER]
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +26,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from cpn_fast.kernels import launch, operators, pixel_correlation
+from cpn_fast.kernels import (
+    background_suppression,
+    complementary_losses,
+    launch,
+    operators,
+    pixel_correlation,
+    region_correlation,
+    region_pooling,
+)
 
 CALLS, ROUNDS = 100, 15
 GOALS = {"forward": 35.0, "forward + backward": 95.0}
@@ -68,32 +78,60 @@ def microseconds(run: Callable[[], object]) -> list[float]:
     return found
 
 
+def calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Each operation as CPN calls it, and the tensors of which it gives gradients."""
+    shape = (2, 21, 4, 4)
+    cam = torch.rand(shape, dtype=torch.float16)
+    features = torch.randn(2, 192, 4, 4, dtype=torch.float16).to(memory_format=torch.channels_last)
+    keys = torch.randn(2, 21, 192, dtype=torch.float16)
+    maps = [torch.randn(3, *shape) for _ in range(2)]
+    visible, labels = torch.rand(2), torch.zeros(2, 20).index_fill_(1, torch.tensor([3]), 1)
+
+    def losses(raw: Tensor, refined: Tensor) -> Tensor:
+        terms = complementary_losses(raw, refined, visible, labels, size=(8, 8), backend="triton")
+        return terms.tcp + terms.tcp_refined + terms.cpcr
+
+    return {
+        "pixel_correlation": (lambda embedding: pixel_correlation(cam, embedding, backend="triton"), [features]),
+        "region_pooling": (functools.partial(region_pooling, backend="triton"), [cam, features]),
+        "region_correlation": (
+            functools.partial(region_correlation, scale=0.2, backend="triton"),
+            [cam, keys, features],
+        ),
+        "complementary_losses and their sum": (losses, maps),
+        "background_suppression": (
+            lambda refined: background_suppression(refined, labels, size=(8, 8), backend="triton"),
+            [maps[1][0]],
+        ),
+    }
+
+
 def main() -> None:
     options = arguments(__doc__).parse_args()
     driver.set_active(NoGpu())  # type: ignore[arg-type]
     launch.INTERPRETED = True  # kernels take CPU tensors; Triton itself still compiles
-    cam = torch.rand(1, 21, 4, 4, dtype=torch.float16)
-    embedding = torch.randn(1, 192, 4, 4, dtype=torch.float16).to(memory_format=torch.channels_last)
-    leaf, gradient = embedding.clone().requires_grad_(), torch.ones_like(cam)
-
-    def forward() -> Tensor:
-        return pixel_correlation(cam, embedding, backend="triton")
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(pixel_correlation(cam, leaf, backend="triton"), leaf, gradient)
-
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)
     direct = operators._is_direct
-    for way, condition in (("operators", lambda _: False), ("direct", direct)):
-        operators._is_direct = condition
-        for name, run in (("forward", forward), ("forward + backward", both)):
-            found = microseconds(run)
-            row = {"way": way, "pass": name, "us": statistics.median(found), "least us": min(found)}
-            rows.append(row | {"goal us": GOALS[name]})
+    for name, (run, tensors) in calls().items():
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        gradient = torch.ones_like(run(*tensors))
+        passes: dict[str, Callable[[], object]] = {
+            "forward": functools.partial(run, *tensors),
+            "forward + backward": lambda run=run, leaves=leaves, gradient=gradient: torch.autograd.grad(
+                run(*leaves), leaves, gradient
+            ),
+        }
+        for (way, condition), (kind, call) in itertools.product(
+            (("operators", lambda _: False), ("direct", direct)), passes.items()
+        ):
+            operators._is_direct = condition
+            found = microseconds(call)
+            row = {"operation": name, "way": way, "pass": kind, "us": statistics.median(found), "least us": min(found)}
+            rows.append(row | {"goal us": GOALS[kind] if name == "pixel_correlation" else None})
     described = machine(torch.device("cpu"))
     write_json(folder(options.out, torch.device("cpu")) / "host_time.json", described, rows)
-    print_table(f"Host time of pixel_correlation (triton) on {described['device']}, launches left out", rows)
+    print_table(f"Host time of a call (triton) on {described['device']}, launches left out", rows)
 
 
 if __name__ == "__main__":

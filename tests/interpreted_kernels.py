@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from cpn_fast import config, kernels
-from cpn_fast.kernels import launch, losses_triton, pixel_triton
+from cpn_fast.kernels import launch, losses_triton, pixel_triton, region_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 few = settings(
@@ -407,6 +407,41 @@ def test_regions_are_finite_where_eager_is(
         if index == 0 or op == "pooling":  # a key's gradient is a sum of 1e30 and -1e30
             sound = reference.isfinite()
             torch.testing.assert_close(mine[sound], reference[sound], rtol=1e-3, atol=1e-4)
+
+
+def test_float16_shares_of_more_pixels_than_float16_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel has the whole share: a share times the number of pixels would be infinite."""
+    monkeypatch.setattr(region_triton, "BP", 1 << 14)
+    pixels = 70_000
+    cam, features = torch.zeros(1, 1, 1, pixels).half(), random(1, 1, 1, pixels).half()
+    cam[..., 5] = 60
+    for index, (found, exact) in enumerate(
+        zip(
+            results(kernels.region_pooling, [cam, features], torch.float16, "triton"),
+            results(kernels.region_pooling, [cam, features], torch.float64, "eager"),
+            strict=True,
+        )
+    ):
+        assert_close(
+            f"result {index}", found, exact, 1e-3
+        ) if index != 1 else None  # the CAM's gradient is a difference
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.6, 0.97])
+def test_counts_of_errors_are_exact_however_many_share_a_bin(zeros: float) -> None:
+    values = random(2, 16, 32).abs().float()
+    values[random(2, 16, 32, seed=1) < torch.special.ndtri(torch.tensor(zeros, dtype=torch.float64))] = 0
+    maps = torch.cat([torch.zeros_like(values)[:, None], values[:, None]], dim=1)
+    labels = torch.ones(2, 1)
+    for share in (0.3, 0.98):
+        found, exact = (
+            kernels.background_suppression(maps, labels, size=(16, 32), share=share, backend=backend)
+            for backend in ("triton", "eager")
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+        repeated = kernels.background_suppression(maps, labels, size=(16, 32), share=share, backend="triton")
+        assert torch.equal(repeated, found)
 
 
 def test_tcp_alone_without_gradients() -> None:

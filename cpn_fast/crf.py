@@ -143,7 +143,10 @@ def available_memory() -> int:
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
-            found.append(max(0, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text())))
+            taken = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            shares = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            cached = int(shares["active_file"]) + int(shares["inactive_file"])  # of files, which makes way
+            found.append(max(0, int(limit) - taken + cached))
     except (OSError, ValueError, LookupError):
         pass  # the machine's is known
     return min(found)

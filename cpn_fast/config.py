@@ -627,9 +627,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise UserError(f"--set {text!r}: expected key.sub=value")
     *parents, last = key.split(".")
     for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
+        section = tree.get(name, {})
+        if not isinstance(section, dict):
             raise UserError(f"--set {text!r}: {name} is a value, not a section")
+        tree[name] = tree = dict(section)  # a copy: an alias in the YAML may stand for the same section elsewhere
     try:
         tree[last] = yaml.safe_load(value)
     except (ValueError, RecursionError, yaml.YAMLError) as error:

@@ -266,3 +266,9 @@ def test_results_of_a_list_are_called_as_no_others(tmp_path) -> None:
     names = [named(path) for path in others]
     assert len({*names, "train", "val", "test", "deeplab"}) == len(names) + 4
     assert all(re.fullmatch(r"[\w-]{1,50}-[0-9a-f]{8}", name) for name in names)
+
+
+def test_an_override_changes_no_section_that_shares_an_alias(write) -> None:
+    text = MINIMAL + "affinity: {train: &short {batch: 4, steps: 5}}\nsegment: {train: *short}\n"
+    loaded = config.load(write(text), ["segment.train.batch=2"])
+    assert (loaded.affinity.train.batch, loaded.segment.train.batch) == (4, 2)

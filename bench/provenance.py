@@ -20,7 +20,7 @@ from cpn_fast import provenance
 from cpn_fast.crf import PARAMETERS, dense_crf, with_background
 from cpn_fast.images import can_be_kept, read_image
 from cpn_fast.masks import write_mask
-from cpn_fast.provenance import image_digests
+from cpn_fast.provenance import image_digest
 from cpn_fast.seeds import Seed, read_seed, seed_digest, seed_source, write_seed
 
 VOC = 10_582
@@ -54,7 +54,7 @@ def main() -> None:
         size = sum(image.stat().st_size for image in images) / count / 1000
         provenance._known.clear()
         costs = {
-            "digests of the images": seconds(lambda number: image_digests([images[number]]), count),
+            "digests of the images": seconds(lambda number: image_digest(images[number]), count),
             "sources of the seeds": seconds(lambda number: seed_source(seeds[number]), count),
             "digests of the seeds": seconds(lambda number: seed_digest(seeds[number]), count),
             "checksums and sources of the masks": seconds(lambda number: can_be_kept(masks[number], "0" * 32), count),

@@ -92,6 +92,7 @@ def world(small_voc: Path, small_run: Path, tmp_path: Path) -> World:
         "model": {"backbone": "narrow"},
         "superpixels": {"count": 30},
         "train": {"batch": 2, "steps": 1, "data_threads": 1},
+        "affinity": {"train": {"batch": 2, "steps": 1}},
         "cam": {"scales": [0.5, 1.0]},  # as in small_run
     }
     made.config.write_text(yaml.safe_dump(tree))

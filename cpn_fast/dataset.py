@@ -250,7 +250,7 @@ def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
 
 def _from_root(path: str, root: Path) -> PurePosixPath | None:
     """A path of a list as one from the root; None if it leaves the root, as a path of another drive or folder does."""
-    if re.match("[A-Za-z]:", path) or (path.startswith("/") and not _inside(path, root) and Path(path).exists()):
+    if re.match("[A-Za-z]:", path) or (path.startswith("/") and not _inside(path, root) and os.path.exists(path)):  # noqa: PTH110 (of a name too long it says no)
         return None
     for start in (root.absolute(), root.resolve()):
         if PurePosixPath(path).is_relative_to(start.as_posix()):

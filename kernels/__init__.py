@@ -90,6 +90,7 @@ def backends(device: torch.device, dtype: torch.dtype, *, channels: int = 192) -
         "region_correlation": _fitting(_REGION, cam, keys, features),
         "complementary_losses": _fitting(_LOSSES, cam),
         "background_suppression": _fitting(_LOSSES, cam),
+        "slic": _fitting(_SLIC, torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=device)),
     }
 
 
@@ -315,7 +316,8 @@ def _fitting(modules: dict[str, Any], *tensors: Tensor) -> Choice:
     reason = modules["triton"].obstacle(*tensors)
     if reason is not None:
         return Choice(plain, f"triton {reason}")
-    if modules is not _LOSSES and tensors[-1].dtype == torch.float32 and not _tf32_allowed():
+    multiplies = modules is _PIXEL or modules is _REGION
+    if multiplies and tensors[-1].dtype == torch.float32 and not _tf32_allowed():
         return Choice(plain, "triton's products of float32 are TF32, which torch.backends.cuda.matmul does not allow")
     return Choice("triton", None)
 

@@ -136,7 +136,7 @@ def test_what_an_operation_takes_and_why() -> None:
     cpu = kernels.backends(torch.device("cpu"), torch.float32)
     assert {name: choice.backend for name, choice in cpu.items()} == {
         **dict.fromkeys(["pixel_correlation", *LOSSES], "tiled"),
-        **dict.fromkeys(REFINED[1:], "eager"),
+        **dict.fromkeys([*REFINED[1:], "slic"], "eager"),
     }
     assert all("CUDA" in (choice.reason or "") for choice in cpu.values())
     with FakeTensorMode():
@@ -144,7 +144,9 @@ def test_what_an_operation_takes_and_why() -> None:
         assert {choice.backend for choice in kernels.backends(cuda, torch.bfloat16).values()} == {"triton"}
         plain = kernels.backends(cuda, torch.float32)
         assert "TF32" in (plain["pixel_correlation"].reason or "")
-        assert plain["complementary_losses"] == ("triton", None)
+        assert plain["complementary_losses"] == plain["slic"] == ("triton", None)
+        images = torch.empty(1, 3, 8, 8, device="cuda")  # float32: no products of it are TF32
+        assert kernels._fitting(kernels._SLIC, images).backend == "triton"
         assert "256" in (kernels.backends(cuda, torch.bfloat16, channels=300)["pixel_correlation"].reason or "")
         assert "float64" in (kernels.backends(cuda, torch.float64)["region_pooling"].reason or "")
 

@@ -9,7 +9,7 @@ of them the second row is where it starts from.
 All rows give the same loss and gradients for the same patches without dropout; that is checked first. FLOPs are those
 of the convolutions, forward and backward; MFU is their rate over that of a large matrix product in the same run (bf16
 on a GPU, the faster of fp32 and bf16 on a CPU). "first s" is the time until a step's first call is done, with all that
-is compiled and tuned. On a CPU one thread computes, and all seconds are those it was busy, so that other work on the
+is compiled. On a CPU one thread computes, and all seconds are those it was busy, so that other work on the
 machine counts little; MobileNetV2 runs at 225 px. On a GPU ResNet38d runs at 448 px. There rows follow for variants of
 the network (``step_variants.py``), each beside all of ours, and for four times the images; the rows that decide are
 measured first, and the file is written after every row. The profile of all of ours is written beside the figures.

@@ -26,7 +26,7 @@ from cpn_fast.precision import autocast
 from cpn_fast.ranks import Rank
 
 WARM_UP = 3
-"""Steps before the capture, in which kernels are tuned and compiled and libraries take their memory."""
+"""Steps before the capture, in which kernels are compiled and libraries take their memory."""
 
 
 class Figures(NamedTuple):

@@ -24,9 +24,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_kernel_in_the_interpreter() -> None:
-    files = ("tests/interpreted_kernels.py", "tests/test_kernels_transforms.py")
-    finished = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("file", ["interpreted_kernels", "test_kernels_transforms"])
+def test_every_kernel_in_the_interpreter(file: str) -> None:
+    finished = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}.py", TRITON_INTERPRET="1")
     assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
 
 

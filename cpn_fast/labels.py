@@ -94,8 +94,8 @@ def listed_in(path: Path, images: Collection[str]) -> list[str]:
         if path.suffix == ".npy":
             names = [(match(key) or str(key)) if isinstance(key, int) else str(key) for key in _load_npy(path)]
             return list(dict.fromkeys(names))
-        rows = ((separator, _first_cells(path, separator)) for separator in (",", ";", "\t"))
-        names = max((cells for _, cells in rows), key=lambda cells: sum(match(cell) is not None for cell in cells))
+        separated = (_first_cells(path, separator) for separator in (",", ";", "\t"))
+        names = max(separated, key=lambda cells: sum(match(cell) is not None for cell in cells))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
     if len(names) > 1 and match(names[0]) is None and match(names[1]) is not None:

@@ -110,9 +110,8 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
         fresh = start_from(network, config.model.weights)
         if rank.first:
             print(f"Starting from {config.model.weights}" + (f" with new layers {', '.join(fresh)}" if fresh else ""))
-    shown = _first_images(samples, shards)
-    if state is None:
-        measure_features(network, shown, config.augment.crop)
+    if state is None and isinstance(network.backbone, TimmBackbone):
+        measure_features(network, _first_images(samples, shards), config.augment.crop)
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     online = None
     if method.map != "superpixels":
@@ -166,7 +165,7 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
     gallery = None
     if rank.first and isinstance(network, Network):
         labels = [sample.label for sample in samples[:COUNT] if sample.label is not None]
-        gallery = Gallery(list(zip(shown, labels, strict=True)), config, network)
+        gallery = Gallery(list(zip(_first_images(samples, shards), labels, strict=True)), config, network)
 
     with meter, signals.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):

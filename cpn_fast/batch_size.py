@@ -20,7 +20,9 @@ from cpn_fast.weights import run_config
 MOST = 256
 """Images a process."""
 FRACTION = 0.9
-"""Of a GPU's memory, which trials may use: the rest is the data pipeline's, and for what they do not foresee."""
+"""Of a GPU's memory, which trials may use at most."""
+OTHERS = 2 << 30
+"""Bytes that trials leave free at least: for CUDA's context, DALI's decoders and pictures of CAMs. Not measured."""
 
 
 def sized(config: Config, build: Callable[[Config], Method], rank: Rank) -> Config:
@@ -37,7 +39,7 @@ def sized(config: Config, build: Callable[[Config], Method], rank: Rank) -> Conf
         if share == 0:
             raise UserError(
                 f"train.batch is auto, but a step of one image of {config.augment.crop} px takes more than "
-                f"{FRACTION:.0%} of the GPU's memory: set train.checkpoint_activations, or lower augment.crop"
+                f"{usable(rank.device):.0%} of the GPU's memory: set train.checkpoint_activations or lower augment.crop"
             )
         batch = share * rank.world
         if rank.first:
@@ -59,6 +61,12 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
+def usable(device: torch.device) -> float:
+    """The share of a GPU's memory that a training step may take."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(0.0, min(FRACTION, 1 - OTHERS / total))
+
+
 def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, images: int) -> bool:
     """Whether training steps of ``images`` of the config's size fit the GPU's memory.
 
@@ -67,7 +75,7 @@ def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, ima
     device = rank.device
     if device.type != "cuda":
         raise UserError("train.batch is auto, which fills a GPU's memory, and there is no GPU: give a number")
-    torch.cuda.set_per_process_memory_fraction(FRACTION, device)
+    torch.cuda.set_per_process_memory_fraction(usable(device), device)
     try:
         try_steps(config, build, device, images)
     except torch.OutOfMemoryError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -442,6 +443,17 @@ def test_figures_are_read_late_and_belong_to_their_steps(tiny_config) -> None:
     assert json.loads((settings.run / "nonfinite.json").read_text()) == [{"step": 4, "images": ["x", "y"]}]
 
 
+def test_a_run_keeps_no_pinned_memory(tiny_config) -> None:
+    """What is kept for an epoch's mAP is a copy: the tensors that came from the GPU, whose memory is pinned, go."""
+    settings = config.load(tiny_config(train={"batch": 2}))
+    with meter_of(settings, ["x", "y"], 100) as meter:
+        meter.add(1, 0.1, figures_of(1.0, 1.0)._replace(logits=torch.zeros(2, 5)), batches(1), ends_line=False)
+        came = [weakref.ref(tensor) for tensor in (meter.under_way[0].logits, meter.under_way[0].labels)]
+        meter.read(1, wait=True)
+        assert len(meter.logits) == len(meter.labels) == 1
+        assert [tensor() for tensor in came] == [None, None]
+
+
 def test_pictures_of_cams_come_with_checkpoints(tiny_config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -498,8 +510,16 @@ def test_a_batch_that_does_not_fit_is_said(tiny_config, monkeypatch) -> None:
     with pytest.raises(UserError, match="there is no GPU: give a number"):
         train.run(settings)
     monkeypatch.setattr(batch_size, "step_fits", lambda config, build, rank, images: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
     with pytest.raises(UserError, match=r"one image of 64 px .*train\.checkpoint_activations"):
         train.run(settings)
+
+
+@pytest.mark.parametrize(("gibibytes", "share"), [(80, 0.9), (24, 0.9), (16, 0.875), (8, 0.75), (1, 0.0)])
+def test_a_small_gpu_keeps_room_for_the_pipeline(gibibytes: int, share: float, monkeypatch) -> None:
+    properties = SimpleNamespace(total_memory=gibibytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert batch_size.usable(CPU) == share
 
 
 @pytest.mark.parametrize("method", ["cpn", "seam"])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -70,6 +71,31 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny
     assert [line["step"] for line in lines(broken.run)] == [2, 4, 6]
     for a, b in zip(lines(whole.run)[1:], lines(broken.run)[1:], strict=True):
         assert b["lr"] == a["lr"]
+
+
+def test_a_continued_run_lets_the_checkpoint_go(tiny_config, monkeypatch) -> None:
+    """Its weights are 0.4 GB beside the network's own."""
+    train.run(config.load(tiny_config()))
+    settings = config.load(tiny_config())
+    (settings.run / train.FINAL).unlink()
+    (settings.run / "checkpoints" / "step-00000006.pt").unlink()
+    read, write, kept = checkpoint.newest, checkpoint.write, []
+
+    def noted(*args):
+        state = read(*args)
+        kept.extend(weakref.ref(tensor) for tensor in state["model"].values())
+        return state
+
+    def looked_at(*args, **kwargs):
+        assert len(kept) > 0
+        assert all(tensor() is None for tensor in kept)
+        kept.clear()
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "newest", noted)
+    monkeypatch.setattr(checkpoint, "write", looked_at)
+    train.run(settings)
+    assert not kept
 
 
 def test_a_run_notes_what_its_operations_run_on_and_on_a_gpu_why() -> None:

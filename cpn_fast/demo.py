@@ -21,6 +21,8 @@ ROWS = {
     "CPN, raw map": ("demo", "name=demo_raw", "cam.map=raw", "cam.mask_threshold=0.25"),
 }
 """Row of the table -> config, and what is changed in it for seeds alone."""
+SHOWN, IMAGES, CELL = ("plain CAM", "CPN"), 5, (150, 112)
+"""Of the picture: rows of the table, how many of the validation list's images, pixels of each (README shows it)."""
 
 
 def run(out: Path) -> None:
@@ -33,7 +35,7 @@ def run(out: Path) -> None:
     console.print("Pretraining a small classifier on it, in place of ImageNet")
     start = train.run(_config("demo_pretrain", out))
     table = Table("method", "train mIoU (oracle threshold)", "validation mIoU (train's threshold)", "minutes")
-    galleries: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for row, (name, *overrides) in ROWS.items():
         started = time.perf_counter()
         weights = train.run(_config(name, out, f"model.weights={start}"))
@@ -42,9 +44,9 @@ def run(out: Path) -> None:
         threshold = None
         for list_name in ("train", "val"):
             list_path = Path(f"ImageSets/Segmentation/{list_name}.txt")
-            galleries[row] = cam.run(config, weights, list_path)
+            folders[row] = cam.run(config, weights, list_path)
             evaluation = evaluate.run(
-                config, cams=galleries[row] / "seeds", masks=None, list_path=list_path, threshold_from=threshold
+                config, cams=folders[row] / "seeds", masks=None, list_path=list_path, threshold_from=threshold
             )
             scores.append(evaluation)
             threshold = evaluation.path
@@ -56,11 +58,14 @@ def run(out: Path) -> None:
             f"{(time.perf_counter() - started) / 60:.1f}",
         )
     console.print(table)
-    samples = load_samples(config.data, config.classes, Path("ImageSets/Segmentation/val.txt"), labels=True, masks=True)
-    picture = out / "demo.png"
-    write_gallery(picture, samples[:8], galleries, config.classes)
     console.print("The other stages: CRF, AffinityNet and random walk, then a segmenter that needs no tags")
-    chain.run(_config("demo", out, f"model.weights={start}"))
+    config = _config("demo", out, f"model.weights={start}")
+    chain.run(config)
+    samples = load_samples(config.data, config.classes, list_path, labels=True, masks=True)
+    picture = out / "demo.jpg"
+    segmented = {"segmenter": config.run / "segment/val/crf"}
+    runs = {name: folders[name] for name in SHOWN}
+    write_gallery(picture, samples[:IMAGES], runs, segmented, config.classes, cell=CELL)
     console.print(f"Pictures: {picture}. Took {(time.perf_counter() - began) / 60:.1f} minutes.")
 
 

@@ -160,10 +160,19 @@ def gallery(rows: Sequence[GalleryRow], classes: Sequence[str], *, cell: tuple[i
     return np.concatenate(strips)
 
 
-def write_gallery(path: Path, samples: Sequence[Sample], runs: Mapping[str, Path], classes: Sequence[str]) -> None:
-    """PNG of images and ground truths beside each run's CAMs (maximum over classes) and masks.
+def write_gallery(
+    path: Path,
+    samples: Sequence[Sample],
+    runs: Mapping[str, Path],
+    masks: Mapping[str, Path],
+    classes: Sequence[str],
+    *,
+    cell: tuple[int, int] = (240, 180),
+) -> None:
+    """Picture of images and ground truths beside each run's CAMs (maximum over classes) and masks, then other masks.
 
-    samples: with ``mask``; runs: name -> folder of the stage ``cam``, with ``seeds`` and ``masks``.
+    path: its ending says the format; samples: with ``mask``; runs: name -> folder of the stage ``cam``, with ``seeds``
+    and ``masks``; masks: name -> folder of masks; cell: as for ``gallery``.
     """
     from cpn_fast.pipelines.superpixels import read_image  # it imports the data set, which imports this module
 
@@ -172,16 +181,17 @@ def write_gallery(path: Path, samples: Sequence[Sample], runs: Mapping[str, Path
         if sample.mask is None:
             raise ValueError(f"{sample.id}: a gallery needs samples with ground truth")
         image = read_image(sample.image)
-        masks = {"ground truth": read_mask(sample.mask)}
-        pictures = {"image": image, "ground truth": tinted(image, masks["ground truth"])}
+        shown = {"ground truth": read_mask(sample.mask)}
+        pictures = {"image": image, "ground truth": image}  # in the columns' order; masks are drawn at the end
         for name, folder in runs.items():
             cam = read_seed(folder / "seeds" / f"{sample.id}.npz").cam.max(0, initial=0)
-            masks[name] = read_mask(folder / "masks" / f"{sample.id}.png")
-            pictures[f"{name}: CAM"] = cam_overlay(image, cam)
-            pictures[f"{name}: mask"] = tinted(image, masks[name])
-        rows.append(GalleryRow(sample.id, _present(*masks.values()), pictures))
+            shown[f"{name}: mask"] = read_mask(folder / "masks" / f"{sample.id}.png")
+            pictures |= {f"{name}: heat": cam_overlay(image, cam), f"{name}: mask": image}
+        shown |= {name: read_mask(folder / f"{sample.id}.png") for name, folder in masks.items()}
+        pictures |= {name: tinted(image, mask) for name, mask in shown.items()}
+        rows.append(GalleryRow(sample.id, _present(*shown.values()), pictures))
     with replacing(path) as file:
-        Image.fromarray(gallery(rows, classes)).save(file, format="PNG")
+        Image.fromarray(gallery(rows, classes, cell=cell)).save(file, Image.registered_extensions()[path.suffix])
 
 
 def _from_16_bits(path: Path, values: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ def test_the_demo_leaves_runs_that_can_be_looked_at_and_used(tmp_path: Path, mon
     said = cpn_fast("demo", "--out", tmp_path)
     assert all(row in said for row in demo.ROWS)
     assert all(stage in said for stage in ("pseudo-masks", "segmenter and CRF"))
-    assert (tmp_path / "demo.png").exists()
+    assert (tmp_path / "demo.jpg").exists()
     assert f"Next: cpn-fast report {tmp_path / 'demo'}" in said
     cpn_fast("report", tmp_path / "demo")
     html = (tmp_path / "demo/report.html").read_text()

@@ -218,15 +218,20 @@ def test_write_gallery_puts_runs_beside_the_truth(tmp_path: Path) -> None:
     write_mask(tmp_path / "run/masks/b.png", 0 * truth)
     write_seed(tmp_path / "run/seeds/b.npz", Seed(np.zeros(0, np.int64), np.zeros((0, 30, 40), np.float32)))
     samples = [Sample(name, tmp_path / "a.png", tmp_path / "truth.png", None) for name in "ab"]
-    write_gallery(tmp_path / "sheet.png", samples, {"CPN": tmp_path / "run"}, ["cat", "dog"])
+    write_mask(tmp_path / "others/a.png", truth)
+    write_mask(tmp_path / "others/b.png", 2 * truth)
+    masks = {"segmenter": tmp_path / "others"}
+    write_gallery(tmp_path / "sheet.png", samples, {"CPN": tmp_path / "run"}, masks, ["cat", "dog"], cell=(60, 40))
     pictures = {
         "image": image,
         "ground truth": tinted(image, truth),
-        "CPN: CAM": cam_overlay(image, truth.astype(np.float32)),
+        "CPN: heat": cam_overlay(image, truth.astype(np.float32)),
         "CPN: mask": tinted(image, 2 * truth),
+        "segmenter": tinted(image, truth),
     }
-    plain = pictures | {"CPN: CAM": image, "CPN: mask": image}
-    expected = gallery([GalleryRow("a", [1, 2], pictures), GalleryRow("b", [1], plain)], ["cat", "dog"])
+    plain = pictures | {"CPN: heat": image, "CPN: mask": image, "segmenter": tinted(image, 2 * truth)}
+    rows = [GalleryRow("a", [1, 2], pictures), GalleryRow("b", [1, 2], plain)]
+    expected = gallery(rows, ["cat", "dog"], cell=(60, 40))
     with Image.open(tmp_path / "sheet.png") as picture:
         np.testing.assert_array_equal(np.array(picture), expected)
 

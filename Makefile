@@ -1,5 +1,5 @@
 # make demo: set up, then generate a data set, train CPN and a plain CAM on it, and score both.
-# make test: set up, then lint, format check, type check and the whole suite.
+# make test: set up, then lint, format check, type check, the whole suite, and the pages as a site.
 # make test-timm: the tests of timm's backbones, in an environment of their own (timm needs torchvision: 5.5 GB).
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,20 +8,28 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHARED_LIBSTDCXX := LDFLAGS="-Wl,--no-as-needed -l:libstdc++.so.6"
 
 # make test-torch: what depends on torch's and Triton's versions, on the oldest that setup.py promises (4.6 GB).
-.PHONY: demo test test-timm test-torch setup clean
+.PHONY: demo test types test-timm test-torch docs setup clean
 
 demo: setup
 	$(BIN)/cpn-fast demo
 	@echo "For cpn-fast as a command of this shell: . $(BIN)/activate"
 
-# mypy finds packages by folder and not by setup.py's mapping: it is shown the tree as installed.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(MAKE) docs
+
+# mypy finds packages by folder and not by setup.py's mapping: it is shown the tree as installed.
+types: setup
 	rm -rf .venv/types && mkdir -p .venv/types/cpn_fast
 	ln -s $(CURDIR)/cpn_fast/* $(CURDIR)/kernels $(CURDIR)/pipelines .venv/types/cpn_fast/
 	cd .venv/types && ../bin/mypy --config-file ../../pyproject.toml -p cpn_fast
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The pages as a site, in site/. A broken link is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test-timm: .venv-timm/ready
 	OMP_NUM_THREADS=1 .venv-timm/bin/python -m pytest tests/test_timm_backbone.py
@@ -70,4 +78,4 @@ setup: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-timm .venv-oldest .venv-newest build *.egg-info
+	rm -rf site .venv .venv-timm .venv-oldest .venv-newest build *.egg-info

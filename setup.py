@@ -59,6 +59,7 @@ setup(
             "onnx>=1.16",
             "onnxscript>=0.5",
             "onnxruntime>=1.18",
+            "mkdocs-material>=9.5",
             "types-PyYAML",
         ],
     },

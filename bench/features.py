@@ -1,4 +1,4 @@
-"""How large a backbone's features are, and how hard they make PRCM's softmax over pixels: README's "On real images".
+"""How large a backbone's features are, and how hard they make PRCM's softmax over pixels: docs/results.md.
 
     python bench/features.py CONFIG --set data.root=FOLDER [--weights FILE ...] [--times FACTOR ...]
 

@@ -1,4 +1,4 @@
-"""How good the methods' seeds are on real images, at the end and on the way there: README's "On real images".
+"""How good the methods' seeds are on real images, at the end and on the way there: docs/results.md.
 
     python bench/real_images.py [CONFIG ...] --set data.root=FOLDER [--seeds N ...] [--every STEPS] [--validation LIST]
 

@@ -6,8 +6,9 @@
 Nothing needs to be installed but what the scripts import: they measure the tree that this file lies in. One that needs
 a missing package or a GPU is skipped and says so. Each has a limit, its share of ``--minutes`` (8 on a GPU, 60 on a
 CPU), and writes its JSON file row by row, so that one that is stopped leaves what it has. What no time is left for is
-named. JSON and PNG files go to bench/results/<device>, with ``table.md``, made of all JSON files there; README shows
-the tables of all devices. Without SCRIPTs all run. The exit code is 1 if one fails or runs out of time.
+named. JSON and PNG files go to bench/results/<device>, with ``table.md``, made of all JSON files there; docs/speed.md
+shows the tables of all devices, and README a few of their rows. Without SCRIPTs all run. The exit code is 1 if one
+fails or runs out of time.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from timing import RESULTS, ROOT, arguments, folder
 
-README = ROOT / "README.md"
+README, SPEED = ROOT / "README.md", ROOT / "docs/speed.md"
 BEGIN, END = "<!-- bench/run_all.py writes from here -->\n", "<!-- to here -->\n"
 
 
@@ -45,6 +46,8 @@ class Bench(NamedTuple):
     """Columns that must agree for rows to be compared."""
     what: str = ""
     """What is compared where no column says it; keys of the JSON stand in braces."""
+    headline: tuple[str, str] | None = None
+    """What README shows of it: a pattern that the row's "What" matches in full, and a name for people."""
 
 
 KERNEL = ("device ms", "call ms")
@@ -59,14 +62,55 @@ BENCHES = {  # in the order in which they run; the limits down to schedule add u
         ("+ whole step in a CUDA graph", "+ compiled network and losses", "+ bf16 autocast"),
         ("as released",),
         what="CPN's step, {backbone} at {side} px, {batch} images",
+        headline=("CPN's step.*", "{what}"),
     ),
-    "affinity_kernel": Bench(70, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("size", "pass")),
-    "data_pipeline": Bench(25, ("images/s", "images/CPU s"), "way", ("ours",), ("pillow",), ("what",)),
-    "cam_inference": Bench(40, ("images/s",), "way", (), ("as released",), what="CAM seeds, four scales with flips"),
-    "loss_kernel": Bench(20, KERNEL, "backend", ("triton", "tiled"), COMPILED, ("case", "pass")),
+    "affinity_kernel": Bench(
+        70,
+        KERNEL,
+        "backend",
+        ("triton", "tiled"),
+        COMPILED,
+        ("size", "pass"),
+        headline=(r"training .*, forward \+ backward", "PCM, {what}"),
+    ),
+    "data_pipeline": Bench(
+        25,
+        ("images/s", "images/CPU s"),
+        "way",
+        ("ours",),
+        ("pillow",),
+        ("what",),
+        headline=(r"train, crop 448 \+ superpixels", "decoding and augmenting images and superpixels, 448 px"),
+    ),
+    "cam_inference": Bench(
+        40,
+        ("images/s",),
+        "way",
+        (),
+        ("as released",),
+        what="CAM seeds, four scales with flips",
+        headline=("CAM seeds.*", "{what}"),
+    ),
+    "loss_kernel": Bench(
+        20,
+        KERNEL,
+        "backend",
+        ("triton", "tiled"),
+        COMPILED,
+        ("case", "pass"),
+        headline=(r"2 x 56 -> 448, forward \+ backward", "losses, {what}"),
+    ),
     "region_kernel": Bench(15, KERNEL, "backend", ("triton",), COMPILED, ("op", "size", "pass")),
     "schedule": Bench(105, (), "stage", (), ()),
-    "superpixels": Bench(50, ("total ms",), "way", ("ours, cached",), ("released",), ("images",)),
+    "superpixels": Bench(
+        50,
+        ("total ms",),
+        "way",
+        ("ours, cached",),
+        ("released",),
+        ("images",),
+        headline=("JPEGs", "a JPEG's superpixels in training, ours from the cache"),
+    ),
     "scaling": Bench(50, ("images/s",), "way", (), ("1 process",), what="training with several processes"),
     "evaluate": Bench(
         40,
@@ -75,8 +119,17 @@ BENCHES = {  # in the order in which they run; the limits down to schedule add u
         ("ours, 40 thresholds",),
         ("released, 40 thresholds", "40 passes, 40 thresholds"),
         what="scoring seeds at 40 thresholds",
+        headline=("scoring.*", "{what}"),
     ),
-    "random_walk": Bench(40, KERNEL, "way", ("ours",), ("released",), ("cells", "steps")),
+    "random_walk": Bench(
+        40,
+        KERNEL,
+        "way",
+        ("ours",),
+        ("released",),
+        ("cells", "steps"),
+        headline=("47x63, 64", "random walk, 47 x 63 cells, 64 steps"),
+    ),
 }
 ONLY_ON_GPU = ("gpu_tests",)
 RESERVE = 10
@@ -144,11 +197,35 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def in_readme(readme: str, tables: list[str]) -> str:
-    """README with the tables between its two markers."""
-    before, rest = readme.split(BEGIN)
+def devices() -> list[Path]:
+    """The folders of results that have a table, GPUs first."""
+    return sorted((path.parent for path in RESULTS.glob("*/table.md")), key=lambda place: (place.name == "cpu", place))
+
+
+def headlines(places: Iterable[Path]) -> str:
+    """Markdown of the rows that README shows, device by device."""
+    lines = []
+    for place in places:
+        for name, bench in BENCHES.items():
+            path = place / f"{name}.json"
+            if bench.headline is None or not path.exists():
+                continue
+            result = json.loads(path.read_text())
+            pattern, words = bench.headline
+            for what, column, own, peer, ratio in compared(name, result):
+                if re.fullmatch(pattern, what):
+                    unit, device = UNITS.get(column, column), result["machine"]["device"]
+                    ours, theirs = (f"{number(row[column])} ({row[bench.way]})" for row in (own, peer))
+                    lines.append(f"| {words.format(what=what)}, {unit} | {device} | {ours} | {theirs} | {ratio:.3g} |")
+    head = ["| What | Machine | Ours | Fastest peer | Times faster |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def in_page(page: str, text: str) -> str:
+    """A page with a text between its two markers."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    return before + BEGIN + "\n".join(tables) + END + after
+    return before + BEGIN + text + END + after
 
 
 class Outcome(NamedTuple):
@@ -240,9 +317,9 @@ def main() -> int:
     if options.out is None:
         for path in RESULTS.glob("*/table.md"):
             path.write_text(table(path.parent))
-        README.write_text(
-            in_readme(README.read_text(), [path.read_text() for path in sorted(RESULTS.glob("*/table.md"))])
-        )
+        places = devices()
+        SPEED.write_text(in_page(SPEED.read_text(), "\n".join(table(place) for place in places)))
+        README.write_text(in_page(README.read_text(), headlines(places)))
     print(f"\n{(place / 'table.md').read_text()}")
     for name, outcome in zip(chosen, outcomes, strict=True):
         print(f"{name}: {outcome.word} {outcome.why} ({outcome.seconds:.0f} s)")

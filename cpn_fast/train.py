@@ -104,7 +104,8 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
     if state is None and config.model.weights is None and network.backbone.frozen:
         raise UserError(
             f"model.weights is null, but {config.model.backbone} keeps its first layers and its batch statistics as "
-            "they are, which random weights do not survive: name a file of pretrained weights (README, The main job)"
+            "they are, which random weights do not survive: name a file of pretrained weights; docs/voc.md says where "
+            "they come from"
         )
     if state is None and config.model.weights is not None:
         fresh = start_from(network, config.model.weights)

@@ -285,7 +285,7 @@ def _read(path: Path) -> _Content:
         there = ", ".join(sorted(str(file) for file in path.parent.glob("*") if file.suffix in readers))
         raise UserError(
             f"{path}: no such file of weights. There are: {there or 'none in that folder'}. `cpn-fast train` writes "
-            "model.safetensors; README says where pretrained weights come from"
+            "model.safetensors; docs/voc.md says where pretrained weights come from"
         )
     try:
         reading.require_regular(path, reading.WEIGHTS)

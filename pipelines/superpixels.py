@@ -57,7 +57,7 @@ def engine(config: Superpixels, device: torch.device | None = None) -> str:
     if config.engine == "fast-slic" and not installed:
         raise UserError(
             "superpixels.engine is fast-slic, which is not installed: pip install --no-build-isolation fast-slic "
-            "(README has the flags), or set superpixels.engine to auto or kernel"
+            "(docs/install.md has the flags), or set superpixels.engine to auto or kernel"
         )
     if config.engine == "auto":
         return "fast-slic" if installed and (device or _device()).type == "cpu" else "kernel"

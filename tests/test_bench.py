@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -257,15 +258,25 @@ def test_benches_and_commands_run_from_a_checkout_that_is_not_installed(tmp_path
     assert "train" in printed("-m", "cpn_fast", "--help")
 
 
-def test_readme_shows_the_stored_results() -> None:
+def test_the_pages_show_the_stored_results() -> None:
     import run_all
 
-    places = sorted(path.parent for path in run_all.RESULTS.glob("*/table.md"))
+    places = run_all.devices()
     assert places
     tables = [run_all.table(place) for place in places]
     assert [(place / "table.md").read_text() for place in places] == tables
-    readme = run_all.README.read_text()
-    assert run_all.in_readme(readme, tables) == readme
+    for page, text in ((run_all.SPEED, "\n".join(tables)), (run_all.README, run_all.headlines(places))):
+        assert run_all.in_page(page.read_text(), text) == page.read_text(), "run python bench/run_all.py --table"
+
+
+def test_every_headline_is_a_row_of_the_stored_results() -> None:
+    import run_all
+
+    shown = run_all.headlines(run_all.devices())
+    for name, bench in run_all.BENCHES.items():
+        if bench.headline is not None:
+            pattern = re.escape(bench.headline[1]).replace(re.escape("{what}"), ".+")
+            assert re.search(rf"^\| {pattern}, ", shown, re.MULTILINE), name
 
 
 def test_the_released_step_and_ours_agree() -> None:

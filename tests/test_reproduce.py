@@ -273,7 +273,7 @@ def test_the_whole_chain_is_one_command() -> None:
 @pytest.mark.parametrize("name", TABLES)
 def test_a_launcher_gets_every_run_as_it_is_meant(name: str, tmp_path: Path) -> None:
     (launcher,) = re.findall(
-        r"^    cpn-fast reproduce .* --commands \| (xargs .*)$", (ROOT / "README.md").read_text(), re.M
+        r"^    cpn-fast reproduce .* --commands \| (xargs .*)$", (ROOT / "docs/voc.md").read_text(), re.M
     )
     folder = tmp_path / "my configs"
     shutil.copytree(VOC.parent, folder)

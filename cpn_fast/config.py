@@ -62,6 +62,13 @@ PACKAGE = "package:"
 """Before the name of an installed Python package that holds a file of weights."""
 
 
+def _names_a_function(name: str) -> str:
+    place, _, function = name.rpartition(":")
+    if not place or not function.isidentifier():
+        raise ValueError(f"expected package.module:function or FILE.py:function, found {name!r}")
+    return name
+
+
 def _known_backbone(name: str) -> str:
     if name not in BACKBONES and not (name.startswith(TIMM) and name != TIMM):
         near = difflib.get_close_matches(name, BACKBONES, n=1)
@@ -484,6 +491,9 @@ class Config(Section):
     method: Literal["cpn", "cam", "seam"] = "cpn"
     """``cpn``: the triplet of image, patches and complement. ``cam``: the plain classifier. ``seam``: SEAM, and SEAM*
     where ``model.prcm`` is on."""
+    hook: Annotated[str, AfterValidator(_names_a_function)] | None = None
+    """A function that gets every line of metrics.jsonl, for W&B, MLflow or others: ``package.module:function``, or
+    ``FILE.py:function``. docs/logging.md has both in a few lines."""
     data: Data
     superpixels: Superpixels = Superpixels()
     augment: Augment = Augment()

@@ -53,6 +53,8 @@ def run(config: Config | None) -> bool:
             "weights": lambda: weights(config),
             "disk": lambda: disk(config.out),
         }
+    if config is not None and config.hook is not None:
+        checks["hook"] = lambda: hook(config)
     table = Table("", "state", "found", "to mend it")
     findings = [examine(check) for check in checks.values()]
     colours = {"ok": "green", "slow": "yellow", "broken": "red"}
@@ -250,6 +252,14 @@ def weights(config: Config) -> Finding:
         return Finding("ok", "none asked for (model.weights is null)")
     tensors = read_weights(config.model.weights)
     return Finding("ok", f"{config.model.weights}: {sum(map(torch.numel, tensors.values())):,} numbers")
+
+
+def hook(config: Config) -> Finding:
+    from cpn_fast.hook import load
+
+    assert config.hook is not None
+    load(config.hook)
+    return Finding("ok", f"{config.hook} can be called")
 
 
 def disk(out: Path) -> Finding:

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cpn_fast.config import Config
 from cpn_fast.files import read_metrics, replacing
 from cpn_fast.finite import GradientGuard
+from cpn_fast.hook import Hook
 from cpn_fast.pipelines.training import Batch
 from cpn_fast.step import Figures
 
@@ -56,7 +57,7 @@ class _Told(NamedTuple):
 
 
 class Meter:
-    """Means since the last line, written to metrics.jsonl and TensorBoard.
+    """Means since the last line, written to metrics.jsonl and TensorBoard, and given to the user's hook.
 
     Figures are copied to the host without waiting for them, and read when they must be there. Means are over all
     processes; the first writes. A continued run's first line, and its first mAP, cover what came since it continued.
@@ -64,16 +65,26 @@ class Meter:
     none. ``waiting`` is the share of the time in which this process's device had nothing to do for want of data.
     """
 
-    def __init__(self, config: Config, batch: int, guard: GradientGuard, start: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        batch: int,
+        guard: GradientGuard,
+        start: int,
+        steps_per_epoch: int,
+        hook: Hook | None = None,
+    ) -> None:
         self.path, self.rank, self.guard = config.run / "metrics.jsonl", guard.rank, guard
         self.on_cuda = guard.rank.device.type == "cuda"
         self.batch, self.accumulate, self.steps_per_epoch = batch, config.train.accumulate, max(1, steps_per_epoch)
-        self.board = None
+        self.board, self.hook = None, hook
         if self.rank.first:
             kept = [line for line in read_metrics(self.path) if line["step"] <= start]
             with replacing(self.path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self.board = SummaryWriter(config.run, purge_step=start + 1)
+            if self.hook is not None:
+                self.hook.give(kept)
         self.last_step, self.last_added = start, start
         self.under_way: deque[_Told] = deque()
         self.logits: list[Tensor] = []
@@ -88,6 +99,8 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         if self.board is not None:
             self.board.close()
+        if self.hook is not None:
+            self.hook.close()
 
     def _restart(self) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
@@ -194,6 +207,8 @@ class Meter:
             for name, value in line.items():
                 if name not in ("step", "epoch"):
                     self.board.add_scalar(name, value, step)
+        if self.hook is not None:
+            self.hook.give([line])
         self.last_step = step
         self._restart()
         loss = f"{means['loss']:.3f}" if "loss" in means else "not finite"

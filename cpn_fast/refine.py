@@ -97,7 +97,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: ranks
     }
     with owned(settings.run, rank):
         _claim(rank, settings.run, made_by | train.decisive(settings), train.OWN)
-        weights = train.fit(settings, Affinity)
+        weights = train.fit(settings, Affinity, part_of=(config, "affinity"))
     made_by = {
         "version": VERSION,
         "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),

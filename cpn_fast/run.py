@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from cpn_fast import cam, evaluate, ranks, refine, segment, terminal, train
+from cpn_fast import cam, evaluate, hook, ranks, refine, segment, terminal, train
 from cpn_fast.config import PACKAGE, Config
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
@@ -88,6 +88,11 @@ def check(config: Config, world: int) -> None:
     elsewhere = weights is None or str(weights) == "timm" or str(weights).startswith(PACKAGE)
     if not trained and not elsewhere and not weights.is_file():  # type: ignore[union-attr]
         problems.append(f"model.weights: {weights} is no file; AffinityNet and the segmenter start from it too")
+    if config.hook is not None and ranks.join().first:
+        try:
+            hook.load(config.hook)
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 

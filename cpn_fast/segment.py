@@ -78,7 +78,7 @@ def run(config: Config, masks: Path) -> Path:
         rank.wait()
         workers, verified = settings.train.data_threads, settings.run / "masks.json"
         check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
-        return train.fit(settings, lambda settings: Segmentation(settings, masks))
+        return train.fit(settings, lambda settings: Segmentation(settings, masks), part_of=(config, "segment"))
 
 
 def deeplab_config(config: Config) -> Config:

@@ -23,9 +23,10 @@ from cpn_fast.batch_size import sized
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, cannot_be_learned
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_note, remove_partials, replacing, with_checksum, write_json
+from cpn_fast.files import read_metrics, read_note, remove_partials, replacing, with_checksum, write_json
 from cpn_fast.finite import GradientGuard
 from cpn_fast.gallery import COUNT, Gallery
+from cpn_fast.hook import Hook
 from cpn_fast.meter import Meter
 from cpn_fast.methods import METHODS, Method
 from cpn_fast.models.backbone import Headed
@@ -61,11 +62,12 @@ def run(config: Config) -> Path:
     return fit(config, METHODS[config.method])
 
 
-def fit(config: Config, build: Callable[[Config], Method]) -> Path:
+def fit(config: Config, build: Callable[[Config], Method], part_of: tuple[Config, str] | None = None) -> Path:
     """Train, or continue where the run's newest checkpoint stands; returns the file of final weights.
 
-    ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained. Raises
-    UserError for anything wrong with the data, the weights, or a run folder that belongs to another config.
+    ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained;
+    ``part_of``, whose stage this is and which. Raises UserError for anything wrong with the data, the weights, or a
+    run folder that belongs to another config.
 
     Under torchrun the processes share each step's images and average their gradients; the first one writes. Their
     number may change between two starts.
@@ -73,11 +75,15 @@ def fit(config: Config, build: Callable[[Config], Method]) -> Path:
     rank = ranks.join()
     check_batch(config.train, rank.world)
     with owned(config.run, rank):
-        return _fit(config, build, rank)
+        return _fit(config, build, rank, part_of or (config, "train"))
 
 
-def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) -> Path:
+def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, part_of: tuple[Config, str]) -> Path:
     device = rank.device
+    whole_run, stage = part_of
+    hook = None
+    if rank.first and config.hook is not None:
+        hook = Hook(config.hook, config.run, {"run": whole_run.name, "stage": stage})
     if config.train.deterministic:  # before `sized` makes the first use of cuBLAS
         choose_deterministic_algorithms()
     config = sized(config, build, rank)
@@ -91,6 +97,9 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
     if whole and (state is not None or own_config(final) is not None):
         if rank.first:
             remember_list(config.run, training_list(config)[0], begins=False)
+        if hook is not None:
+            hook.give(read_metrics(config.run / "metrics.jsonl"))
+            hook.close()
         return final
 
     samples, shards = training_list(config, decode=rank.first)
@@ -161,7 +170,7 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank) ->
         make_step.scaler.load_state_dict(state["scaler"])
     del state
     guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
-    meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate)
+    meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate, hook)
     data = meter.timed(pipeline)
     gallery = None
     if rank.first and isinstance(network, Network):
@@ -321,7 +330,7 @@ def _backends(wanted: str | None, device: torch.device) -> dict[str, str]:
 
 # What may change between two starts of one run: nothing that the weights of a sound run depend on. Where the data lies
 # may, for list.json tells whether it is the same.
-FREE = {"out", "superpixels.cache", "cam", "evaluate", "crf", "affinity", "walk", "segment"} | {
+FREE = {"out", "hook", "superpixels.cache", "cam", "evaluate", "crf", "affinity", "walk", "segment"} | {
     f"{section}.{key}"
     for section, keys in {
         "data": ("root", "images", "labels", "masks", "eval_list"),

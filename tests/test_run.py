@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cpn_fast import config, run
+from cpn_fast import config, hook, run
 from cpn_fast.errors import UserError
 
 SHORT = {"train": {"batch": 2, "steps": 2, "data_threads": 1}, "augment": {"crop": 64}}
@@ -33,14 +33,18 @@ def stamps(folder: Path) -> dict[str, int]:
     }
 
 
-def test_run_does_every_stage_and_then_nothing_twice(tiny_config, capsys) -> None:
-    settings = config.load(tiny_config(**CHAIN))
+def test_run_does_every_stage_and_then_nothing_twice(tiny_config, tmp_path, capsys) -> None:
+    (tmp_path / "hooks.py").write_text("told = []\ndef log(line):\n    told.append((line['run'], line['stage']))\n")
+    settings = config.load(tiny_config(**CHAIN, hook=f"{tmp_path}/hooks.py:log"))
     run.run(settings)
+    told = hook.load(settings.hook).__globals__["told"]
+    assert told == [("tiny", "train"), ("tiny", "affinity"), ("tiny", "segment")]
     said = capsys.readouterr().out
     assert all(name in said for name in ("seeds, oracle threshold", "pseudo-masks", "segmenter and CRF"))
     first = stamps(settings.run)
     run.run(settings)
     assert stamps(settings.run) == first
+    assert len(told) == 3
 
     # Lost in the middle of a stage: that stage and what hangs on it, no more.
     lost = next((settings.run / "segment" / "val" / "crf").iterdir())

@@ -97,7 +97,7 @@ def ours(net: network.Network, samples: Sequence[Sample], device: torch.device, 
     for batch in batches:
         tags = torch.stack([labels(index) for index in batch.indices])
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            cams = summed_cams(net, batch, tags, options)
+            cams = summed_cams(net, batch, tags, options).cams
         seeds |= {index: unit_scale(cam).cpu().numpy() for index, cam in zip(batch.indices, cams, strict=True)}
     return [seeds[index] for index in range(len(samples))]
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -20,8 +20,9 @@ from cpn_fast import ranks, reading
 from cpn_fast.config import Cam, Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, replacing
+from cpn_fast.files import claim, replacing, write_json
 from cpn_fast.images import can_be_kept
+from cpn_fast.kernels import pooled_logits
 from cpn_fast.masks import overlay, write_mask
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.folding import fold
@@ -37,6 +38,8 @@ from cpn_fast.weights import load_into, read_weights, require_finite, to_network
 
 OWN = ("seeds", "masks", "overlays", "pictures.json")
 """What this stage writes for a list."""
+LISTED = "listed.json"
+"""Says, in the folder of a list's results, which list that is."""
 
 
 def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
@@ -50,6 +53,8 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
     folder = config.run / "cams" / config.list_name(list_path)
     with owned(folder, rank):
+        if rank.first:
+            write_json(folder / LISTED, {"list": str(list_path)})
         _make(config, weights, samples, folder, rank)
     return folder
 
@@ -77,9 +82,9 @@ def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path
             chosen = [missing[i] for i in batch.indices]
             labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
             with torch.inference_mode(), autocast(config.train.precision, device):
-                cams = summed_cams(network, batch, labels, config.cam)
-            for sample, cam in zip(chosen, cams, strict=True):
-                writing.append(pool.submit(_write, folder, sample, cam, sources[sample.id], config, weights))
+                cams, probabilities = summed_cams(network, batch, labels, config.cam)
+            for sample, cam, found in zip(chosen, cams, probabilities, strict=True):
+                writing.append(pool.submit(_write, folder, sample, cam, found, sources[sample.id], config, weights))
             while len(writing) > writers + len(chosen):  # bounds what waits in memory
                 writing.popleft().result()
             progress.advance(len(chosen))
@@ -127,11 +132,20 @@ def images_for(
     )
 
 
-def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: Cam) -> list[Tensor]:
-    """Sum over scales and flips of the CAMs of present classes, at the original size.
+class Summed(NamedTuple):
+    """What a network makes of images of one size."""
 
-    labels (B, classes) bool, on the CPU; returns float32 (present classes, H, W) an image. A forward pass holds the
-    images and their mirror images, or one after the other where both would exceed ``options.pixels``.
+    cams: list[Tensor]
+    """Sum over scales and flips of the CAMs of present classes at the original size: float32 (present, H, W) each."""
+    probabilities: Tensor
+    """float32 (B, classes): of every class, whatever the tags, at ``nearest_scale``."""
+
+
+def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: Cam) -> Summed:
+    """CAMs and probabilities of images; labels: (B, classes) bool, on the CPU.
+
+    A forward pass holds the images and their mirror images, or one after the other where both would exceed
+    ``options.pixels``.
 
     Nothing here waits for the GPU, which is given the next pass while it computes one. So launching costs no time that
     a CUDA graph could save (docs/scaling.md).
@@ -143,27 +157,41 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
     if device.type == "cuda":
         labels = labels.pin_memory()  # a copy from other memory would wait
     labels = labels.to(device, non_blocking=True)
-    for images in batch.scales:
+    own_size = nearest_scale(batch)
+    for place, images in enumerate(batch.scales):
         passes = [images]
         if options.flip:
             mirrored = images.flip(3)
             fits = 2 * images[:, 0].numel() <= options.pixels
             passes = [torch.cat([images, mirrored])] if fits else [images, mirrored]
-        maps = torch.cat([_foreground(network, views, labels, options.map) for views in passes])
+        seen = [_foreground(network, views, labels, options.map) for views in passes]
+        maps = torch.cat([own for own, _ in seen])
+        if place == own_size:
+            size = images.shape[2], images.shape[3]
+            probabilities = pooled_logits(seen[0][1][: len(images)], size=size).sigmoid()
         if options.flip:
             maps = maps[: len(images)] + maps[len(images) :].flip(3)
         present = [torch.stack([own[k] for k in ks]) if ks else own[:0] for own, ks in zip(maps, chosen, strict=True)]
         # Twice, as released: the network's output size first, then the image's.
         full = [_resize(_resize(own, images.shape[2:], corners=True), batch.size, corners=False) for own in present]
         sums = [a.add_(b) for a, b in zip(sums, full, strict=True)] if sums else full
-    return sums
+    return Summed(sums, probabilities)
 
 
-def _foreground(network: Network, views: Tensor, labels: Tensor, map: str) -> Tensor:
-    """float32 (V, classes, h, w) of views (V, 3, H, W), in which the labelled images may come more than once."""
+def nearest_scale(batch: ScaledBatch) -> int:
+    """Which of ``batch.scales`` is nearest to the images' own size, where the network is asked for classes."""
+    return min(range(len(batch.scales)), key=lambda i: abs(batch.scales[i].shape[2] - batch.size[0]))
+
+
+def _foreground(network: Network, views: Tensor, labels: Tensor, map: str) -> tuple[Tensor, Tensor]:
+    """Both float32 (V, classes, h, w): the map, and the raw one with what is below 0, which the classifier pools.
+
+    views (V, 3, H, W): the labelled images may come more than once.
+    """
     labels = labels.repeat(len(views) // len(labels), 1)
     cams = network(views.contiguous(memory_format=torch.channels_last), labels)
-    return (cams.refined if map == "refined" else F.relu(cams.raw))[:, 1:].float()
+    raw = cams.raw[:, 1:].float()
+    return cams.refined[:, 1:].float() if map == "refined" else F.relu(raw), raw
 
 
 def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
@@ -172,12 +200,17 @@ def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
     return F.interpolate(maps[None], tuple(size), mode="bilinear", align_corners=corners)[0]
 
 
-def _write(folder: Path, sample: Sample, cam: Tensor, source: str, config: Config, weights: Path) -> None:
+def _write(
+    folder: Path, sample: Sample, cam: Tensor, found: Tensor, source: str, config: Config, weights: Path
+) -> None:
     """In a thread, so that neither the GPU nor the loop that feeds it waits for files."""
     seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
-    require_finite(seed.cam, weights, sample.id)
+    probabilities = found.cpu().numpy()
+    for made in (seed.cam, probabilities):
+        require_finite(made, weights, sample.id)
     _draw(folder, sample, seed, source, config)
-    write_seed(folder / "seeds" / f"{sample.id}.npz", seed, source)  # last: its presence says that the image is done
+    path = folder / "seeds" / f"{sample.id}.npz"
+    write_seed(path, seed, source, probabilities)  # last: its presence says that the image is done
 
 
 def _redraw(folder: Path, sample: Sample, source: str, config: Config) -> None:

@@ -6,9 +6,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -18,7 +17,10 @@ from cpn_fast.errors import UserError, is_out_of_memory
 from cpn_fast.files import refusal
 from cpn_fast.owner import owned
 from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
-from cpn_fast.terminal import escaping, shown
+from cpn_fast.terminal import command_line, escaping, shown
+
+if TYPE_CHECKING:
+    from cpn_fast.config import Config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,7 +79,7 @@ def init(
     print(f"The config is {made.config}. Next, to the end:\n")
     for command in ("doctor", "run"):
         print(f"    cpn-fast {command} {shlex.quote(str(made.config))}")
-    _done("init", next=_command("doctor", made.config), config=made.config)
+    _done("init", next=command_line("doctor", made.config), config=made.config)
 
 
 @app.command()
@@ -92,7 +94,7 @@ def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
     cache.build(samples)
     print(f"Superpixels of {len(samples)} images are in {cache.folder}")
-    _done("superpixels", next=_command("train", config, overrides=overrides), superpixels=cache.folder)
+    _done("superpixels", next=command_line("train", config, overrides=overrides), superpixels=cache.folder)
 
 
 @app.command()
@@ -115,7 +117,7 @@ def shards(
     made = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
     print(f"{len(samples)} samples are in {destination}, {made} shards were made")
     with_shards = [*overrides, f"data.shards={destination.absolute()}"]
-    _done("shards", next=_command("train", config, overrides=with_shards), shards=destination)
+    _done("shards", next=command_line("train", config, overrides=with_shards), shards=destination)
 
 
 @app.command()
@@ -129,7 +131,7 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     weights = train.run(settings)
     metrics = weights.parent / "metrics.jsonl"
     print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
-    then = _command("cam", config, "--checkpoint", weights, overrides=overrides)
+    then = command_line("cam", config, "--checkpoint", weights, overrides=overrides)
     _done("train", next=then, weights=weights, metrics=metrics)
 
 
@@ -155,9 +157,14 @@ def cam(
 
     folder = cam.run(settings, weights, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
+    print("  overlays: each image under its mask, with the names of its classes. Look at these")
+    print("  masks: PNGs whose values 1, 2, ... are the config's classes in their order, and 0 is background")
+    print("  seeds: scores of the tagged classes, for refine and for scoring")
     listed = ("--list", list_file) if list_file else ()
-    then = _command("evaluate", config, "--cams", folder / "seeds", *listed, overrides=overrides)
-    _done("cam", next=then, **{name: folder / name for name in ("seeds", "masks", "overlays")})
+    then = _scored(settings, list_file or settings.data.eval_list) and command_line(
+        "evaluate", config, "--cams", folder / "seeds", *listed, overrides=overrides
+    )
+    _done("cam", next=then or _reported(settings), **{name: folder / name for name in ("seeds", "masks", "overlays")})
 
 
 @app.command()
@@ -182,7 +189,7 @@ def evaluate(
         {"kind": kind, "threshold": threshold, "mean_iou": float(scores.mean_iou)}
         for kind, threshold, scores in ((result.kind, result.threshold, result.scores) for result in found.results)
     ]
-    _done("evaluate", next=_command("report", settings.run), evaluation=found.path, results=figures)
+    _done("evaluate", next=command_line("report", settings.run), evaluation=found.path, results=figures)
 
 
 @app.command()
@@ -253,8 +260,10 @@ def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     masks = refine.run(settings)
     print(f"Pseudo-masks are in {masks}")
-    then = _command("evaluate", config, "--masks", masks, "--list", settings.data.train_list, overrides=overrides)
-    _done("refine", next=then, masks=masks)
+    words: tuple[object, ...] = ("segment", config)
+    if _scored(settings, settings.data.train_list):
+        words = ("evaluate", config, "--masks", masks, "--list", settings.data.train_list)
+    _done("refine", next=command_line(*words, overrides=overrides), masks=masks)
 
 
 @app.command()
@@ -290,8 +299,10 @@ def segment(
     if submission:
         packed = segment.write_submission(settings, best, submission, list_file)
         print(f"{packed} masks are packed in {submission}")
-    then = _command("evaluate", config, "--masks", best, "--list", listed, overrides=overrides)
-    _done("segment", next=then, weights=weights, masks=best)
+    then = _scored(settings, listed) and command_line(
+        "evaluate", config, "--masks", best, "--list", listed, overrides=overrides
+    )
+    _done("segment", next=then or _reported(settings), weights=weights, masks=best)
 
 
 @app.command()
@@ -304,7 +315,7 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     stages = run.run(settings)
     results = [{"name": name, "list": path, "mean_iou": miou} for name, path, miou in stages]
-    _done("run", next=_command("report", settings.run), results=results)
+    _done("run", next=command_line("report", settings.run), results=results)
 
 
 @app.command()
@@ -348,7 +359,7 @@ def import_coco(
         print(f"{made.negatives} of them show no object and are negatives")
     then = None
     if made.classes == coco.coco_classes():
-        then = _command("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
+        then = command_line("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
     else:
         print(f"A config for them has, beside its section train:\n\n{coco.config_lines(made, destination)}")
     _done("import-coco", next=then, list=destination / made.list, classes=made.classes)
@@ -403,9 +414,9 @@ def report(
     """Write a run's report: one HTML page with curves, scores and pictures. --set data.root=FOLDER if images moved."""
     from cpn_fast import report
 
-    page = report.run(run, overrides)
+    page, then = report.run(run, overrides)
     print(f"The report is {page}: open it in a browser")
-    _done("report", page=page)
+    _done("report", next=then, page=page)
 
 
 @app.command()
@@ -420,7 +431,7 @@ def doctor(
     from cpn_fast.config import load
 
     sound = doctor.run(None if config is None else load(config, overrides))
-    following = _command("demo") if config is None else _command("train", config, overrides=overrides)
+    following = command_line("demo") if config is None else command_line("train", config, overrides=overrides)
     _done("doctor", next=following if sound else None, sound=sound)
     if not sound:
         raise typer.Exit(1)
@@ -435,13 +446,19 @@ def demo(
 
     with owned(out):
         demo.run(out)
-    _done("demo", next=_command("report", out / "demo"), folder=out)
+    _done("demo", next=command_line("report", out / "demo"), folder=out)
 
 
-def _command(*words: object, overrides: Sequence[str] = ()) -> str:
-    """A command of ours as a shell takes it."""
-    settings = (part for override in overrides for part in ("--set", override))
-    return shlex.join(["cpn-fast", *map(str, words), *settings])
+def _scored(settings: Config, list_path: Path) -> bool:
+    """Whether results of a list can be scored."""
+    from cpn_fast.dataset import has_ground_truth
+
+    return has_ground_truth(settings.data, settings.classes, list_path)
+
+
+def _reported(settings: Config) -> str | None:
+    """The command that shows a run, if it was trained: seeds may be of another's weights."""
+    return command_line("report", settings.run) if (settings.run / "config.yaml").is_file() else None
 
 
 def _done(command: str, *, next: str | None = None, **made: object) -> None:

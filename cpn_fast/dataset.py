@@ -67,6 +67,12 @@ def load_samples(
     return samples
 
 
+def has_ground_truth(data: Data, classes: Sequence[str], list_path: Path) -> bool:
+    """Whether every image of a list has a mask to score against. Raises DatasetError as ``load_samples``."""
+    samples = load_samples(data, classes, list_path, labels=False, masks=None)
+    return all(sample.mask is not None for sample in samples)
+
+
 def load_checked(
     data: Data, classes: Sequence[str], list_path: Path, *, workers: int, verified: Path | None = None
 ) -> list[Sample]:

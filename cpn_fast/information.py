@@ -156,7 +156,7 @@ def unit_maps(network: Network, batch: ScaledBatch, labels: Tensor, config: Conf
     """The sum of the CAMs of all ``scales`` on the unit scale: float32 (present classes, H, W) an image."""
     options = config.cam.model_copy(update={"flip": False})
     with torch.inference_mode(), autocast(config.train.precision, batch.scales[0].device):
-        return [unit_scale(cam).cpu().numpy() for cam in summed_cams(network, batch, labels, options)]
+        return [unit_scale(cam).cpu().numpy() for cam in summed_cams(network, batch, labels, options).cams]
 
 
 def _truth(label: Tensor, mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from cpn_fast import reading, train
 from cpn_fast.annotations import writer
-from cpn_fast.cam import images_for, summed_cams
+from cpn_fast.cam import images_for, nearest_scale, summed_cams
 from cpn_fast.config import Config, read
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
@@ -222,10 +222,10 @@ class CamModel(Model):
         batches = images_for(self.network, samples, self.config, self.config.cam.scales, batch=1)
         for batch in batches:
             with torch.inference_mode(), autocast(self.config.train.precision, self.device):
-                probabilities = self._probabilities(batch.scales)
+                probabilities = self._probabilities(batch.scales[nearest_scale(batch)])
                 given = for_all if by_path is None else by_path.get(paths[batch.indices[0]])
                 present = probabilities >= PRESENT if given is None else given
-                (cam,) = summed_cams(self.network, batch, present[None], self.config.cam)
+                (cam,) = summed_cams(self.network, batch, present[None], self.config.cam).cams
             seed = Seed(present.nonzero().squeeze(1).numpy(), unit_scale(cam).cpu().numpy())
             for found in (probabilities.numpy(), seed.cam):
                 require_finite(found, self.weights, paths[batch.indices[0]].name)
@@ -236,10 +236,8 @@ class CamModel(Model):
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return _CamGraph(network, self.config.cam.map), (torch.ones(2, len(self.classes), device=self.device),)
 
-    def _probabilities(self, scales: Sequence[Tensor]) -> Tensor:
-        """float32 (classes,) on the CPU, of the image at the scale nearest to its own size."""
-        factors = self.config.cam.scales
-        images = scales[min(range(len(factors)), key=lambda i: abs(factors[i] - 1))]
+    def _probabilities(self, images: Tensor) -> Tensor:
+        """float32 (classes,) on the CPU, of one image (1, 3, H, W)."""
         # Refinement plays no part in the logits, so any tags will do.
         cams = self.network(images.contiguous(memory_format=torch.channels_last), images.new_ones(1, len(self.classes)))
         return pooled_logits(cams.raw[:, 1:].float(), size=(images.shape[2], images.shape[3]))[0].sigmoid().cpu()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -23,21 +23,34 @@ from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
 from cpn_fast.files import read_json, read_metrics, replacing
-from cpn_fast.masks import GalleryRow, cam_overlay, gallery, read_mask, tinted
+from cpn_fast.found import LEAST, SURE, Found, Photo, all_found, mask_path
+from cpn_fast.masks import IGNORE, TINTS, cam_overlay, read_mask, tinted
 from cpn_fast.pipelines.shards import training_list
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import CamModel, Model, Segmenter
 from cpn_fast.predict import load as load_model
 from cpn_fast.progress import track
+from cpn_fast.run import check
 from cpn_fast.seeds import Seed, read_seed
-from cpn_fast.terminal import plotted
+from cpn_fast.terminal import command_line, plotted
 
+Item = TypeVar("Item")
 SHOWN = 8
 """Images in each of the galleries of the best and the worst."""
+SIDE, HEATS = 320, 4
+"""Most pixels of a picture's side, and most tagged classes of an image that have one: so a gallery has an end."""
 
 
-def run(folder: Path, overrides: list[str] | None = None) -> Path:
-    """Write ``report.html`` into a run's folder from what is there by now; returns its path.
+class Report(NamedTuple):
+    """What ``run`` wrote."""
+
+    page: Path
+    next: str
+    """A command that goes on from here."""
+
+
+def run(folder: Path, overrides: list[str] | None = None) -> Report:
+    """Write ``report.html`` into a run's folder from what is there by now.
 
     ``overrides`` as ``config.load`` takes them, such as ``data.root=FOLDER`` where the images now lie.
 
@@ -59,8 +72,17 @@ def run(folder: Path, overrides: list[str] | None = None) -> Path:
         images = len(load_samples(config.data, config.classes, config.data.train_list, labels=False, masks=False))
     else:
         images = len(training_list(config)[0])
+    scored = {path.parent.name for path in found}
+    results = [own for own in all_found(folder, config) if not any(_is_of(name, own) for name in scored)]
+    why, then = _next(folder, config, model, overrides or [])
     html = page.render(
         name=config.name,
+        next={"why": why, "command": then},
+        scoring=_scoring(folder, config, results, overrides or []),
+        masks=config.data.root / config.data.masks,
+        results=[_result(own, folder, config) for own in results],
+        sure=SURE,
+        least=LEAST,
         subtitle=f"{trained} with {config.model.backbone} on {images} images of {len(config.classes)} classes",
         folder=folder,
         evaluations=evaluations,
@@ -75,7 +97,7 @@ def run(folder: Path, overrides: list[str] | None = None) -> Path:
     path = folder / "report.html"
     with replacing(path) as file:
         file.write(html.encode())
-    return path
+    return Report(path, then)
 
 
 def _json(path: Path) -> Any:
@@ -83,6 +105,65 @@ def _json(path: Path) -> Any:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, and the command that wrote it makes it anew") from None
+
+
+# What to do next
+
+
+def _next(folder: Path, config: Config, model: Model | None, overrides: list[str]) -> tuple[str, str]:
+    """The step after those that were made: why, and the command."""
+    own = [str(folder / "config.yaml")]
+    moved = _here(folder, config, overrides)
+    if model is None:
+        return "The training is not at its end. This goes on with it:", command_line("train", *own, overrides=moved)
+    photo = _photo(config)
+    if isinstance(model, Segmenter):
+        return _PREDICT, command_line("predict", photo, "--model", folder)
+    segmenter = folder / "segment/deeplab"
+    if (segmenter / "model.safetensors").is_file():
+        return _PREDICT, command_line("predict", photo, "--model", segmenter)
+    if not any(folder.glob("cams/*/seeds")):
+        return "See what the network found in the photos:", command_line("cam", *own, overrides=moved)
+    try:
+        check(config, 1)
+    except UserError:  # a later stage lacks something, as its list
+        return _PREDICT, command_line("predict", photo, "--model", folder)
+    return (
+        "Sharper masks: this refines the seeds, and trains on them a segmenter that needs no tags. It takes about as "
+        "long again as the training:",
+        command_line("run", *own, overrides=moved),
+    )
+
+
+_PREDICT = "Masks of other photos: name them, or a folder of them, in place of this one:"
+
+
+def _here(folder: Path, config: Config, overrides: list[str]) -> list[str]:
+    """The overrides with which the run's own config means this folder."""
+    place = folder.absolute()
+    found = [*overrides]
+    if config.run.absolute() != place:
+        found += [f"out={place.parent}"] + [f"name={place.name}"] * (config.name != place.name)
+    return found
+
+
+def _photo(config: Config) -> Path:
+    """One that is no training image, if the config knows any."""
+    for list_path in (config.segment.eval_list, config.data.eval_list, config.data.train_list):
+        try:
+            return load_samples(config.data, config.classes, list_path, labels=False, masks=False)[0].image
+        except UserError:
+            continue
+    return Path("photo.jpg")
+
+
+def _scoring(folder: Path, config: Config, results: Sequence[Found], overrides: list[str]) -> str | None:
+    """The command that scores a list's seeds, if there are any whose images all have ground truth."""
+    for own in results:
+        if own.kind == "cams" and all(photo.sample.mask is not None for photo in own.photos):
+            words = ("evaluate", folder / "config.yaml", "--cams", own.folder / "seeds", "--list", own.listed)
+            return command_line(*words, overrides=_here(folder, config, overrides))
+    return None
 
 
 # Training
@@ -220,7 +301,7 @@ def _confusion(tree: dict[str, Any]) -> Figure:
     return figure
 
 
-def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, str]]:
+def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, Any]]:
     """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
     source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
     listed = {sample.id: sample for sample in _listed(config, Path(tree["list"]))}
@@ -237,24 +318,23 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
 
     with ThreadPoolExecutor() as pool:
         scores = list(track(pool.map(score, samples), f"Scoring each of {source.name}", total=len(samples)))
-    order = [int(index) for index in np.argsort(scores, kind="stable")]
-    chosen = {
-        "Best images": order[::-1][:SHOWN],
-        "Worst images": order[: min(SHOWN, max(0, len(order) - SHOWN))],
-    }
-    galleries = []
-    for title, indices in chosen.items():
-        if indices:
-            rows = [
-                GalleryRow(
-                    f"{samples[i].id}  IoU {scores[i]:.0%}", *_pictures(samples[i], predicted(samples[i]), model)
-                )
-                for i in indices
-            ]
-            picture = gallery(rows, config.classes)
-            words = {"columns": ", ".join(rows[0].pictures), "rows": ", ".join(row.title for row in rows)}
-            galleries.append({"title": title, **words, "data": _data(_jpeg(picture), "jpeg")})
-    return galleries
+    ordered = [(samples[index], scores[index]) for index in np.argsort(scores, kind="stable")[::-1].tolist()]
+    chosen = dict(zip(("Best images", "Worst images"), _both_ends(ordered), strict=True))
+    return [
+        {
+            "title": title,
+            "rows": [
+                {
+                    "title": sample.id,
+                    "note": f"IoU {score:.0%}",
+                    "pictures": _pictures(sample, predicted(sample), config, model),
+                }
+                for sample, score in own
+            ],
+        }
+        for title, own in chosen.items()
+        if own
+    ]
 
 
 def _listed(config: Config, list_path: Path) -> list[Sample]:
@@ -265,17 +345,16 @@ def _listed(config: Config, list_path: Path) -> list[Sample]:
         return load_samples(config.data, config.classes, list_path, labels=False, masks=True)
 
 
-def _pictures(sample: Sample, mask: np.ndarray, model: Model | None) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Mask values to explain, and pictures: image, ground truth, raw and refined CAM, mask."""
+def _pictures(sample: Sample, mask: np.ndarray, config: Config, model: Model | None) -> list[dict[str, Any]]:
+    """Image, ground truth, raw and refined CAMs of the tagged classes, and mask."""
     assert sample.mask is not None
     image, truth = read_image(sample.image), read_mask(sample.mask)
-    pictures = {"image": image, "ground truth": tinted(image, truth)}
+    pictures = [_shown(image, "image"), _masked(image, truth, "ground truth", config)]
     if isinstance(model, CamModel) and sample.label is not None:
         tags = [name for name, present in zip(model.classes, sample.label, strict=True) if present]
-        for name, seed in _cams(model, sample.image, tags).items():
-            pictures[name] = cam_overlay(image, seed.cam.max(0, initial=0))
-    pictures["mask"] = tinted(image, mask)
-    return sorted({*np.unique(truth).tolist(), *np.unique(mask).tolist()} - {0, 255}), pictures
+        for kind, seed in _cams(model, sample.image, tags).items():
+            pictures += _heats(image, seed, kind, config)
+    return [*pictures, _masked(image, mask, "mask", config)]
 
 
 def _cams(model: CamModel, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
@@ -285,7 +364,102 @@ def _cams(model: CamModel, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
     return {name: model.with_map(map).predict(image, tags).seed for name, map in maps.items()}
 
 
+# Results without ground truth
+
+
+def _is_of(scored: str, result: Found) -> bool:
+    """Whether an evaluation, by the name of its folder, is of a list's seeds or masks."""
+    return scored.startswith(f"{result.kind}-{result.folder.name}-")
+
+
+def _result(result: Found, folder: Path, config: Config) -> dict[str, Any]:
+    """Counts by class, and the photos whose results agree least and most with their tags."""
+    compared = [photo for photo in result.photos if photo.agreement is not None]
+    best, doubtful = _both_ends(compared)
+    chosen = {"Most doubtful first": doubtful, "Best first": best}
+    if not compared:
+        chosen = {"The first of the list": result.photos[:SHOWN]}
+
+    def row(photo: Photo) -> dict[str, Any]:
+        notes = [] if photo.agreement is None else [f"agreement {photo.agreement:.0%}", photo.doubt]
+        pictures = _seed_pictures if result.kind == "cams" else _mask_pictures
+        own = pictures(photo, result, folder, config)
+        return {"title": photo.sample.id, "note": "; ".join(filter(None, notes)), "pictures": own}
+
+    return {
+        "kind": result.kind,
+        "title": f"{'Seeds' if result.kind == 'cams' else 'Masks of the segmenter'} on {result.folder.name}",
+        "anchor": f"{result.kind}-{result.folder.name}",
+        "source": result.folder,
+        "images": len(result.photos),
+        "list": result.listed,
+        "compared": len(compared),
+        "trained_on": result.listed == config.data.train_list,
+        "classes": [count for count in result.classes if count.tagged or count.besides],
+        "galleries": [{"title": title, "rows": [row(photo) for photo in own]} for title, own in chosen.items() if own],
+    }
+
+
+def _seed_pictures(photo: Photo, result: Found, folder: Path, config: Config) -> list[dict[str, Any]]:
+    """Photo, heat of each tagged class, mask, and pseudo-mask if there is one."""
+    id_, image = photo.sample.id, read_image(photo.sample.image)
+    seed = read_seed(result.folder / "seeds" / f"{id_}.npz")
+    pictures = [_shown(image, "photo"), *_heats(image, seed, "heat", config, photo.probabilities)]
+    pictures.append(_masked(image, seed.mask(config.cam.mask_threshold), "mask", config))
+    refined = folder / "refine/masks" / f"{id_}.png"
+    if result.listed == config.data.train_list and refined.is_file():
+        pictures.append(_masked(image, read_mask(refined), "pseudo-mask", config))
+    return pictures
+
+
+def _mask_pictures(photo: Photo, result: Found, folder: Path, config: Config) -> list[dict[str, Any]]:
+    image = read_image(photo.sample.image)
+    mask = read_mask(mask_path(result.folder, photo.sample))
+    return [_shown(image, "photo"), _masked(image, mask, "mask", config)]
+
+
 # Pictures in the page
+
+
+def _both_ends(ordered: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
+    """The first and the last of a sequence, the last one first: up to SHOWN each, and none in both."""
+    last = ordered[::-1][: min(SHOWN, len(ordered) // 2)]
+    return ordered[: min(SHOWN, len(ordered) - len(last))], last
+
+
+def _heats(
+    image: np.ndarray, seed: Seed, kind: str, config: Config, probabilities: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """The image under the heat of each class of a seed, the least likely first, up to HEATS of them."""
+    places = np.arange(len(seed.classes))
+    if probabilities is not None:
+        places = places[np.argsort(probabilities[seed.classes], kind="stable")]
+    pictures = []
+    for place in places[:HEATS].tolist():
+        index = int(seed.classes[place])
+        said = "" if probabilities is None else f", {probabilities[index]:.0%}"
+        pictures.append(_shown(cam_overlay(image, seed.cam[place]), f"{kind}: {config.classes[index]}{said}"))
+    if len(places) > HEATS:
+        pictures[-1]["caption"] += f" (and {len(places) - HEATS} more)"
+    return pictures
+
+
+def _masked(image: np.ndarray, mask: np.ndarray, caption: str, config: Config) -> dict[str, Any]:
+    """The image with the regions of a mask in their colours, which the caption explains."""
+    values = sorted({*np.unique(mask).tolist()} - {0, IGNORE})
+    marks = [
+        {"colour": "rgb({}, {}, {})".format(*TINTS[128, value]), "name": config.classes[value - 1]}
+        for value in values
+        if value <= len(config.classes)
+    ]
+    return {**_shown(tinted(image, mask), caption if marks else f"{caption}: nothing"), "marks": marks}
+
+
+def _shown(image: np.ndarray, caption: str) -> dict[str, Any]:
+    scale = min(1, SIDE / max(image.shape[:2]))
+    size = max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0]))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return {"caption": caption, "data": _data(_jpeg(small), "jpeg"), "marks": []}
 
 
 def _embedded(figure: Figure) -> str:

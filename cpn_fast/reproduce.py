@@ -11,7 +11,6 @@ is taken. Where there is none, overrides of the base make up the method as it wa
 from __future__ import annotations
 
 import functools
-import shlex
 import statistics
 import time
 from pathlib import Path
@@ -193,8 +192,8 @@ def commands(name: str, path: Path, overrides: list[str]) -> list[str]:
     lines: dict[str, None] = {}
     for key in dict.fromkeys(row.run for row in TABLES[name] if row.measure != "seconds"):
         planned = plan(key, base, path, overrides)
-        options = [word for override in planned.overrides for word in ("--set", override)]
-        lines[shlex.join(["cpn-fast", "run" if key in chains else "train", str(planned.file), *options])] = None
+        stage = "run" if key in chains else "train"
+        lines[terminal.command_line(stage, planned.file, overrides=planned.overrides)] = None
     return list(lines)
 
 

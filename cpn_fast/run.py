@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cpn_fast import cam, evaluate, hook, ranks, refine, segment, terminal, train
 from cpn_fast.config import PACKAGE, Config
-from cpn_fast.dataset import load_samples
+from cpn_fast.dataset import has_ground_truth, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.owner import owned
 
@@ -99,8 +99,7 @@ def check(config: Config, world: int) -> None:
 
 def score(config: Config, list_path: Path, *, cams: Path | None = None, masks: Path | None = None) -> float | None:
     """mIoU of seeds at their best threshold or of masks; None if an image of the list has no ground truth."""
-    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=None)
-    if any(sample.mask is None for sample in samples):
+    if not has_ground_truth(config.data, config.classes, list_path):
         return None
     found = evaluate.run(config, cams=cams, masks=masks, list_path=list_path, threshold_from=None)
     return float(found.results[-1].scores.mean_iou)

@@ -4,7 +4,8 @@ A file ``<id>.npz`` holds arrays:
 
 - ``classes`` uint8 (k,): indices of the present foreground classes, ascending, from 0;
 - ``cam`` uint16 (k, H, W): their scores on the unit scale times 65535;
-- ``source`` uint8 (32,), where the stage ``cam`` wrote it: the digest, as text, of what it was made of.
+- ``source`` uint8 (32,), where the stage ``cam`` wrote it: the digest, as text, of what it was made of;
+- ``probabilities`` float32 (classes,), likewise: what the network gives each class, tagged or not.
 
 Fixed point errs by at most 1 / 131070 (7.7e-6) everywhere; float16 files, 7 % smaller, by up to 2.4e-4 near 1.
 500 x 375 pixels take about 230 kB a class.
@@ -66,8 +67,8 @@ def unit_scale(cam: Tensor) -> Tensor:
     return ((cam - low - 1e-5) / (high - low + 1e-5)).clamp(min=0)
 
 
-def write_seed(path: Path, seed: Seed, source: str = "") -> None:
-    """Write a seed atomically, with what it was made of.
+def write_seed(path: Path, seed: Seed, source: str = "", probabilities: np.ndarray | None = None) -> None:
+    """Write a seed atomically, with what it was made of and the probability of every class, (classes,) in [0, 1].
 
     Raises ValueError for classes or scores that the format does not hold.
     """
@@ -81,6 +82,8 @@ def write_seed(path: Path, seed: Seed, source: str = "") -> None:
     arrays = {"classes": classes.astype(np.uint8), "cam": np.rint(cam * STEPS).astype(np.uint16)}
     if source:
         arrays["source"] = np.frombuffer(source.encode(), np.uint8)
+    if probabilities is not None:
+        arrays["probabilities"] = probabilities.astype(np.float32)
     with replacing(path) as file:
         np.savez_compressed(file, **arrays)
 
@@ -110,6 +113,25 @@ def seed_source(path: Path) -> str | None:
             return _member(archive, "source").tobytes().decode()
     except Exception:  # a damaged archive can raise almost anything
         return None
+
+
+def seed_probabilities(path: Path) -> np.ndarray | None:
+    """The probability of every class, float32 (classes,), without reading scores; None of files that do not say it.
+
+    Raises UserError for a missing or damaged file.
+    """
+    try:
+        with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
+            if "probabilities.npy" not in archive.namelist():
+                return None
+            found = _member(archive, "probabilities")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes them") from None
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise UserError(_not_a_seed(path, str(error))) from None
+    if found.dtype != np.float32 or found.ndim != 1:
+        raise UserError(_not_a_seed(path, f"probabilities {found.dtype}{found.shape}, expected float32 (classes,)"))
+    return found
 
 
 def seed_digest(path: Path) -> str:

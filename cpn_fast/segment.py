@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpn_fast import ranks, reading, train
-from cpn_fast.cam import images_for
+from cpn_fast.cam import LISTED, images_for
 from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, Room, dense_crf, process_pool
 from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, replacing
+from cpn_fast.files import claim, replacing, write_json
 from cpn_fast.images import can_be_kept
 from cpn_fast.masks import write_mask
 from cpn_fast.methods.segmentation import Segmentation
@@ -103,6 +103,8 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
     folder = config.run / "segment" / config.list_name(list_path)
     with owned(folder, rank):
+        if rank.first:
+            write_json(folder / LISTED, {"list": str(list_path)})
         _segment(config, weights, samples, folder, rank)
     return folder
 

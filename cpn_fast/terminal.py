@@ -7,8 +7,9 @@ markup. So everything that commands print goes through ``escaping``, and every t
 from __future__ import annotations
 
 import re
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -27,6 +28,12 @@ def shown(text: str) -> str:
 def plotted(text: str) -> str:
     """The text for matplotlib, which takes what stands between dollar signs for a formula."""
     return shown(text).replace("$", r"\$")
+
+
+def command_line(*words: object, overrides: Sequence[str] = ()) -> str:
+    """A command of ours as a shell takes it."""
+    settings = (part for override in overrides for part in ("--set", override))
+    return shlex.join(["cpn-fast", *map(str, words), *settings])
 
 
 class _Escaping:

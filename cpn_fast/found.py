@@ -1,0 +1,170 @@
+"""What a run found in photos without ground truth: how well its results agree with the tags, photo by photo.
+
+Outlines cannot be judged without masks. Classes can: the network is not shown the tags when it names them.
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cpn_fast.cam import LISTED
+from cpn_fast.config import Config
+from cpn_fast.dataset import Sample, load_samples
+from cpn_fast.errors import UserError
+from cpn_fast.files import read_note
+from cpn_fast.masks import read_mask
+from cpn_fast.progress import track
+from cpn_fast.seeds import seed_probabilities
+
+SURE = 0.5
+"""The network finds a class whose probability is at least this."""
+LEAST = 0.001
+"""The segmenter finds a class that has at least this share of a photo's pixels."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo of a list and how well its result agrees with its tags."""
+
+    sample: Sample
+    agreement: float | None
+    """From 0 to 1; None where there is nothing to compare."""
+    doubt: str
+    """What disagrees most, in words."""
+    probabilities: np.ndarray | None = None
+    """float32 (classes,), of seeds."""
+
+
+class ClassCount(NamedTuple):
+    """Numbers of photos of a class."""
+
+    name: str
+    tagged: int
+    found: int
+    """Among the tagged."""
+    missed: int
+    besides: int
+    """Found and not tagged."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Results of one list, the photos that agree best with their tags first."""
+
+    kind: str
+    """``cams`` or ``segment``, the folder in the run's."""
+    listed: Path
+    folder: Path
+    photos: list[Photo]
+    classes: list[ClassCount]
+    """Empty without tags."""
+
+
+def all_found(folder: Path, config: Config) -> list[Found]:
+    """What ``cam`` and ``segment`` made of each list in a run's folder, for lists that can still be read.
+
+    A list that cannot is named on stderr. Raises UserError for damaged seeds and masks.
+    """
+    results = []
+    for place in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):
+        list_path = _list(place, config)
+        if list_path is None or not any((place / part).is_dir() for part in ("seeds", "masks")):
+            continue
+        try:
+            samples = _samples(config, list_path)
+        except UserError as error:
+            print(f"Warning: the report leaves out {place}: {error}", file=sys.stderr)
+            continue
+        photos, counts = (_of_seeds if place.parent.name == "cams" else _of_masks)(place, samples, config)
+        if photos:
+            results.append(Found(place.parent.name, list_path, place, photos, counts))
+    return results
+
+
+def _list(place: Path, config: Config) -> Path | None:
+    """Of which list a folder's results are; earlier versions did not write it down."""
+    note = read_note(place / LISTED)
+    if isinstance(note, dict) and isinstance(note.get("list"), str):
+        return Path(note["list"])
+    lists = (config.data.train_list, config.data.eval_list, config.segment.eval_list)
+    return next((path for path in lists if config.list_name(path) == place.name), None)
+
+
+def _samples(config: Config, list_path: Path) -> list[Sample]:
+    """With tags if there are any."""
+    try:
+        return load_samples(config.data, config.classes, list_path, labels=True, masks=None)
+    except UserError:
+        return load_samples(config.data, config.classes, list_path, labels=False, masks=None)
+
+
+def _of_seeds(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
+    made = [sample for sample in samples if (place / "seeds" / f"{sample.id}.npz").is_file()]
+    with ThreadPoolExecutor() as pool:
+        probabilities = list(pool.map(lambda sample: seed_probabilities(place / "seeds" / f"{sample.id}.npz"), made))
+    photos, named = [], []
+    for sample, found in zip(made, probabilities, strict=True):
+        if found is None or sample.label is None or len(found) != len(config.classes):
+            photos.append(Photo(sample, None, "", found))
+            continue
+        agreeing = np.where(sample.label, found, 1 - found)
+        worst = int(agreeing.argmin())
+        said = "is a tag" if sample.label[worst] else "is no tag"
+        doubt = f"{config.classes[worst]} {said}; the network gives it {found[worst]:.0%}"
+        photos.append(Photo(sample, float(agreeing[worst]), doubt, found))
+        named.append((sample.label, found >= SURE))
+    return _ordered(photos), _counts(named, config)
+
+
+def _of_masks(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
+    made = [(sample, path) for sample in samples if (path := mask_path(place, sample)).is_file()]
+    with ThreadPoolExecutor() as pool:
+        areas = list(track(pool.map(lambda pair: _areas(pair[1], config), made), place.name, total=len(made)))
+    photos, named = [], []
+    for (sample, _), shares in zip(made, areas, strict=True):
+        if sample.label is None:
+            photos.append(Photo(sample, None, ""))
+            continue
+        there = shares >= LEAST
+        either = sample.label | there
+        agreement = float((sample.label & there).sum() / either.sum()) if either.any() else 1.0
+        missed = [f"{name} is a tag and not found" for name in _names(sample.label & ~there, config)]
+        besides = [f"{name} is found and no tag" for name in _names(there & ~sample.label, config)]
+        photos.append(Photo(sample, agreement, ", ".join([*missed, *besides])))
+        named.append((sample.label, there))
+    return _ordered(photos), _counts(named, config)
+
+
+def mask_path(place: Path, sample: Sample) -> Path:
+    """The segmenter's mask of a photo, after the CRF if there is one."""
+    refined = place / "crf" / f"{sample.id}.png"
+    return refined if refined.is_file() else place / "masks" / f"{sample.id}.png"
+
+
+def _areas(path: Path, config: Config) -> np.ndarray:
+    """Share of a mask's pixels of each class, float64 (classes,)."""
+    mask = read_mask(path)
+    return np.bincount(mask.ravel(), minlength=256)[1 : 1 + len(config.classes)] / mask.size
+
+
+def _names(chosen: np.ndarray, config: Config) -> list[str]:
+    return [name for name, there in zip(config.classes, chosen, strict=True) if there]
+
+
+def _ordered(photos: list[Photo]) -> list[Photo]:
+    """Best first; those that cannot be compared last; equals in the list's order."""
+    return sorted(photos, key=lambda photo: 1.0 if photo.agreement is None else -photo.agreement)
+
+
+def _counts(named: list[tuple[np.ndarray, np.ndarray]], config: Config) -> list[ClassCount]:
+    if not named:
+        return []
+    tags, there = (np.stack(own) for own in zip(*named, strict=True))
+    sums = [counts.sum(0).tolist() for counts in (tags, tags & there, tags & ~there, ~tags & there)]
+    return [ClassCount(*row) for row in zip(config.classes, *sums, strict=True)]

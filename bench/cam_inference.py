@@ -60,7 +60,7 @@ def released(net: network.Network, samples: Sequence[Sample], device: torch.devi
     seeds = []
     names = ("pixel_correlation", "region_pooling", "region_correlation")
     plain = {name: functools.partial(getattr(network, name), backend="eager") for name in names}
-    with mock.patch.multiple(network, **plain):
+    with mock.patch.multiple(network, **plain):  # type: ignore[call-overload]
         for index, sample in enumerate(samples):
             image = Image.open(sample.image).convert("RGB")
             total = np.zeros((CLASSES, image.height, image.width), np.float32)
@@ -68,7 +68,7 @@ def released(net: network.Network, samples: Sequence[Sample], device: torch.devi
                 fit = net.backbone.fit
                 size = fit(round(image.width * scale)), fit(round(image.height * scale))
                 pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)
-                pixels = ((pixels - np.float32(net.mean)) / np.float32(net.std)).transpose(2, 0, 1)
+                pixels = ((pixels - np.array(net.mean, np.float32)) / np.array(net.std, np.float32)).transpose(2, 0, 1)
                 for view in (pixels, pixels[:, :, ::-1]):
                     x = torch.from_numpy(view.copy())[None].to(device)
                     maps = net(x).refined
@@ -130,7 +130,9 @@ def main() -> None:
             return functools.partial(ours, net, samples, device, options, bf16=bf16)
 
         few = samples[:4] if gpu else samples  # the released way takes long
-        ways = {"as released": functools.partial(released, net, few, device, settings.scales)}
+        ways: dict[str, Callable[[], Any]] = {
+            "as released": functools.partial(released, net, few, device, settings.scales)
+        }
         if gpu:
             ways |= {"ours, bf16, batches of 4": batches_of(4), "ours, bf16, batches of 16": batches_of(16, 2**25)}
         else:

@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BATCH = 4
 SETTINGS = {448: Augment(), 225: Augment(crop=225, long_side=(225, 385))}
-OFF = {"flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+OFF: dict[str, Any] = {"flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 
 
 class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
@@ -64,7 +64,7 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
         flip = rng.random() < augment.flip
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = (np.asarray(self.jitter(image), np.float32) - np.float32(MEAN)) / np.float32(STD)
+        pixels = (np.asarray(self.jitter(image), np.float32) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
         taken, put = zip(*(self.place(side) for side in pixels.shape[:2]), strict=True)
         crop = np.zeros((augment.crop, augment.crop, 3), np.float32)
         crop[put] = pixels[taken]
@@ -157,8 +157,8 @@ def check_same(samples: Sequence[Sample], crop: int, cache: SuperpixelCache) -> 
 
 
 def content(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    shown = image.any(0)
-    inside = np.ix_(shown.any(1), shown.any(0))
+    shown = np.asarray(image.any(axis=0))
+    inside = np.ix_(shown.any(axis=1), shown.any(axis=0))
     return image[:, inside[0], inside[1]], labels[inside]
 
 

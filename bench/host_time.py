@@ -106,9 +106,13 @@ def calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     }
 
 
+def with_backward(run: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor) -> object:
+    return torch.autograd.grad(run(*leaves), leaves, gradient)
+
+
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    driver.set_active(NoGpu())  # type: ignore[arg-type]
+    driver.set_active(NoGpu())
     launch.INTERPRETED = True  # kernels take CPU tensors; Triton itself still compiles
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)
@@ -118,9 +122,7 @@ def main() -> None:
         gradient = torch.ones_like(run(*tensors))
         passes: dict[str, Callable[[], object]] = {
             "forward": functools.partial(run, *tensors),
-            "forward + backward": lambda run=run, leaves=leaves, gradient=gradient: torch.autograd.grad(
-                run(*leaves), leaves, gradient
-            ),
+            "forward + backward": functools.partial(with_backward, run, leaves, gradient),
         }
         for (way, condition), (kind, call) in itertools.product(
             (("operators", lambda _: False), ("direct", direct)), passes.items()

@@ -95,7 +95,7 @@ class Result:
     verdict: str
 
 
-BLOCKS = ((64, 3, 32), (64, 4, 128), (64, 4, 16), (64, 3, 128), (64, 3, 64), (64, 1, 128), (16, 1, 16))
+BLOCKS = ((64, 3, 32), (64, 3, 16), (64, 4, 128), (64, 4, 16), (64, 3, 128), (64, 3, 64), (64, 1, 128), (16, 1, 16))
 """Channels in one product, how many products, and columns of classes; the paper's first."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "NCHW": {"stride_ep": 1, "stride_cp": 1, "stride_gp": 1, "stride_op": 1},

@@ -118,6 +118,7 @@ def write_weights(config: Config, root: Path) -> None:
     """Random weights of all three networks, which keep features alive."""
     torch.manual_seed(0)
     deeplab = build_deeplab(config)
+    assert deeplab.cls_conv.bias is not None
     deeplab.cls_conv.bias.data[1 + POSSIBLE :] = -30
     networks: dict[str, Headed] = {
         "cpn": build_network(config),
@@ -204,7 +205,9 @@ def logged_rate(run: Path, images: int, whole: float) -> Rate:
 def step_rate(out: Path, device: str) -> Rate | None:
     """CPN's, from ``train_step.json`` of the same device, if it has the captured step."""
     path = out / "train_step.json"
-    result = json.loads(path.read_text()) if path.exists() else {"machine": {"device": None}}
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
     if result["machine"]["device"] != device:
         return None
     row = next((row for row in result["rows"] if row["step"] == "+ whole step in a CUDA graph"), None)

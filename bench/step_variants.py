@@ -82,6 +82,13 @@ class Variant(ResNet38d):
         return deinterleave(deinterleave(x, 2), 2) if order == 4 else x
 
 
+def variant(interleaved: int, folded: bool) -> Variant:
+    """The network computed so."""
+    network = Variant()
+    network.interleaved, network.folded = interleaved, folded
+    return network
+
+
 def interleave(x: Tensor, by: int) -> Tensor:
     """(N, C, h, w) -> (N by by, C, h / by, w / by): image (n, i, j) has every by-th pixel from (i, j) on."""
     if by == 1:

@@ -31,7 +31,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from step_variants import Variant
+from step_variants import variant
 from timing import (
     Times,
     arguments,
@@ -55,7 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from cpn_fast.config import Model, Patches
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
 from cpn_fast.models import build_backbone, network
-from cpn_fast.models.backbone import Backbone
+from cpn_fast.models.backbone import Backbone, Headed
 from cpn_fast.models.resnet38d import Block, Bottleneck
 from cpn_fast.patches import Pair, complementary_pair
 
@@ -120,11 +120,10 @@ class Step:
         torch.manual_seed(0)
         self.ways, self.data = ways, data
         self.device, self.size = data.images.device, tuple(data.images.shape[2:])
-        options = Model(backbone=backbone)  # type: ignore[arg-type]
+        options = Model(backbone=backbone)
         with self.device:
             if ways.folded or ways.interleaved > 1:
-                body: Backbone = Variant()
-                body.interleaved, body.folded = ways.interleaved, ways.folded
+                body: Backbone = variant(ways.interleaved, ways.folded)
             else:
                 body = build_backbone(options)
             self.network = network.Network(body, CLASSES, options).train()
@@ -218,7 +217,7 @@ class Step:
         return graph.replay
 
 
-def keep_alive(net: network.Network) -> None:
+def keep_alive(net: Headed) -> None:
     """Convolutions that keep the variance, so that random weights do not fade into zeros on their way through."""
     for module in net.backbone.modules():
         if isinstance(module, nn.Conv2d):
@@ -248,7 +247,7 @@ def affinity_stored(stored: bool) -> Iterator[None]:
         return
     names = ("pixel_correlation", "region_pooling", "region_correlation")
     plain = {name: functools.partial(getattr(network, name), backend="eager") for name in names}
-    with mock.patch.multiple(network, **plain):
+    with mock.patch.multiple(network, **plain):  # type: ignore[call-overload]
         yield
 
 

@@ -58,7 +58,7 @@ BACKWARD: launch.Table = {
     ("half", "hopper", 192, 128): Blocks(128, 64, True, 8, 2),
     ("half", "hopper", 256, 128): Blocks(64, 64, True, 8, 2),
     ("half", "hopper", 256, MANY): Blocks(64, 32, False, 8, 2, unrolled=False),
-    ("tf32", "ampere", 192, 64): Blocks(32, 32, False, 4, 2),
+    ("tf32", "ampere", 192, 64): Blocks(32, 32, False, 8, 2),
     ("tf32", "ampere", 256, 32): Blocks(32, 32, False, 4, 2),
     ("tf32", "ampere", 256, MANY): Blocks(32, 32, False, 8, 2, unrolled=False),
     ("tf32", "hopper", 192, 32): Blocks(128, 32, False, 8, 2),

@@ -353,7 +353,8 @@ def test_what_is_not_finite_reaches_losses_and_gradients_as_in_eager(
     present = int(data[3][0].argmax()) + 1
     i_channel = {"present": present, "absent": 3 - present, "background": 0}[channel]
     i_place = ("cam", "refined").index(place)
-    data[i_place][(branch, 0, i_channel, *at)] = flaw
+    place_of_flaw = (branch, 0, i_channel, *at)
+    data[i_place][place_of_flaw] = flaw
     exact = losses(data, "eager", size=(6, 7), **options)
     found = losses(data, "triton", size=(6, 7), **options)
     assert torch.equal(found[0].isfinite(), exact[0].isfinite())
@@ -367,7 +368,8 @@ def test_what_is_not_finite_reaches_background_suppression_as_in_eager(flaw: flo
     _, refined, _, labels = maps([1], 2, 3, 4)
     for channel, at in ((0, PIXEL), (1, PIXEL), (2, LAST)):
         leaf = refined[0].clone()
-        leaf[(0, channel, *at)] = flaw
+        place = (0, channel, *at)
+        leaf[place] = flaw
         leaf.requires_grad_()
         finite = []
         for backend in ("triton", "eager"):

@@ -52,6 +52,8 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3",
             "hypothesis>=6.100",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "ruff>=0.6",
             "mypy>=1.11",
             "scikit-image>=0.22",

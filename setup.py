@@ -40,7 +40,6 @@ setup(
         "matplotlib>=3.8",
         "tensorboard>=2.15",
         "scikit-learn>=1.4",
-        "filelock>=3.12",
         "pydensecrf2>=1.1",
     ],
     extras_require={

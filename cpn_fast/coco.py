@@ -288,7 +288,10 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
 
 def _agree(root: Path, masks: Path, classes: tuple[str, ...]) -> None:
     """Raise UserError if a folder of masks is not an import's, or if an earlier import had other classes."""
-    if masks.exists() and not (masks / "made_by.json").is_file():
+    foreign = masks.exists() and not (masks / "made_by.json").is_file()
+    if foreign and not (
+        masks.is_dir() and all(path.name.startswith(".") for path in masks.iterdir())
+    ):  # as when killed
         raise UserError(f"{masks}: it is there already and not of cpn-fast import-coco: move it, or rename the JSON")
     for manifest in sorted((root / MASKS).glob("*/made_by.json")):
         if manifest.parent == masks:

@@ -17,11 +17,11 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
-from filelock import FileLock
 from numpy.random import Generator
 
 from cpn_fast.errors import UserError
 from cpn_fast.masks import IGNORE, write_mask
+from cpn_fast.owner import owned
 
 DEMO_CLASSES = ("fish", "beetle", "snail", "turtle", "bird")
 
@@ -49,14 +49,14 @@ def generate(root: Path, *, seed: int = 0, train: int = 400, val: int = 100) -> 
     """
     asked = json.dumps({"version": VERSION, "seed": seed, "train": train, "val": val})
     lists = {name: [f"{name}_{i:04d}" for i in range(count)] for name, count in (("train", train), ("val", val))}
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}.lock")):
+    partial, replaced = (root.with_name(f".{root.name}.{kind}") for kind in ("partial", "replaced"))
+    with owned(root.parent, part=root.name, waits=True):
+        for left in (partial, replaced):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
         if _is_complete(root, asked, lists):
             return
         if root.exists() and not _is_ours(root):
             raise UserError(f"{root}: holds files that are not the demo's data set; name another folder or empty it")
-        partial = root.with_name(f".{root.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in (*(folder for folder, _ in FOLDERS), LISTS):
             (partial / folder).mkdir(parents=True)
         for split, (name, ids) in enumerate(lists.items()):
@@ -64,8 +64,6 @@ def generate(root: Path, *, seed: int = 0, train: int = 400, val: int = 100) -> 
                 _write(partial, id_, *_scene(np.random.default_rng([seed, split, i])))
             (partial / LISTS / f"{name}.txt").write_text("".join(f"{id_}\n" for id_ in ids))
         (partial / MARKER).write_text(asked)
-        replaced = root.with_name(f".{root.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         if root.exists():
             root.rename(replaced)  # in one piece too: half of it would be taken for another's folder
         partial.rename(root)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from cpn_fast import reading
 from cpn_fast.errors import UserError
-from cpn_fast.owner import lock, lock_when_free
+from cpn_fast.owner import LOCK, lock, lock_when_free
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -40,6 +40,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
+
+
+def create(path: Path, content: bytes) -> None:
+    """Write a file that must not be there yet; one of this very content is left, for a killed command is given again.
+
+    Raises UserError for one of other content, and as ``replacing`` does.
+    """
+    with replacing(path) as file:  # while it is held nobody else creates it
+        if path.exists() and not _holds(path, content):
+            raise UserError(f"{path}: exists already; remove it or choose another name")
+        file.write(content)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return reading.read_bytes(path, len(content)) == content
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -134,12 +152,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def remove_partials(*folders: Path) -> None:
-    """Remove what killed processes left half-written; what a live one is writing stays."""
+    """Remove what killed processes left half-written, and the folder's lock; those of a live one stay."""
     for folder in folders:
-        for partial in folder.glob(".*.tmp"):
-            descriptor = lock(partial)
+        for left in (*folder.glob(".*.tmp"), *folder.glob(LOCK)):
+            descriptor = lock(left)
             if descriptor is not None:
-                partial.unlink(missing_ok=True)
+                left.unlink(missing_ok=True)
                 os.close(descriptor)
 
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from cpn_fast import reading
 from cpn_fast.config import PACKAGE, TIMM, parse
 from cpn_fast.dataset import TABLES, some
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import remove_partials, replacing
 from cpn_fast.labels import IMAGE_SUFFIXES, class_names, read_labels
+from cpn_fast.owner import owned
 
 MINUTES = 60
 """What training is to take."""
@@ -44,13 +46,11 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
 
     tags: any source of labels (``data.labels``); without it one is looked for in the folder, and folders of photos are
     taken for classes where there is none. weights: of a pretrained MobileNetV2 or ResNet38d. Raises UserError if there
-    is nothing to learn from, or if ``out`` holds a config already.
+    is nothing to learn from, or if ``out`` holds another config already: one of these photos, tags and weights stays.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected the one with the photos")
     out = out or Path(f"{_slug(folder)}-cpn")
-    if (out / "config.yaml").exists():
-        raise UserError(f"{out / 'config.yaml'}: exists already; remove it, or name another folder with --out")
     images = Path("JPEGImages") if (folder / "JPEGImages").is_dir() else Path()
     photos = _photos(folder / images)
     files: dict[str, str] = {}
@@ -69,11 +69,20 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
     held_out = _held_out({id_: labels[id_] for id_ in tagged})
     kept = [id_ for id_ in tagged if id_ not in held_out]
     files |= {"train.txt": _lines(kept), "held_out.txt": _lines(sorted(held_out or tagged))}
-    tree, remarks = _sized(folder, images, source, out, names, len(kept), weights)
-    files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    for name, text in files.items():  # the config last: with it, all is there
-        with replacing(out / name) as file:
-            file.write(text.encode())
+    tree, remarks = _config(folder, images, source, out, names, len(kept), weights)
+    config = out / "config.yaml"
+    with owned(out):
+        remove_partials(out)
+        if config.exists():
+            if not _is_made_of(config, tree):
+                raise UserError(f"{config}: exists already; remove it, or name another folder with --out")
+            remarks.append("The config was there already, and stays as it is")
+        else:
+            remarks.append(_set_steps(tree, len(kept)))
+            files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+            for name, text in files.items():  # the config last: with it, all is there
+                with replacing(out / name) as file:
+                    file.write(text.encode())
     counts = Counter(name for id_ in tagged for name, there in zip(names, labels[id_], strict=True) if there)
     negatives = sum(not labels[id_].any() for id_ in tagged)
     facts = [
@@ -83,7 +92,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
     ]
     if always := [name for name in names if counts[name] == len(tagged)]:
         remarks.append(f"Every photo shows {some(always)}: add photos without it, or it cannot be learned")
-    return Started(out / "config.yaml", [*facts, *remarks])
+    return Started(config, [*facts, *remarks])
 
 
 _HEAD = "# Made by cpn-fast init; docs/config.md has every key.\n"
@@ -143,14 +152,12 @@ def _held_out(labels: dict[str, np.ndarray]) -> set[str]:
     return chosen
 
 
-def _sized(
+def _config(
     folder: Path, images: Path, source: Path, out: Path, classes: Sequence[str], photos: int, weights: Path | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The config, and remarks on what it will take."""
+    """The config but for the numbers of steps, and remarks."""
     import torch
 
-    from cpn_fast.batch_size import try_steps
-    from cpn_fast.methods import METHODS
     from cpn_fast.weights import read_weights
 
     on_gpu = torch.cuda.is_available()
@@ -200,6 +207,29 @@ def _sized(
             "eval_list": str((out / "held_out.txt").absolute()),
         },
     }
+    return tree, remarks
+
+
+def _is_made_of(config: Path, tree: dict[str, Any]) -> bool:
+    """Whether a config is this one but for the numbers of steps, which are measured."""
+    try:
+        found = yaml.safe_load(reading.read_text(config, reading.CONFIG))
+        for section in (found["train"], found["affinity"]["train"], found["segment"]["train"]):
+            section["steps"] = 1
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
+        return False
+    return bool(found == tree)
+
+
+def _set_steps(tree: dict[str, Any], photos: int) -> str:
+    """Measure a training step and set the numbers of steps in the config; returns a remark on what they will take."""
+    import torch
+
+    from cpn_fast.batch_size import try_steps
+    from cpn_fast.methods import METHODS
+
+    on_gpu = torch.cuda.is_available()
+    batch = tree["train"]["batch"]
     settings = parse(tree, "cpn-fast init")
     seconds = try_steps(settings, METHODS[settings.method], torch.device("cuda" if on_gpu else "cpu"), batch)
     steps = max(1, min(int(60 * MINUTES / seconds), PASSES * photos // batch))
@@ -208,11 +238,10 @@ def _sized(
         tree[stage]["train"]["steps"] = max(1, steps // 2)
     took = steps * seconds / 60
     device = torch.cuda.get_device_name() if on_gpu else f"this CPU, {torch.get_num_threads()} threads"
-    remarks.append(
+    return (
         f"A step of {batch} photos takes {seconds:.2g} s on {device}: training, {steps} steps, takes about {took:.0f} "
         f"minutes, and cpn-fast run, with the stages behind it, about {2 * took:.0f}"
     )
-    return tree, remarks
 
 
 def _slug(folder: Path) -> str:

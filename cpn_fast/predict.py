@@ -6,6 +6,7 @@ import copy
 import difflib
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
@@ -28,7 +30,7 @@ from cpn_fast.cam import images_for, nearest_scale, summed_cams
 from cpn_fast.config import Config, read
 from cpn_fast.dataset import Sample
 from cpn_fast.errors import UserError
-from cpn_fast.files import remove_partials, replacing, write_json
+from cpn_fast.files import create, remove_partials, replacing, write_json
 from cpn_fast.images import UnreadableImage, read_image, upright
 from cpn_fast.kernels import pooled_logits
 from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
@@ -95,7 +97,8 @@ class Model:
         class, ValueError for an array of another kind.
         """
         images = image if isinstance(image, list) else [image]
-        with tempfile.TemporaryDirectory() as folder:
+        files = all(isinstance(each, (str, Path)) for each in images)
+        with nullcontext("") if files else tempfile.TemporaryDirectory() as folder:
             paths = [_as_file(each, Path(folder) / f"{number}.png") for number, each in enumerate(images)]
             found = dict(self.predict_files(list(dict.fromkeys(paths)), tags))
         predictions = [found[path] for path in paths]
@@ -124,8 +127,6 @@ class Model:
         path = Path(path)
         if path.suffix not in EXPORTS:
             raise UserError(f"{path}: expected a name that ends in {' or '.join(EXPORTS)}")
-        if path.exists():
-            raise UserError(f"{path}: exists already; remove it or choose another name")
         if path.suffix == ".onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
             raise UserError(f"{path}: ONNX is written by packages that are not installed: pip install onnx onnxscript")
         graph, others = self.graph()
@@ -138,12 +139,7 @@ class Model:
                 (torch.zeros(2, 3, side, side, device=device), *others),
                 dynamic_shapes=({0: free, 2: free, 3: free}, *({0: free} for _ in others)),
             )
-            content = _onnx(program, self.outputs) if path.suffix == ".onnx" else None
-        with replacing(path) as file:
-            if content is None:
-                torch.export.save(program, file)
-            else:
-                file.write(content)
+            create(path, _onnx(program, self.outputs) if path.suffix == ".onnx" else _saved(program))
 
 
 def _as_file(image: Picture, path: Path) -> Path:
@@ -251,6 +247,12 @@ class CamModel(Model):
             named = f"tags that are no class: {', '.join(unknown)}{hint or '.'}"
             raise UserError(f"{named} Classes are: {', '.join(self.classes)}")
         return torch.tensor([name in tags for name in self.classes])
+
+
+def _saved(program: torch.export.ExportedProgram) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
 
 
 def _onnx(program: torch.export.ExportedProgram, outputs: Sequence[str]) -> bytes:

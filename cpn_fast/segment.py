@@ -7,7 +7,9 @@ images of a list before and after the dense CRF.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
+import io
 import os
 import tarfile
 from collections import deque
@@ -221,9 +223,16 @@ def write_submission(config: Config, masks: Path, path: Path, list_path: Path | 
             f"({', '.join(missing[:3])}{' ...' * (len(missing) > 3)}). `cpn-fast segment CONFIG --list {list_path}` "
             "makes what is missing"
         )
-    with replacing(path) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with (
+        replacing(path) as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,  # no times: the same masks give the same bytes
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
         for sample in samples:
-            archive.add(masks / f"{sample.id}.png", f"{SUBMISSION}/{sample.id}.png")
+            content = reading.read_bytes(masks / f"{sample.id}.png", reading.MASK)
+            member = tarfile.TarInfo(f"{SUBMISSION}/{sample.id}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return len(samples)
 
 

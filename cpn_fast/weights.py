@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from cpn_fast import checkpoint, reading
 from cpn_fast.config import BACKBONES, PACKAGE, Model
 from cpn_fast.errors import UserError
-from cpn_fast.files import replacing
+from cpn_fast.files import create, replacing
 from cpn_fast.models import build_backbone
 from cpn_fast.models.network import HEADS
 
@@ -56,12 +56,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], *, config: str = "") -> None:
     """Write a .safetensors file with a checksum that ``read_weights`` compares, and the config (YAML) of a run."""
+    with replacing(path) as file:
+        file.write(_serialised(tensors, config))
+
+
+def _serialised(tensors: Mapping[str, Tensor], config: str = "") -> bytes:
+    """The same bytes of the same tensors: of metadata there is one entry, for the order of several is not defined."""
     # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    note = json.dumps({"sha256": _digest(own, config), "config": config})  # one entry, for their order is not defined
-    metadata = {_NOTE: note} if config else {"format": "pt", _NOTE: note}
-    with replacing(path) as file:
-        file.write(safetensors.torch.save(own, metadata=metadata))
+    note = json.dumps({"sha256": _digest(own, config), "config": config})
+    return safetensors.torch.save(own, metadata={_NOTE: note})
 
 
 def own_config(path: Path) -> str | None:
@@ -245,18 +249,17 @@ def convert(source: Path, destination: Path) -> Conversion:
     if destination.suffix not in (".safetensors", ".pth"):
         found = destination.suffix or "no suffix"
         raise UserError(f"{destination}: can write .safetensors, .pth and, of a run, .pt2, not {found!r}")
-    if destination.exists():
-        raise UserError(f"{destination}: exists already; remove it or choose another name")
     content = _read(source)
     _check_backbone(source, content.tensors)
     if destination.suffix == ".pth":
         # A copy of each: views would drag their whole storage along.
         tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}
-        with replacing(destination) as file:
-            torch.save(tensors, file)
+        file = BytesIO()
+        torch.save(tensors, file)
+        create(destination, file.getvalue())
     else:
         tensors = content.tensors
-        write_weights(destination, tensors)
+        create(destination, _serialised(tensors))
     trained = [tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in _NOT_TRAINED]
     return Conversion(destination, len(tensors), sum(tensor.numel() for tensor in trained), tuple(content.dropped))
 

@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,9 @@ class SuperpixelCache:
         """
         rank = ranks.join()
         if not any(rank.gather(bool(self.missing(rank.share(samples))))):
+            if rank.first:
+                with suppress(OSError):  # a full cache may be read only
+                    remove_partials(self.folder)
             return 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

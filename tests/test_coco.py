@@ -242,9 +242,14 @@ def test_what_is_wrong_with_files_is_said(source: Path, tmp_path: Path) -> None:
         coco.run(tmp_path / "instances_prat.json", tmp_path / "photos", tmp_path / "data")
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
         coco.run(source, tmp_path / "nowhere", tmp_path / "data")
-    (tmp_path / "data/SegmentationClass/part").mkdir(parents=True)
+    masks = tmp_path / "data/SegmentationClass/part"
+    masks.mkdir(parents=True)
+    (masks / "mine.png").touch()
     with pytest.raises(UserError, match=r"it is there already and not of cpn-fast"):
         coco.run(source, tmp_path / "photos", tmp_path / "data")
+    (masks / "mine.png").rename(masks / ".made_by.json.tmp")  # as of an import that was killed when it began
+    assert coco.run(source, tmp_path / "photos", tmp_path / "data").images
+    assert not (masks / ".made_by.json.tmp").exists()
     (tmp_path / "other/JPEGImages/part").mkdir(parents=True)
     with pytest.raises(UserError, match=r"expected a link to"):
         coco.run(source, tmp_path / "photos", tmp_path / "other")

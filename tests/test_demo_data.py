@@ -118,6 +118,15 @@ def test_an_interrupted_run_leaves_nothing_behind_that_looks_complete(tmp_path, 
     assert digests(root) == digests(tmp_path / "clean")
 
 
+def test_what_a_killed_one_left_beside_a_complete_one_is_removed(tmp_path):
+    root = tmp_path / "demo"
+    generate(root, train=1, val=1)
+    for kind in ("partial", "replaced"):
+        (tmp_path / f".demo.{kind}/JPEGImages").mkdir(parents=True)
+    generate(root, train=1, val=1)
+    assert list(tmp_path.iterdir()) == [root]
+
+
 @pytest.mark.parametrize("before", ["foreign folder", "foreign file in a generated folder", "file"])
 def test_what_it_did_not_make_is_never_replaced(tmp_path, before):
     root = tmp_path / "demo"

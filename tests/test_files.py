@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from cpn_fast import owner
 from cpn_fast.errors import UserError
-from cpn_fast.files import claim, read_json, read_note, remove_partials, replacing, with_checksum, write_json
+from cpn_fast.files import claim, create, read_json, read_note, remove_partials, replacing, with_checksum, write_json
 from cpn_fast.owner import lock
 
 
@@ -32,6 +35,37 @@ def test_an_interrupted_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_p
         interrupted()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_created_replaces_no_other_content(tmp_path: Path) -> None:
+    path = tmp_path / "new/a.bin"
+    create(path, b"whole")
+    create(path, b"whole")  # as by a command that was killed when all was done
+    for other in (b"other", b"whole and more"):
+        path.write_bytes(other)
+        with pytest.raises(UserError, match=r"a\.bin: exists already; remove it or choose another name"):
+            create(path, b"whole")
+        assert path.read_bytes() == other
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_two_who_create_a_file_at_once_take_turns_and_one_says_for_what_it_waits(tmp_path: Path, monkeypatch) -> None:
+    """As two starts of ``convert``: never half a file, and never one in the other's place."""
+    path, said = tmp_path / "a.bin", []
+    monkeypatch.setattr(owner, "SAID_AFTER", 0.1)
+    monkeypatch.setattr(owner, "print", lambda words, **_: said.append(words), raising=False)
+    first, second = [b"first" * 100, b"second" * 100]
+    with ThreadPoolExecutor() as pool:
+        with replacing(path) as file:
+            waiting = pool.submit(create, path, second)
+            while not said:
+                time.sleep(0.01)
+            assert not path.exists()
+            file.write(first)
+        with pytest.raises(UserError, match="exists already"):
+            waiting.result()
+    assert path.read_bytes() == first
+    assert said == [f"Waiting for {path}: it is in use by another process"]
 
 
 @pytest.mark.parametrize("tree", [{"a": [1, None, "é"]}, {"name": "photo\udce9.jpg"}, []])

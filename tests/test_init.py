@@ -111,6 +111,20 @@ def message_of(*arguments: Any) -> str:
     return str(caught.value)
 
 
+def test_given_again_it_leaves_its_config_and_never_another(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    config, _ = started(photos, monkeypatch)
+    path = Path("my-photos-cpn/config.yaml")
+    written = path.read_bytes()
+    monkeypatch.setattr("cpn_fast.batch_size.try_steps", lambda *_: pytest.fail("measured again"))
+    made = init.run(photos, None, None, None)
+    assert "The config was there already, and stays as it is" in made.remarks
+    assert path.read_bytes() == written
+    path.write_text(path.read_text().replace("crop: 128", "crop: 96"))
+    assert load(path) != config
+    assert "exists already" in message_of(photos, None, None, None)
+
+
 def test_what_is_missing_is_said(photos: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "no such folder" in message_of(tmp_path / "nowhere", None, None, None)
@@ -124,6 +138,7 @@ def test_what_is_missing_is_said(photos: Path, tmp_path: Path, monkeypatch) -> N
     assert not (tmp_path / "my-photos-cpn").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.yaml").touch()
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
     assert "exists already" in message_of(photos, None, tmp_path / "out", None)
 
 

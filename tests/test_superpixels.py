@@ -553,6 +553,17 @@ def test_who_waits_for_another_builder_says_so(tmp_path, monkeypatch, capfd):
     assert f"Waiting for {cache.folder}: it is in use by another process" in capfd.readouterr().err
 
 
+def test_what_a_builder_left_that_was_killed_at_its_end_is_removed(tmp_path):
+    samples = save_samples(tmp_path / "images", 1)
+    cache = SuperpixelCache(tmp_path / "cache", CONFIG)
+    cache.build(samples, workers=1)
+    whole = sorted(cache.folder.iterdir())
+    for name in (owner.LOCK, ".manifest.json.tmp"):
+        (cache.folder / name).touch()
+    assert cache.build(samples, workers=1) == 0
+    assert sorted(cache.folder.iterdir()) == whole
+
+
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cache.*cannot write superpixels"):

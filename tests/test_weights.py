@@ -467,7 +467,14 @@ def test_convert_overwrites_nothing_and_needs_a_known_suffix(tmp_path: Path) -> 
     with pytest.raises(UserError, match="cannot be written"):
         convert(source, source / "y.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
-    assert convert(source, tmp_path / "new" / "y.pth").destination.exists()
+    for name in ("y.pth", "y.safetensors"):
+        made = convert(source, tmp_path / "new" / name).destination
+        before = made.read_bytes()
+        assert convert(source, made).destination.read_bytes() == before  # as when it was killed at its end
+        made.write_bytes(before[:-1])
+        with pytest.raises(UserError, match="exists already"):
+            convert(source, made)
+        assert made.read_bytes() == before[:-1]
 
 
 # Checksums, configs, numbers

@@ -1,4 +1,4 @@
-"""Every row of docs/faults.md: the fault is made, the command given, and it ends and says as the row has it."""
+"""Faults of files: each is made, a command given, and it ends and says as its row has it; and docs/faults.md."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ from cpn_fast.demo_data import DEMO_CLASSES
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 
 PAGE = Path(__file__).parent.parent / "docs/faults.md"
+TESTS = set(
+    re.findall(
+        r"^def (test_\w+)\(", "".join(path.read_text() for path in PAGE.parents[1].glob("tests/test_*.py")), re.M
+    )
+)
 
 
 class World(NamedTuple):
@@ -288,26 +293,194 @@ class Row(NamedTuple):
     fault: str
     command: str
     code: int
-    text: str
+    words: tuple[str, ...]
+    """What the command says."""
 
 
-def rows() -> list[Row]:
-    """Those that have an exit code."""
-    cells = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    tested = [row for row in cells if len(row) == 4 and row[2].isdigit()]
-    return [Row(fault, name.replace("`", ""), int(code), text) for fault, name, code, text in tested]
+def row(fault: str, command: str, code: int, *words: str) -> Row:
+    return Row(fault, command, code, words)
+
+
+ROWS = [
+    row("an image cut short", "train", 1, "1 images that cannot be decoded", "val_0001.jpg (image file is truncated"),
+    row(
+        "an image cut short",
+        "cam",
+        1,
+        "val_0001.jpg: expected a readable image, found: image file is truncated",
+        "Restore it or take it off the list",
+    ),
+    row("an empty image", "train", 1, "val_0001.jpg (empty file)"),
+    row("an image that is a folder", "train", 1, "Is a directory"),
+    row("a web page called .jpg", "train", 1, "val_0001.jpg (none of JPEG, PNG, WEBP, TIFF)"),
+    row("a PNG called .jpg", "superpixels", 0),
+    row("a GIF called .jpg", "superpixels", 1, "none of JPEG, PNG, WEBP, TIFF"),
+    row("a PostScript file called .jpg", "superpixels", 1, "none of JPEG, PNG, WEBP, TIFF"),
+    row(
+        "an image of a few bytes that claims 50,000 x 50,000 pixels",
+        "train",
+        1,
+        "more than 67,108,864 pixels; scale it down",
+    ),
+    row("an image of 9,000 x 9,000 pixels", "cam", 1, "more than 67,108,864 pixels; scale it down"),
+    row("a gray image of 16 bits", "superpixels", 0),
+    row("a CMYK image", "superpixels", 0),
+    row("an image with a palette", "superpixels", 0),
+    row("a mask cut short", "train", 1, "1 masks that cannot be used", "val_0001.png: not readable as a PNG"),
+    row("a mask cut short", "evaluate", 1, "val_0001.png: not readable as a PNG"),
+    row(
+        "a mask with values that are no class",
+        "train",
+        1,
+        "1 masks with values other than 0 to 5 and 255",
+        "val_0001.png (6, 7, 8, 9, 10)",
+    ),
+    row(
+        "a mask with values that are no class",
+        "evaluate",
+        1,
+        "1 ground truths with values other than 0 to 5 and 255: val_0001",
+    ),
+    row(
+        "a mask of 16 bits with values of no class",
+        "evaluate",
+        1,
+        "a 16-bit mask with the value",
+        "expected 0 to 254 for classes",
+    ),
+    row("a mask saved as JPEG", "evaluate", 1, "a mask must be PNG, found JPEG, which may change class values"),
+    row(
+        "a mask of another size",
+        "evaluate",
+        1,
+        "1 of another size than the ground truth: val_0001 (200x150, ground truth 9x9)",
+    ),
+    row("a list with Windows line ends and a byte order mark", "superpixels", 0),
+    row("a list in UTF-16", "train", 1, "val.txt: not readable as a list of images, which is UTF-8 text"),
+    row(
+        "a list with an id that leaves the data",
+        "train",
+        1,
+        "1 lines that are neither an id nor paths inside data.root: line 1 '../../etc/passwd'",
+    ),
+    row(
+        "a list with a path that leaves the data",
+        "train",
+        1,
+        "1 lines that are neither an id nor paths inside data.root: line 1 '/../x.jpg",
+    ),
+    row(
+        "a list with a zero byte in a path",
+        "train",
+        1,
+        "1 lines that are neither an id nor paths inside data.root: line 1",
+    ),
+    row(
+        "a list with a name of 5,000 characters",
+        "train",
+        1,
+        "1 lines that are neither an id nor paths inside data.root: line 1",
+    ),
+    row("an empty list", "train", 1, "1 list without any id"),
+    row("a list that is a folder", "train", 1, "val.txt: not readable as a list of images", "Is a directory"),
+    row(
+        "a list with a missing image and one listed twice",
+        "train",
+        1,
+        "1 images missing in",
+        "nowhere.jpg",
+        "1 ids listed more than once: line 3 val_0001",
+        "1 ids without labels",
+    ),
+    row("XML without objects", "train", 0),
+    row("XML of an unknown class", "train", 1, "val_0001.xml line 1: 'fsh' is not a class; did you mean fish?"),
+    row("XML cut short", "train", 1, "val_0001.xml: not VOC's XML"),
+    row("XML whose entities multiply", "train", 1, "val_0001.xml: not VOC's XML: it declares an entity"),
+    row("XML in an encoding that does not exist", "train", 1, "val_0001.xml: not VOC's XML: unknown encoding: klingon"),
+    row("CSV of an unknown class", "train", 1, "line 1: 'fsh' is not a class; did you mean fish?"),
+    row("JSON cut short", "train", 1, "tags.json: not readable as JSON"),
+    row("cls_labels.npy that runs code", "train", 1, "it asks for builtins.print, which a label file does not need"),
+    row(
+        "cls_labels.npy of 20 classes for 5",
+        "train",
+        1,
+        "val_0001: expected an array of 5 numbers, one per class, found float64(20,)",
+    ),
+    row("cls_labels.npy that claims 2^60 bytes", "train", 1, "but only 1 remain"),
+    row("a config with a misspelt key", "train", 1, "train.ephocs: unknown key; did you mean epochs?"),
+    row("a config that is no mapping", "train", 1, "expected keys and values, found list"),
+    row("a config with a tab", "train", 1, "config.yaml: not readable as YAML", "line 2, column 1"),
+    row("a config that asks for a Python object", "train", 1, "could not determine a constructor"),
+    row("a config whose aliases multiply", "train", 1, "classes.0: Input should be a valid string, found [[["),
+    row(
+        "a config nested 5,000 deep", "train", 1, "config.yaml: not readable as YAML: maximum recursion depth exceeded"
+    ),
+    row("a config with an impossible date", "train", 1, "config.yaml: not readable as YAML: month must be in 1..12"),
+    row("weights cut short", "cam", 1, "model.safetensors: not a readable .safetensors file"),
+    row("weights that run code", "convert", 1, "A file that holds whole Python objects is refused"),
+    row("a run that is a file", "train", 1, "fresh: File exists"),
+    row(
+        "a damaged config.yaml in the run",
+        "predict",
+        0,
+        "config.yaml is not what",
+        "was trained with (it cannot be read): its own is taken",
+    ),
+    row("a config.yaml of another run", "predict", 0, "was trained with (model.prcm): its own is taken"),
+    row(
+        "another config, and metrics.jsonl is gone",
+        "train again",
+        1,
+        "these keys differ: train.lr, says step-00000002.pt",
+    ),
+    row(
+        "a bit of the weights that flipped",
+        "cam",
+        1,
+        "model.safetensors: damaged: its content does not have the checksum",
+    ),
+    row(
+        "a bit of the weights that flipped",
+        "train again",
+        1,
+        "model.safetensors: damaged",
+        "delete it, and the command that wrote it makes it of the last checkpoint",
+    ),
+    row("weights that are not finite", "cam", 1, "model.safetensors:", "numbers of fc8.weight are not finite"),
+    row("weights that are not finite", "predict", 1, "model.safetensors:", "numbers of fc8.weight are not finite"),
+    row("a damaged superpixel map", "superpixels", 0, "is damaged and made again"),
+    row("a damaged superpixel manifest", "superpixels", 1, "manifest.json: expected", "Delete", "to build it anew"),
+    row("a damaged seed", "cam again", 0, "val_0001.npz is damaged and made again"),
+    row("a damaged seed", "evaluate", 1, "val_0001.npz: damaged, or not a CAM seed of cpn-fast (Bad CRC-32"),
+    row("a damaged seed", "refine", 1, "val_0001.npz: damaged, or not a CAM seed of cpn-fast"),
+    row(
+        "a seed of a few bytes that claims 2^60 numbers",
+        "evaluate",
+        1,
+        "val_0001.npz: damaged, or not a CAM seed of cpn-fast",
+    ),
+    row("a missing seed", "evaluate", 1, "1 files missing: val_0001.npz"),
+    row("a damaged mask of the seeds", "cam again", 0, "val_0001.png is damaged and made again"),
+    row("a torn line in metrics.jsonl", "report", 0),
+    row(
+        "a damaged evaluation.json", "report", 1, "evaluation.json: damaged", "the command that wrote it makes it anew"
+    ),
+    row("a damaged record of what made the seeds", "cam again", 0),
+]
 
 
 def test_faults_and_rows_are_the_same() -> None:
-    assert {row.fault for row in rows()} == FAULTS.keys()
+    assert {row.fault for row in ROWS} == FAULTS.keys()
 
 
-def test_the_tests_that_the_page_names_are_there() -> None:
-    named = re.findall(r"`tests/(\w+\.py)(?:::(\w+))?`", PAGE.read_text())
-    assert len(named) > 20
-    for file, name in named:
-        text = (Path(__file__).parent / file).read_text()
-        assert not name or f"def {name}(" in text, f"{file} has no {name}"
+def test_every_claim_of_the_page_names_tests_that_are_there() -> None:
+    text = PAGE.read_text()
+    claims = [claim.split("\n\n")[0] for claim in text.split("\n- ")[1:]]
+    assert len(claims) > 20
+    unheld = [claim for claim in claims if not re.search(r"`test_\w+`", claim)]
+    assert not unheld
+    missing = set(re.findall(r"`(test_\w+)`", text)) - TESTS
+    assert not missing
 
 
 def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -320,13 +493,13 @@ def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return ended.value.code or 0
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.command}: {row.fault}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command}: {row.fault}")
 def test_a_fault_ends_as_its_row_says(row: Row, world: World, monkeypatch, capfd) -> None:
     FAULTS[row.fault](world)
     capfd.readouterr()
     assert outcome(command(row.command, world), monkeypatch) == row.code
     said = "".join(capfd.readouterr())
-    for words in re.findall(r"`([^`]+)`", row.text):
+    for words in row.words:
         assert words in said.replace("\n", " ")
     assert "Traceback" not in said
     assert "the payload ran" not in said

@@ -32,7 +32,7 @@ from cpn_fast.pipelines.inference import ScaledBatch, scaled_images
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
-from cpn_fast.provenance import VERSION, combined, image_digests
+from cpn_fast.provenance import VERSION, combined, image_digests, mark, marked_image
 from cpn_fast.seeds import Seed, read_seed, seed_source, unit_scale, write_seed
 from cpn_fast.weights import load_into, read_weights, require_finite, to_network_keys
 
@@ -97,7 +97,7 @@ def seed_sources(samples: Sequence[Sample], origin: str) -> dict[str, str]:
     """Id -> what its seed is made of: image, tags, and the ``origin`` of the folder, which ``claim`` returned."""
     images = image_digests([sample.image for sample in samples])
     return {
-        sample.id: combined(origin, image, np.flatnonzero(tags(sample)).tolist())
+        sample.id: mark(image, origin, np.flatnonzero(tags(sample)).tolist())
         for sample, image in zip(samples, images, strict=True)
     }
 
@@ -227,7 +227,7 @@ def _draw(folder: Path, sample: Sample, seed: Seed, source: str, config: Config)
 
 
 def _mask_source(seed: str, config: Config) -> str:
-    return combined(seed, config.cam.mask_threshold)
+    return f"{combined(seed, config.cam.mask_threshold)} {marked_image(seed)}"
 
 
 def _finished(folder: Path, sample: Sample, source: str) -> bool:

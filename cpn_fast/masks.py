@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from cpn_fast import reading
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
-from cpn_fast.images import UnreadableImage, is_whole_png, opened
+from cpn_fast.images import UnreadableImage, is_whole_png, opened, source_of
 from cpn_fast.seeds import read_seed
 
 if TYPE_CHECKING:
@@ -88,6 +88,14 @@ def read_mask(path: Path) -> np.ndarray:
             raise UserError(f"{path}: no such mask") from None
         raise UserError(f"{path}: not readable as a PNG: {error.reason}") from None
     raise UserError(f"{path}: mask of PNG mode {found}: save it with a palette or as 8-bit grayscale class values")
+
+
+def mask_source(path: Path) -> str | None:
+    """What a mask says it was made of; None without that. Raises UserError for a file that cannot be read."""
+    try:
+        return source_of(reading.read_bytes(path, reading.MASK))
+    except OSError as error:
+        raise UserError(f"{path}: not readable as a PNG: {error.strerror}") from None
 
 
 def tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

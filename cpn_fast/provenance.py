@@ -2,7 +2,8 @@
 
 An image's is of all of its content. A seed follows from its image, its tags, the weights and the settings; a CRF's mask
 from seed and image; a label map from two such masks; and so on. Whoever wants to keep a file of an earlier start
-compares the digest in it (``source`` of an ``.npz`` or a PNG) with the one that it would have now.
+compares the digest in it (``source`` of an ``.npz`` or a PNG) with the one that it would have now. Whoever reads what
+another stage made can tell from the ``mark`` whether it is of the image that is there now.
 """
 
 from __future__ import annotations
@@ -76,6 +77,16 @@ def archive_digest(path: Path) -> str:
 def combined(*parts: object) -> str:
     """Digest of plain values, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def mark(image: str, *others: object) -> str:
+    """What a result of one image carries: a digest of all that it follows from, and behind a space the image's own."""
+    return f"{combined(image, *others)} {image}"
+
+
+def marked_image(source: str | None) -> str | None:
+    """The image's digest in a ``mark``; None of what is none, as of a file that others wrote."""
+    return source.rpartition(" ")[2] if source and " " in source else None
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress, track
-from cpn_fast.provenance import VERSION, combined, image_digests
+from cpn_fast.provenance import VERSION, combined, image_digests, mark
 from cpn_fast.seeds import Seed, read_seed, seed_digest, seed_source
 from cpn_fast.weights import load_into, read_weights, require_finite, to_network_keys
 
@@ -72,7 +72,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: ranks
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
     images = image_digests([sample.image for sample in own])
     sources = {
-        sample.id: combined(image, seed_digest(seeds / f"{sample.id}.npz"))
+        sample.id: mark(image, seed_digest(seeds / f"{sample.id}.npz"))
         for sample, image in zip(own, images, strict=True)
     }
     alphas = {folder / "crf-low": config.crf.low_alpha, folder / "crf-high": config.crf.high_alpha}

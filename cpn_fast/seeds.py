@@ -4,7 +4,7 @@ A file ``<id>.npz`` holds arrays:
 
 - ``classes`` uint8 (k,): indices of the present foreground classes, ascending, from 0;
 - ``cam`` uint16 (k, H, W): their scores on the unit scale times 65535;
-- ``source`` uint8 (32,), where the stage ``cam`` wrote it: the digest, as text, of what it was made of;
+- ``source`` uint8 (65,), where the stage ``cam`` wrote it: as text, what it was made of (``provenance.mark``);
 - ``probabilities`` float32 (classes,), likewise: what the network gives each class, tagged or not.
 
 Fixed point errs by at most 1 / 131070 (7.7e-6) everywhere; float16 files, 7 % smaller, by up to 2.4e-4 near 1.

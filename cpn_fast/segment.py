@@ -32,7 +32,7 @@ from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing, write_json
 from cpn_fast.images import can_be_kept
-from cpn_fast.masks import write_mask
+from cpn_fast.masks import mask_source, write_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
@@ -41,7 +41,7 @@ from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
-from cpn_fast.provenance import VERSION, combined, image_digests
+from cpn_fast.provenance import VERSION, combined, image_digests, mark, marked_image
 from cpn_fast.weights import load_into, read_weights, require_finite, to_network_keys
 
 POSSIBLE = 0.01
@@ -65,6 +65,17 @@ def run(config: Config, masks: Path) -> Path:
             f"{masks}: {len(missing)} of {len(samples)} images of {config.data.train_list} have no mask there "
             f"({', '.join(missing[:3])} ...). `cpn-fast refine` writes pseudo-masks; --masks names another folder"
         )
+    images = image_digests([sample.image for sample in samples])
+    old = [
+        sample.id
+        for sample, image in zip(samples, images, strict=True)
+        if sample.mask is not None and marked_image(mask_source(sample.mask)) not in (None, image)
+    ]
+    if old:
+        raise UserError(
+            f"{masks}: {len(old)} masks are of other images than are there now ({', '.join(old[:3])}"
+            f"{' ...' * (len(old) > 3)}). Make them anew first, as `cpn-fast cam` and `cpn-fast refine` do"
+        )
     settings = deeplab_config(config)
     rank = ranks.join()
     train.check_batch(settings.train, rank.world, len(samples), "segment.train")
@@ -72,7 +83,7 @@ def run(config: Config, masks: Path) -> Path:
         if rank.first:
             made_by = {
                 "version": VERSION,
-                "images": combined(image_digests([sample.image for sample in samples])),
+                "images": combined(images),
                 "masks_sha256": _digest(samples),
                 "bn_momentum": config.segment.bn_momentum,
             }
@@ -127,7 +138,7 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
     kinds = ("masks", "crf") if options.crf else ("masks",)
     own = rank.share(samples)
     images = image_digests([sample.image for sample in own])
-    sources = {sample.id: image for sample, image in zip(own, images, strict=True)}
+    sources = {sample.id: mark(image) for sample, image in zip(own, images, strict=True)}
     missing = [
         sample
         for sample in own

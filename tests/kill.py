@@ -317,6 +317,9 @@ def main() -> None:
             except AssertionError as error:
                 failed += 1
                 print(f"FAILED: {error}", flush=True)
+            done = sum(own.total() for own in kills.values())
+            if done // 50 > total // 50:
+                print(f"{done} kills, {failed} failures", flush=True)
         for name in names:
             print(f"{name}: {kills[name].total()} kills {dict(kills[name])}")
     finally:

@@ -113,6 +113,8 @@ def command(name: str, world: World) -> list[str]:
         "cam": ["cam", str(world.config), "--checkpoint", weights, "--set", "name=fresh"],
         "cam again": ["cam", str(world.config), "--checkpoint", weights],
         "evaluate": ["evaluate", str(world.config), "--cams", str(world.run / "cams/val/seeds")],
+        "evaluate masks": ["evaluate", str(world.config), "--masks", str(world.run / "cams/val/masks")],
+        "segment": ["segment", str(world.config), "--masks", str(world.run / "cams/val/masks")],
         "predict": ["predict", str(world.image), "--model", str(world.run), "--out", str(world.run / "predicted")],
         "report": ["report", str(world.run)],
         "refine": ["refine", str(world.config)],
@@ -284,6 +286,7 @@ FAULTS: dict[str, Callable[[World], object]] = {
         (w.run / "metrics.jsonl").read_bytes() + b'{"step": 3, "lo'
     ),
     "a damaged evaluation.json": lambda w: cut(next(w.run.rglob("evaluation.json"))),
+    "an image that was replaced after its seed": lambda w: w.save(noise(*w.size, 3), "JPEG"),
     "a missing seed": lambda w: w.seed.unlink(),
     "a damaged record of what made the seeds": lambda w: (w.run / "cams/val/made_by.json").write_bytes(b"\xff{"),
 }
@@ -458,6 +461,24 @@ ROWS = [
         "evaluate",
         1,
         "val_0001.npz: damaged, or not a CAM seed of cpn-fast",
+    ),
+    row(
+        "an image that was replaced after its seed",
+        "evaluate",
+        1,
+        "1 files of another image than is there now: val_0001.npz",
+    ),
+    row(
+        "an image that was replaced after its seed",
+        "evaluate masks",
+        1,
+        "1 files of another image than is there now: val_0001.png",
+    ),
+    row(
+        "an image that was replaced after its seed",
+        "segment",
+        1,
+        "1 masks are of other images than are there now (val_0001)",
     ),
     row("a missing seed", "evaluate", 1, "1 files missing: val_0001.npz"),
     row("a damaged mask of the seeds", "cam again", 0, "val_0001.png is damaged and made again"),

@@ -6,13 +6,14 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import cpn_fast
-from cpn_fast import progress
+from cpn_fast import progress, ranks
 from cpn_fast.errors import UserError, is_out_of_memory
 from cpn_fast.files import refusal
 from cpn_fast.owner import owned
@@ -476,7 +477,11 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
     with escaping():
-        _run()
+        try:
+            _run()
+        except Exception:
+            ranks.tell_torchrun(shown(traceback.format_exc()))
+            raise
 
 
 def _run() -> None:
@@ -488,9 +493,11 @@ def _run() -> None:
     except OSError as error:  # the last net: those who write or read name the file
         _fail(f"{os.fsdecode(error.filename) if error.filename else 'a file'}: {refusal(error)}")
     except (MemoryError, RuntimeError) as error:
+        if ranks.lost_another(error):
+            _fail(f"this process ends, for another one did; that one says why ({_first_line(error)})", cause=False)
         if not is_out_of_memory(error):
             raise
-        reason = (str(error) or "no more can be allocated").strip().splitlines()[0]
+        reason = _first_line(error) or "no more can be allocated"
         _fail(
             f"the memory is full ({reason}). Lower what is computed at a time: the key batch (of train, "
             "affinity.train, segment.train or cam) or cam.pixels; or set train.checkpoint_activations=true"
@@ -504,6 +511,12 @@ def _run() -> None:
         progress.use("text")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, cause: bool = True) -> NoReturn:
     progress.tell("error", message=message)
-    sys.exit(shown(f"Error: {message}"))
+    said = shown(f"Error: {message}")
+    ranks.tell_torchrun(said, cause=cause)
+    sys.exit(said)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import sys
 import threading
@@ -122,6 +123,29 @@ def join() -> Rank:
             ) from None
         atexit.register(distributed.destroy_process_group)
     return rank
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether it says that a process which this one was waiting for, or talking to, is gone."""
+    if not isinstance(error, RuntimeError) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or ("gloo" in str(error) and "peer" in str(error))
+
+
+def tell_torchrun(message: str, *, cause: bool = True) -> None:
+    """Have torchrun end with the message, for its own lines come after all that a process prints.
+
+    It shows what a process left in the file that it named, and ends with the earliest, in whole seconds. ``cause`` is
+    false for a process that ends because another one did, which must not be taken for the earliest.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    about = {"py_callstack": message, "timestamp": str(int(time.time()) - cause)}
+    with suppress(OSError):  # it is printed already
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
 
 
 class _Meeting:

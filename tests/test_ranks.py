@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -277,3 +279,64 @@ def test_torchrun_starts_again_after_a_lost_worker(tiny_config, tmp_path) -> Non
     run = config.load(path).run
     assert_close(load_file(run / "model.safetensors"), expected)
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``cpn-fast ARGUMENTS`` in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = [*command, "-m", "cpn_fast", *arguments]
+    return subprocess.run(whole, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def last_said(done: subprocess.CompletedProcess[str]) -> str:
+    """What torchrun calls the traceback of the first process that failed, which is the end of all that is printed."""
+    before, _, end = done.stderr.strip().rpartition("\n====")
+    assert set(end) == {"="}, done.stderr
+    return before.rpartition("\n  traceback : ")[2]
+
+
+def test_the_error_of_all_processes_is_the_last_that_torchrun_says(tiny_config) -> None:
+    path = str(tiny_config())
+    done = torchrun("train", path, "--set", "train.steeps=4")
+    assert done.returncode == 1
+    assert last_said(done) == f"Error: {path}: 1 problem(s)\n    train.steeps: unknown key; did you mean steps?"
+
+
+def test_the_error_of_one_process_is_the_last_that_torchrun_says(tiny_config, small_voc, tmp_path) -> None:
+    """The first process alone decodes images before training; the other one loses it, without a traceback."""
+    data = shutil.copytree(small_voc, tmp_path / "voc")
+    (data / "JPEGImages/train_0003.jpg").write_bytes(b"no image")
+    done = torchrun("train", str(tiny_config(data={"root": str(data)})))
+    assert "train_0003.jpg" in last_said(done)
+    assert last_said(done).startswith("Error: ")
+    assert "[rank1]" not in done.stderr
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_who_ends_for_another_is_not_taken_for_the_cause(culprit: int, tmp_path, monkeypatch) -> None:
+    """Also within the second that torchrun tells failures apart by; a process that it ended itself has no file."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    for third_is_told in (True, False):
+        failures = {}
+        for number in (0, 1, 2):
+            path = tmp_path / f"{number}-{third_is_told}.json"
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+            if number < 2 or third_is_told:
+                ranks.tell_torchrun(f"process {number}: 5 $", cause=number == culprit)
+            failures[number] = ProcessFailure(number, 7, 1, str(path))
+        error = ChildFailedError("cpn_fast", failures)
+        assert error.get_first_failure()[0] == culprit
+        assert str(error).rstrip("=\n").endswith(f"process {culprit}: 5 $")
+
+
+def test_a_lost_process_is_told_from_other_errors(monkeypatch) -> None:
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:39661")
+    assert not ranks.lost_another(lost)  # alone there is none
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ranks.lost_another(lost)
+    assert ranks.lost_another(torch.distributed.DistNetworkError("connection was likely closed"))
+    assert not ranks.lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not ranks.lost_another(ValueError("gloo has no peer"))

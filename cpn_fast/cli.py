@@ -152,7 +152,7 @@ def cam(
     weights = checkpoint or settings.run
     if weights.is_dir() or checkpoint is None:
         weights /= "model.safetensors"
-    if checkpoint is None and not weights.is_file():
+    if checkpoint is None and not weights.exists():
         raise UserError(f"{weights}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
     from cpn_fast import cam
 

@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpn_fast import reading
 from cpn_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _self() -> dict[str, str]:
 def _owner(path: Path) -> str:
     """Who holds a lock, in words."""
     try:
-        note = json.loads(path.read_bytes())
+        note = json.loads(reading.read_bytes(path, reading.OWNER))
         words = "`{command}` (process {pid} of {user} on {host}, since {since})".format(**note)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "another process"

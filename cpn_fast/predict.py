@@ -317,7 +317,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     """
     path = Path(path)
     weights = path / "model.safetensors" if path.is_dir() else path
-    if not weights.is_file():
+    if not weights.exists():
         there = ", ".join(str(file.parent) for file in sorted(path.glob("*/model.safetensors")))
         hint = f"trained runs there: {there}" if there else "`cpn-fast train` writes a run's model.safetensors"
         raise UserError(f"{weights}: no such file of weights; {hint}")
@@ -342,7 +342,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
 def _config_of(weights: Path) -> Config:
     """The config beside a file of weights. Where that is missing, damaged, or of other weights, their own decides."""
     found = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
-    source = next((file for file in found if file.is_file()), None)
+    source = next((file for file in found if file.exists()), None)
     own = own_config(weights)
     if source is None and own is None:
         raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")

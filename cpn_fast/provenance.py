@@ -70,7 +70,7 @@ def archive_digest(path: Path) -> str:
 
     Raises OSError or zipfile.BadZipFile.
     """
-    with zipfile.ZipFile(path) as archive:
+    with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
         return combined(*((member.filename, member.CRC, member.file_size) for member in archive.infolist()))
 
 

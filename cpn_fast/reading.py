@@ -17,6 +17,7 @@ IMAGE = MASK = 2**30
 """Bytes; 67 million pixels of four channels of 16 bits take 540 MB."""
 SEED = 2**31
 LIST = LABELS = NOTE = 2**30
+OWNER = 2**16
 """Ten million images of 100 bytes a line."""
 XML = 2**24
 CONFIG = 2**22
@@ -47,13 +48,14 @@ class Refused(OSError):
 
 
 def require_regular(path: Path, most: int) -> None:
-    """For libraries that open by name: raises OSError unless ``path`` is a regular file of at most ``most`` bytes."""
-    _require(path, path.stat(), most)
+    """For libraries that open by name: raises OSError unless ``path`` is a regular file of at most ``most`` bytes that
+    may be read: what they say of a refusal names no file, or another reason."""
+    opened(path, most).close()
 
 
 def opened(path: Path, most: int) -> IO[bytes]:
     """The file, open for reading. Raises OSError unless it is a regular one of at most ``most`` bytes."""
-    require_regular(path, most)  # before it is opened, which rewinds tapes and waits for a FIFO's writer
+    _require(path, path.stat(), most)  # before it is opened, which rewinds tapes and waits for a FIFO's writer
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
     try:
         _require(path, os.fstat(file.fileno()), most)

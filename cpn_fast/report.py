@@ -56,12 +56,12 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
 
     Raises UserError if the folder holds no run, or if files that it refers to are gone.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").exists():
         there = ", ".join(str(file.parent) for file in sorted(folder.glob("*/config.yaml"))) or "as in runs/voc"
         raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {there}")
     config = load(folder / "config.yaml", overrides)
     environment = folder / "environment.json"
-    model = load_model(folder) if (folder / "model.safetensors").is_file() else None
+    model = load_model(folder) if (folder / "model.safetensors").exists() else None
     found = sorted(folder.glob("evaluation/*/*/evaluation.json"))
     evaluations = [_evaluation(path, config, model) for path in found]
     trained = "segmenter" if isinstance(model, Segmenter) else config.method
@@ -90,7 +90,7 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
         trainings=[
             _training(path, folder) for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/*/metrics.jsonl")))
         ],
-        environment=_json(environment) if environment.is_file() else {},
+        environment=_json(environment) if environment.exists() else {},
         changed=_changed(config),
         config=reading.read_text(folder / "config.yaml", reading.CONFIG),
     )
@@ -255,7 +255,7 @@ def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, An
     plots = [
         {"alt": alt, "data": _data(reading.read_bytes(path.with_name(name), reading.IMAGE), "png")}
         for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))
-        if path.with_name(name).is_file()
+        if path.with_name(name).exists()
     ]
     plots.append({"alt": "Where the pixels of each class go", "data": _embedded(_confusion(tree))})
     return {

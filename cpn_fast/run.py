@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from cpn_fast import cam, evaluate, hook, ranks, refine, segment, terminal, train
+from cpn_fast import cam, evaluate, hook, ranks, reading, refine, segment, terminal, train
 from cpn_fast.config import PACKAGE, Config
 from cpn_fast.dataset import has_ground_truth, load_samples
 from cpn_fast.errors import UserError
@@ -86,8 +86,13 @@ def check(config: Config, world: int) -> None:
     weights, run = config.model.weights, config.run
     trained = all((run / part / "model.safetensors").is_file() for part in (".", "refine/affinity", "segment/deeplab"))
     elsewhere = weights is None or str(weights) == "timm" or str(weights).startswith(PACKAGE)
-    if not trained and not elsewhere and not weights.is_file():  # type: ignore[union-attr]
-        problems.append(f"model.weights: {weights} is no file; AffinityNet and the segmenter start from it too")
+    if not trained and not elsewhere:
+        assert weights is not None
+        try:
+            reading.require_regular(weights, reading.WEIGHTS)
+        except OSError as error:
+            reason = f"{weights}: {error.strerror}"
+            problems.append(f"model.weights: {reason}; AffinityNet and the segmenter start from it too")
     if config.hook is not None and ranks.join().first:
         try:
             hook.load(config.hook)

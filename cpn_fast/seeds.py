@@ -109,7 +109,7 @@ def read_seed(path: Path) -> Seed:
 def seed_source(path: Path) -> str | None:
     """What a seed says it was made of; None if it is damaged or says nothing."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
             return _member(archive, "source").tobytes().decode()
     except Exception:  # a damaged archive can raise almost anything
         return None

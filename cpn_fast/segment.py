@@ -59,7 +59,7 @@ def run(config: Config, masks: Path) -> Path:
     """
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     samples = [dataclasses.replace(sample, mask=masks / f"{sample.id}.png") for sample in samples]
-    missing = [sample.id for sample in samples if sample.mask is not None and not sample.mask.is_file()]
+    missing = [sample.id for sample in samples if sample.mask is not None and not sample.mask.exists()]
     if missing:
         raise UserError(
             f"{masks}: {len(missing)} of {len(samples)} images of {config.data.train_list} have no mask there "
@@ -227,7 +227,7 @@ def write_submission(config: Config, masks: Path, path: Path, list_path: Path | 
     check_submission(path)
     list_path = list_path or config.segment.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
-    missing = [sample.id for sample in samples if not (masks / f"{sample.id}.png").is_file()]
+    missing = [sample.id for sample in samples if not (masks / f"{sample.id}.png").exists()]
     if missing:
         raise UserError(
             f"{masks}: {len(missing)} of the {len(samples)} images of {list_path} have no mask there "

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from cpn_fast import checkpoint, coco, config, evaluate, files, reading
+from cpn_fast import checkpoint, coco, config, evaluate, files, owner, predict, reading, report
 from cpn_fast.config import Data
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.labels import listed_in, read_labels
-from cpn_fast.masks import read_mask
+from cpn_fast.masks import mask_source, read_mask
 from cpn_fast.pipelines.decode import read_encoded
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.provenance import image_digest
-from cpn_fast.seeds import read_seed
+from cpn_fast.seeds import read_seed, seed_digest, seed_source
 from cpn_fast.weights import read_weights
 
 CLASSES = ("cat", "dog")
@@ -50,11 +53,19 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "base of a config": ("a.yaml", as_base),
     "COCO's instances": ("a.json", coco._read),
     "seed": ("a.npz", read_seed),
+    "identity of a seed": ("a.npz", seed_digest),
+    "source of a mask": ("a.png", mask_source),
+    "trained model": ("model.safetensors", lambda path: predict.load(path.parent, "cpu")),
     "evaluation": ("evaluation.json", lambda path: evaluate.held_out_threshold(path, [])),
     "result": ("a.json", files.read_json),
     "checkpoint": ("a.pt", lambda path: checkpoint.read(path, torch.device("cpu"))),
     **{f"weights {end}": (f"a{end}", read_weights) for end in (".safetensors", ".pth", ".pt", ".params")},
 }
+
+
+def unreadable(path: Path) -> None:
+    path.write_bytes(b"x")
+    path.chmod(0)
 
 
 def too_large(path: Path) -> None:
@@ -64,6 +75,8 @@ def too_large(path: Path) -> None:
 
 KINDS: dict[str, Callable[[Path], object]] = {
     "a FIFO": os.mkfifo,
+    "a socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "a file that may not be read": unreadable,
     "an endless device": lambda path: path.symlink_to("/dev/zero"),
     "a folder": Path.mkdir,
     "an empty file": Path.touch,
@@ -94,6 +107,19 @@ SOUND = {
 """Without a file or a line an image has no tags, which is for the data set to say; a folder is one of VOC XML."""
 
 
+@pytest.fixture(autouse=True)
+def without_privileges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything."""
+    open_at_once = reading._without_waiting
+
+    def refuse(path: str, flags: int) -> int:
+        if not os.stat(path).st_mode & 0o444:  # noqa: PTH116
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return open_at_once(path, flags)
+
+    monkeypatch.setattr(reading, "_without_waiting", refuse)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_reader_names_what_is_no_file_of_its_kind(reader: str, kind: str, tmp_path: Path) -> None:
@@ -104,8 +130,8 @@ def test_a_reader_names_what_is_no_file_of_its_kind(reader: str, kind: str, tmp_
     KINDS[kind](folder / name)
     if (reader, kind) in SOUND:
         assert not read(folder / name)
-    elif reader == "identity of an image" and kind == "an empty file":
-        assert read(folder / name)
+    elif reader in ("identity of an image", "source of a mask") and kind == "an empty file":
+        read(folder / name)
     else:
         with pytest.raises((UserError, OSError, ValueError)) as error:
             read(folder / name)
@@ -113,6 +139,25 @@ def test_a_reader_names_what_is_no_file_of_its_kind(reader: str, kind: str, tmp_
             assert name in str(error.value)
         elif isinstance(error.value, OSError):  # the command line prints its file's name
             assert name in str(error.value.filename)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_asks_what_a_file_remembers_gets_an_answer_at_once(kind: str, tmp_path: Path) -> None:
+    KINDS[kind](tmp_path / "a")
+    assert seed_source(tmp_path / "a") is None
+    assert files.read_note(tmp_path / "a") is None
+    assert owner._owner(tmp_path / "a") == "another process"
+
+
+def test_a_run_whose_weights_or_config_are_no_file_is_named(small_run: Path, tmp_path: Path) -> None:
+    """Not said to be missing."""
+    for name in ("model.safetensors", "config.yaml"):
+        run = tmp_path / name
+        shutil.copytree(small_run, run)
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        with pytest.raises((UserError, OSError), match="a FIFO, where a regular file is expected"):
+            report.run(run)
 
 
 def test_a_file_that_grows_is_read_as_it_was_when_it_was_opened(tmp_path: Path, monkeypatch) -> None:

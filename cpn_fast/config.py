@@ -275,7 +275,9 @@ class Train(Section):
     epochs: Count | None = None
     """Passes over the list; give this or ``steps``. Paper and released 8."""
     steps: Count | None = None
-    """Optimiser steps; give this or ``epochs``."""
+    """Optimiser steps; give this or ``epochs``. Raised on a run that has ended, or with more images in the list, the
+    run goes on from its last checkpoint; ``lr`` follows the new schedule from there, and the command says at which
+    rate. Steps that were made cannot be taken back."""
     lr: Rate = 0.01
     """Initial rate of backbone weights; biases x2, new layers x10, their biases x20."""
     power: Annotated[float, Field(ge=0, le=100)] = 0.9

@@ -161,26 +161,30 @@ def remove_partials(*folders: Path) -> None:
                 os.close(descriptor)
 
 
-def claim(folder: Path, made_by: dict[str, Any], own: Sequence[str] = ("**/*.png",)) -> str:
+def claim(
+    folder: Path, made_by: dict[str, Any], own: Sequence[str] = ("**/*.png",), *, free: Sequence[str] = ()
+) -> str:
     """Make a folder whose files all come of ``made_by`` (plain values), removing its ``own`` when they come of another.
 
     ``own``: patterns of what a stage writes there; nothing else is ever removed. ``made_by.json`` remembers what it
-    was, and what has changed since is said on stderr. Returns a digest of ``made_by`` for what is made of these files
-    in turn. Whoever calls it owns the folder (``owned``). Raises UserError if such files are there without that record.
+    was, and what has changed since is said on stderr; ``free`` keys may change and nothing is removed. Returns a digest
+    of ``made_by`` for what is made of these files in turn. Whoever calls it owns the folder (``owned``). Raises
+    UserError if such files are there without that record.
     """
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
     before, now = read_note(manifest), json.loads(text)
     folder.mkdir(parents=True, exist_ok=True)
     if before != now:
-        found = [path for pattern in own for path in sorted(folder.glob(pattern)) if path != manifest]
+        known = before if isinstance(before, dict) else {}
+        changed = sorted(key for key in (known.keys() | now.keys()) - {*free} if known.get(key) != now.get(key))
+        found = [path for pattern in own for path in sorted(folder.glob(pattern)) if path != manifest and changed]
         if found and not manifest.exists():
             raise UserError(
                 f"{folder}: holds {found[0].name}, but no made_by.json, so it is not known to be cpn-fast's and would "
                 "be lost: move or delete it"
             )
         if found and isinstance(before, dict):
-            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             print(f"{folder} is made anew, for these have changed: {', '.join(changed)}", file=sys.stderr)
         for path in found:
             if path.is_dir() and not path.is_symlink():

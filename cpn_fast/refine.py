@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast import ranks, reading, train
+from cpn_fast import ranks, reading, resume, train
 from cpn_fast.affinity import combined_labels, fitting_radius, pair_affinities, random_walk
 from cpn_fast.cam import images_for, seed_sources, tags
 from cpn_fast.config import Config, CrfName
@@ -96,7 +96,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: ranks
         "radius": config.affinity.radius,
     }
     with owned(settings.run, rank):
-        _claim(rank, settings.run, made_by | train.decisive(settings), train.OWN)
+        _claim(rank, settings.run, made_by | train.decisive(settings), train.OWN, free=resume.LENGTH)
         weights = train.fit(settings, Affinity, part_of=(config, "affinity"))
     made_by = {
         "version": VERSION,
@@ -268,7 +268,13 @@ def _remember_tags(folder: Path, samples: Sequence[Sample]) -> str:
     return combined(now)
 
 
-def _claim(rank: ranks.Rank, folder: Path, made_by: dict[str, object], own: Sequence[str] = ("**/*.png",)) -> None:
+def _claim(
+    rank: ranks.Rank,
+    folder: Path,
+    made_by: dict[str, object],
+    own: Sequence[str] = ("**/*.png",),
+    free: Sequence[str] = (),
+) -> None:
     if rank.first:
-        claim(folder, made_by, own)
+        claim(folder, made_by, own, free=free)
     rank.wait()

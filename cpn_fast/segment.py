@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast import ranks, reading, train
+from cpn_fast import ranks, reading, resume, train
 from cpn_fast.cam import LISTED, images_for
 from cpn_fast.config import Config, CrfName
 from cpn_fast.crf import PARAMETERS, Room, dense_crf, process_pool
@@ -87,7 +87,7 @@ def run(config: Config, masks: Path) -> Path:
                 "masks_sha256": _digest(samples),
                 "bn_momentum": config.segment.bn_momentum,
             }
-            claim(settings.run, made_by | train.decisive(settings), train.OWN)
+            claim(settings.run, made_by | train.decisive(settings), train.OWN, free=resume.LENGTH)
         rank.wait()
         workers, verified = settings.train.data_threads, settings.run / "masks.json"
         check_files(samples, workers=workers, classes=len(config.classes), verified=verified)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
@@ -17,13 +16,13 @@ import yaml
 from torch import Tensor
 
 import cpn_fast
-from cpn_fast import checkpoint, kernels, precision, ranks, signals
+from cpn_fast import checkpoint, kernels, precision, ranks, resume, signals
 from cpn_fast import config as configs
 from cpn_fast.batch_size import sized
 from cpn_fast.config import Config, Train
 from cpn_fast.dataset import Sample, cannot_be_learned
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_metrics, read_note, remove_partials, replacing, with_checksum, write_json
+from cpn_fast.files import read_metrics, remove_partials, replacing, write_json
 from cpn_fast.finite import GradientGuard
 from cpn_fast.gallery import COUNT, Gallery
 from cpn_fast.hook import Hook
@@ -38,7 +37,6 @@ from cpn_fast.pipelines.shards import Shards, training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.progress import Progress
-from cpn_fast.provenance import image_digests
 from cpn_fast.step import Step, load_optimizer, make_optimizer, set_rate
 from cpn_fast.weights import (
     FINAL,
@@ -91,12 +89,16 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
     assert train.batch != "auto"
     final = config.run / FINAL
     if rank.first:
-        _open_run(config, device)
+        _refuse_another(config)
     whole = rank.gather(rank.first and is_whole(final))[0]
     state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
-    if whole and (state is not None or own_config(final) is not None):
-        if rank.first:
-            remember_list(config.run, training_list(config)[0], begins=False)
+    found = None
+    if rank.first and (state is not None or (whole and own_config(final) is not None)):
+        section = stage if stage == "train" else f"{stage}.train"
+        found = resume.resumed(config, training_list(config)[0], state, final if whole else None, section)
+    if rank.first:
+        _open_run(config, device)
+    if rank.gather(found is not None and found.finished)[0]:
         if hook is not None:
             hook.give(read_metrics(config.run / "metrics.jsonl"))
             hook.close()
@@ -106,7 +108,10 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
     if rank.first:
         for doubt in cannot_be_learned(samples, config.classes):
             print(f"Warning: {doubt}", file=sys.stderr)
-        remember_list(config.run, samples, begins=state is None)
+        for remark in found.remarks if found is not None else ():
+            print(remark)
+        if listed := resume.described(samples) if state is None else found.listed if found is not None else {}:
+            resume.remember(config.run, listed)
     torch.manual_seed(train.seed)
     method = build(config)
     network = method.network
@@ -161,7 +166,7 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
         world=rank.world,
         start_step=start * train.accumulate,
     )
-    steps = train.steps or (train.epochs or 0) * pipeline.steps_per_epoch // train.accumulate
+    steps = resume.number_of_steps(train, len(samples))
     if steps == 0:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
     generator = torch.Generator(device)
@@ -210,7 +215,8 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
             if stops:
                 raise signals.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
     if rank.first:
-        write_weights(final, to_released_keys(network.state_dict()), config=configs.dump(config))
+        tensors = to_released_keys(network.state_dict())
+        write_weights(final, tensors, config=configs.dump(config), training={"step": steps})
     rank.wait()
     return final
 
@@ -293,10 +299,8 @@ def keyed_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _open_run(config: Config, device: torch.device) -> None:
-    """Make the run's folder; refuse that of another config."""
-    resolved = configs.dump(config)
-    path = config.run / "config.yaml"
+def _refuse_another(config: Config) -> None:
+    """Raise UserError for the folder of a run of another config."""
     found = run_config(config.run)
     if found is not None:
         differing = differing_keys(configs.read(found[1], str(found[0])), config)
@@ -305,10 +309,14 @@ def _open_run(config: Config, device: torch.device) -> None:
                 f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}, says "
                 f"{found[0].name}. Give this one another name, or delete that folder"
             )
+
+
+def _open_run(config: Config, device: torch.device) -> None:
+    """Make the run's folder, with its config and its environment."""
     remove_partials(config.run, config.run / "checkpoints")
     checkpoint.prune(config.run / "checkpoints", config.train.keep_checkpoints)
-    with replacing(path) as file:
-        file.write(resolved.encode())
+    with replacing(config.run / "config.yaml") as file:
+        file.write(configs.dump(config).encode())
     environment = {
         "cpn_fast": cpn_fast.__version__,
         "torch": torch.__version__,
@@ -351,45 +359,10 @@ def decisive(config: Config) -> dict[str, Any]:
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:
-    """Which of the ``decisive`` keys differ."""
+    """Which of the ``decisive`` keys differ, but for those with which a run goes on (``resume``)."""
     before, now = decisive(one), decisive(other)
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-
-
-def remember_list(run: Path, samples: Sequence[Sample], *, begins: bool) -> None:
-    """Note in a run's folder which images and tags it ``begins`` with; warn on stderr if it began with others.
-
-    Images in shards are not looked at: shards say themselves what they were packed of.
-    """
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.id.encode() + b"\0")
-        digest.update(b"" if sample.label is None else np.packbits(sample.label).tobytes())
-    loose = [sample for sample in samples if sample.image.is_file()]
-    contents = dict(zip((s.id for s in loose), image_digests([s.image for s in loose]), strict=True))
-    now: dict[str, Any] = {"images": len(samples), "sha256": digest.hexdigest(), "contents": contents}
-    path = run / "list.json"
-    if begins:
-        write_json(path, with_checksum(now))
-        return
-    before = read_note(path)
-    if not isinstance(before, dict):  # earlier versions noted nothing
-        return
-    others = []
-    if any(before.get(key) != now[key] for key in ("images", "sha256")):
-        others.append("another list or other tags")
-    known = before.get("contents")
-    known = known if isinstance(known, dict) else {}
-    replaced = [id_ for id_, found in contents.items() if known.get(id_, found) != found]
-    if replaced:
-        few = f"{', '.join(replaced[:5])}{' ...' * (len(replaced) > 5)}"
-        others.append(f"{len(replaced)} other images under the same names ({few})")
-    if others:
-        print(
-            f"Warning: {run} was trained on {' and on '.join(others)} ({path.name}), and what it learned is kept: to "
-            "train on what the list is now, give the run another name or delete its folder",
-            file=sys.stderr,
-        )
+    keys = (before.keys() | now.keys()) - {*resume.LENGTH, "data.train_list"}
+    return sorted(key for key in keys if before.get(key) != now.get(key))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

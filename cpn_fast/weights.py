@@ -54,17 +54,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _read(in_package(path)).tensors
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], *, config: str = "") -> None:
-    """Write a .safetensors file with a checksum that ``read_weights`` compares, and the config (YAML) of a run."""
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], *, config: str = "", training: Mapping[str, Any] | None = None
+) -> None:
+    """Write a .safetensors file with a checksum that ``read_weights`` compares.
+
+    Of a run it has the config (YAML) and plain values of its ``training``: after which ``step`` these weights were, and
+    what is known of them.
+    """
     with replacing(path) as file:
-        file.write(_serialised(tensors, config))
+        file.write(_serialised(tensors, config, training))
 
 
-def _serialised(tensors: Mapping[str, Tensor], config: str = "") -> bytes:
+def _serialised(tensors: Mapping[str, Tensor], config: str = "", training: Mapping[str, Any] | None = None) -> bytes:
     """The same bytes of the same tensors: of metadata there is one entry, for the order of several is not defined."""
     # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    note = json.dumps({"sha256": _digest(own, config), "config": config})
+    said = {"config": config} if training is None else {"config": config, "training": dict(training)}
+    note = json.dumps({"sha256": _digest(own, said), **said})
     return safetensors.torch.save(own, metadata={_NOTE: note})
 
 
@@ -72,12 +79,24 @@ def own_config(path: Path) -> str | None:
     """The config (YAML) of the run that wrote a .safetensors file or a checkpoint; None of others."""
     if path.suffix != ".safetensors":
         return checkpoint.config_of(path)
+    found = _note(path).get("config")
+    return found if isinstance(found, str) and found else None
+
+
+def training_of(path: Path) -> dict[str, Any]:
+    """What ``write_weights`` was told of the training; empty of other files, and of a run's by earlier versions."""
+    found = _note(path).get("training")
+    return found if isinstance(found, dict) else {}
+
+
+def _note(path: Path) -> dict[str, Any]:
     try:
         reading.require_regular(path, reading.WEIGHTS)
         with safetensors.safe_open(path, "pt") as file:
-            return str(json.loads((file.metadata() or {})[_NOTE])["config"]) or None
+            found = json.loads((file.metadata() or {})[_NOTE])
     except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def run_config(run: Path) -> tuple[Path, str] | None:
@@ -120,8 +139,10 @@ def require_finite(scores: np.ndarray, weights: Path | str, image: str) -> None:
         )
 
 
-def _digest(tensors: Mapping[str, Tensor], config: str) -> str:
-    digest = hashlib.sha256(config.encode(errors="backslashreplace"))
+def _digest(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(said["config"].encode(errors="backslashreplace"))
+    if "training" in said:
+        digest.update(json.dumps(said["training"], sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -321,7 +342,7 @@ def _read_safetensors(path: Path) -> _Content:
     if note is not None:  # others write none
         try:
             written = json.loads(note)
-            whole = written["sha256"] == _digest(tensors, written["config"])
+            whole = written["sha256"] == _digest(tensors, written)
         except (ValueError, LookupError, TypeError, AttributeError):
             whole = False
         if not whole:

@@ -145,8 +145,14 @@ def test_other_settings_of_its_training_make_affinity_net_anew(seeded, capsys) -
     weights = "affinity/model.safetensors"
     assert run(log_every=1)[weights] == before[weights]
     assert "anew" not in capsys.readouterr().err
-    after = run(steps=3)
-    assert "affinity is made anew, for these have changed: train.steps" in capsys.readouterr().err
+    run(steps=3)
+    said = capsys.readouterr()
+    assert "affinity is made anew" not in said.err
+    assert "Going on after step 2: the run now has 3 steps" in said.out
+    with pytest.raises(UserError, match=r"affinity\.train\.steps is 2, but .* has made 3 steps"):
+        run(steps=2)
+    after = run(steps=3, lr=0.02)
+    assert "affinity is made anew, for these have changed: train.lr" in capsys.readouterr().err
     assert after[weights][1] != before[weights][1]
     assert {name for name in before if name.startswith(("crf", "labels")) and after[name] != before[name]} == set()
 

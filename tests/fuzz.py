@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from cpn_fast import checkpoint, config, evaluate
+from cpn_fast import checkpoint, coco, config, evaluate, owner
 from cpn_fast.config import Data
 from cpn_fast.dataset import load_samples
 from cpn_fast.errors import UserError
-from cpn_fast.files import read_metrics
-from cpn_fast.images import is_whole_png
+from cpn_fast.files import read_metrics, read_note, with_checksum
+from cpn_fast.images import is_whole_png, source_of
 from cpn_fast.labels import read_labels
 from cpn_fast.masks import read_mask, write_mask
 from cpn_fast.pipelines.decode import read_encoded
@@ -135,6 +136,18 @@ def settings(path: Path) -> None:
     assert config.parse(config.yaml.safe_load(config.dump(found)), "again") == found
 
 
+def instances(path: Path) -> None:
+    """Outlines are drawn too, as far as the JSON holds any."""
+    tree, _ = coco._read(path)
+    values = {category.id: 1 for category in tree.categories}
+    for image in tree.images:
+        if image.width * image.height > 10_000:
+            continue
+        own = [found for found in tree.annotations if found.image_id == image.id and found.category_id in values]
+        with suppress(ValueError):  # which the import catches
+            coco.mask_of(image, own, values)
+
+
 def text(*rows: tuple[str, ...]) -> bytes:
     file = io.StringIO()
     csv.writer(file).writerows(rows)
@@ -149,6 +162,21 @@ CONFIG = (
 LIST = "b\n/JPEGImages/a.jpg /SegmentationClass/a.png\nJPEGImages/ä ö.jpg\n".encode()
 TABLE = {"a": np.array([1.0, 0.0], np.float32), "b": np.array([0, 1])}
 EVALUATION = {"results": [{"kind": "oracle", "threshold": 0.5}], "ids": ["a", "b"]}
+INSTANCES = {
+    "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 10}],
+    "categories": [{"id": 3, "name": "cat"}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 3, "iscrowd": 0, "segmentation": [[1, 1, 15, 1, 15, 8, 1.5, 8]]},
+        {
+            "id": 2,
+            "image_id": 1,
+            "category_id": 3,
+            "iscrowd": 1,
+            "segmentation": {"size": [10, 20], "counts": [50, 150]},
+        },
+        {"id": 3, "image_id": 1, "category_id": 3, "iscrowd": 1, "segmentation": {"size": [10, 20], "counts": "b1f4"}},
+    ],
+}
 CAMS = Seed(np.array([0, 1]), np.random.default_rng(0).random((2, 5, 7), np.float32))
 STATE = {"step": 3, "model": {"a": torch.ones(2)}, "optimizer": {"state": {}}, "config": "name: x"}
 
@@ -173,7 +201,12 @@ READERS = {
     "evaluation": Reader(
         "evaluation.json", json.dumps(EVALUATION).encode(), lambda path: evaluate.held_out_threshold(path, ["z"])
     ),
-    "chunks": Reader("a.png", picture("PNG"), lambda path: is_whole_png(path.read_bytes())),
+    "instances": Reader("instances_a.json", json.dumps(INSTANCES).encode(), instances),
+    "note": Reader("made_by.json", json.dumps(with_checksum(EVALUATION)).encode(), read_note),
+    "owner": Reader(".lock", json.dumps(owner._self()).encode(), lambda path: owner._owner(path).encode()),
+    "chunks": Reader(
+        "a.png", picture("PNG"), lambda path: (is_whole_png(path.read_bytes()), source_of(path.read_bytes()))
+    ),
 }
 
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**64 - 1)

@@ -410,7 +410,7 @@ def run(
     blank = 0
     weights_sha256 = hashlib.sha256(reading.read_bytes(trained.weights, reading.WEIGHTS)).hexdigest()
     with owned(out):
-        remove_partials(out)
+        remove_partials(*{out, *((out / id_).parent for id_ in chosen)})
         for image, prediction in track(_readable(trained, list(ids), given, unreadable), "predict", total=len(ids)):
             place = out / ids[image]
             write_mask(place.with_name(f"{place.name}_mask.png"), prediction.mask)

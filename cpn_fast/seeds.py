@@ -172,10 +172,11 @@ def export_seeds(folder: Path, destination: Path, form: str) -> int:
     if not paths:
         raise UserError(f"{folder}: no CAM seeds (*.npz) there; `cpn-fast cam` writes them")
     with owned(destination):
-        remove_partials(destination)
-        for path in track(paths, f"exporting to {form}", total=len(paths)):
+        places = [(destination / path.relative_to(folder)).with_suffix(".npy") for path in paths]
+        remove_partials(*{destination, *(place.parent for place in places)})
+        for path, place in track(list(zip(paths, places, strict=True)), f"exporting to {form}", total=len(paths)):
             seed = read_seed(path)
-            with replacing((destination / path.relative_to(folder)).with_suffix(".npy")) as file:
+            with replacing(place) as file:
                 np.save(file, np.array(_FORMS[form](seed)), allow_pickle=True)
     return len(paths)
 

@@ -312,7 +312,10 @@ def test_folders_keep_their_names_hidden_files_are_passed_over_and_bad_ones_name
     (photos / "b/empty.png").touch()
     (photos / "c.webp").write_bytes(b"")
     Image.open(samples[1].image).save(photos / "c.webp")
+    (out / "b").mkdir(parents=True)
+    (out / "b/.gone_mask.png.tmp").touch()  # of another photo, as a killed command leaves it
     result = invoke(photos, "--model", small_run, "--out", out, "--tags", "fish")
+    assert not list(out.rglob(".*"))
     assert isinstance(result.exception, UserError)
     message = str(result.exception)
     assert "2 images cannot be read, the others are done" in message

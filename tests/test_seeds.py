@@ -207,6 +207,15 @@ def test_an_image_without_classes_is_exported_too(tmp_path: Path, form: str) -> 
         assert content == {}
 
 
+def test_export_removes_what_a_killed_one_left_half_written(tmp_path: Path) -> None:
+    write_seed(tmp_path / "seeds/a/1.npz", some_seed())
+    (tmp_path / "out/a").mkdir(parents=True)
+    for left in ("out/.0.npy.tmp", "out/a/.2.npy.tmp"):
+        (tmp_path / left).touch()
+    assert export_seeds(tmp_path / "seeds", tmp_path / "out", "cpn") == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["1.npy"]
+
+
 def test_export_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no CAM seeds"):
         export_seeds(tmp_path, tmp_path / "out", "cpn")

@@ -130,8 +130,13 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     from cpn_fast import train
 
     weights = train.run(settings)
+    from cpn_fast.validation import best_of
+
     metrics = weights.parent / "metrics.jsonl"
     print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
+    if best := best_of(settings.run):
+        taken = f"the {settings.train.use_weights} weights (train.use_weights)"
+        print(f"The best validation: {best}. Later stages take {taken}")
     then = command_line("cam", config, "--checkpoint", weights, overrides=overrides)
     _done("train", next=then, weights=weights, metrics=metrics)
 
@@ -149,13 +154,14 @@ def cam(
     from cpn_fast.config import load
 
     settings = load(config, overrides)
-    weights = checkpoint or settings.run
-    if weights.is_dir() or checkpoint is None:
-        weights /= "model.safetensors"
-    if checkpoint is None and not weights.exists():
-        raise UserError(f"{weights}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
+    if checkpoint is None and not (final := settings.run / "model.safetensors").exists():
+        raise UserError(f"{final}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
     from cpn_fast import cam
+    from cpn_fast.weights import chosen
 
+    weights = checkpoint or settings.run
+    if weights.is_dir():
+        weights = chosen(weights, settings)
     folder = cam.run(settings, weights, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
     print("  overlays: each image under its mask, with the names of its classes. Look at these")

@@ -312,6 +312,14 @@ class Train(Section):
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Count = 500
     """Steps between checkpoints; the last step always writes one."""
+    validate_every: Count | None = None
+    """Steps between scores of ``data.eval_list``, or of 200 of its images, evenly spread; one comes after the last
+    step. It is the mIoU of their seeds where all of them have ground truth, else the mean average precision of their
+    tags, at one scale without flip. best.safetensors keeps the weights with the highest. Null: none. In section
+    ``train`` alone."""
+    use_weights: Literal["last", "best"] = "last"
+    """What later stages, ``predict`` and the report take: the weights after the ``last`` step (model.safetensors) or
+    the ``best`` (best.safetensors, which ``validate_every`` writes)."""
     keep_checkpoints: Count = 2
     """The newest that are kept, for a restart and, when there are more, for curves of mIoU against steps
     (``cam --checkpoint``)."""
@@ -328,6 +336,12 @@ class Train(Section):
     def _has_one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.use_weights == "best" and self.validate_every is None:
+            raise ValueError("use_weights is best, which validate_every finds: give it the steps between scores")
         return self
 
 
@@ -524,6 +538,9 @@ class Config(Section):
             raise ValueError(f"model.stride 16 is for mobilenet_v2 and {TIMM}NAME; {self.model.backbone} has stride 8")
         if self.model.weights == Path("timm") and not self.model.backbone.startswith(TIMM):
             raise ValueError(f"model.weights timm is for model.backbone {TIMM}NAME, found {self.model.backbone}")
+        for name, part in (("affinity", self.affinity), ("segment", self.segment)):
+            if part.train.validate_every is not None:
+                raise ValueError(f"{name}.train.validate_every: scores while training are for section train alone")
         refines = self.model.pcm or self.model.prcm
         if self.cam.map == "refined" and not refines:
             raise ValueError("cam.map is refined but model.pcm and model.prcm are off: set cam.map to raw")

@@ -105,7 +105,7 @@ def _samples(config: Config, list_path: Path) -> list[Sample]:
 
 
 def _of_seeds(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
-    made = [sample for sample in samples if (place / "seeds" / f"{sample.id}.npz").is_file()]
+    made = [sample for sample in samples if (place / "seeds" / f"{sample.id}.npz").exists()]
     with ThreadPoolExecutor() as pool:
         probabilities = list(pool.map(lambda sample: seed_probabilities(place / "seeds" / f"{sample.id}.npz"), made))
     photos, named = [], []
@@ -123,7 +123,7 @@ def _of_seeds(place: Path, samples: list[Sample], config: Config) -> tuple[list[
 
 
 def _of_masks(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
-    made = [(sample, path) for sample in samples if (path := mask_path(place, sample)).is_file()]
+    made = [(sample, path) for sample in samples if (path := mask_path(place, sample)).exists()]
     with ThreadPoolExecutor() as pool:
         areas = list(track(pool.map(lambda pair: _areas(pair[1], config), made), place.name, total=len(made)))
     photos, named = [], []
@@ -144,7 +144,7 @@ def _of_masks(place: Path, samples: list[Sample], config: Config) -> tuple[list[
 def mask_path(place: Path, sample: Sample) -> Path:
     """The segmenter's mask of a photo, after the CRF if there is one."""
     refined = place / "crf" / f"{sample.id}.png"
-    return refined if refined.is_file() else place / "masks" / f"{sample.id}.png"
+    return refined if refined.exists() else place / "masks" / f"{sample.id}.png"
 
 
 def _areas(path: Path, config: Config) -> np.ndarray:

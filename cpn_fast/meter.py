@@ -25,6 +25,10 @@ AHEAD = 2
 """Steps that a GPU has still to make when the host waits for one: it never runs dry, and signals find the host near."""
 
 
+VALIDATED = "validation_"
+"""How figures of ``train.validate_every`` begin."""
+
+
 class Wait(NamedTuple):
     """From when a batch was asked for to when it was there."""
 
@@ -141,6 +145,13 @@ class Meter:
         waits, self.waits = self.waits, []
         self.under_way.append(_Told(step, figures.names, values, logits, labels, indices, there, line, waits))
 
+    def validated(self, figures: dict[str, float]) -> None:
+        """Add to the line that ends with the newest step; the time since then counts in no line's speed."""
+        line = self.under_way[-1].line
+        assert line is not None
+        line |= figures
+        self.began = time.perf_counter()
+
     def read(self, step: int, *, wait: bool) -> str | None:
         """Take in figures, after ``step`` was added: all of them, or without ``wait`` on a GPU those AHEAD steps old.
 
@@ -212,7 +223,8 @@ class Meter:
         self.last_step = step
         self._restart()
         loss = f"{means['loss']:.3f}" if "loss" in means else "not finite"
-        return f"loss {loss}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}"
+        scores = "".join(f"  {name} {value:.1%}" for name, value in line.items() if name.startswith(VALIDATED))
+        return f"loss {loss}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}{scores}"
 
 
 def mean_average_precision(labels: Tensor, logits: Tensor) -> float:

@@ -45,7 +45,7 @@ from cpn_fast.progress import tell, track
 from cpn_fast.provenance import image_digest
 from cpn_fast.seeds import Seed, unit_scale
 from cpn_fast.segment import class_probabilities, mask_of
-from cpn_fast.weights import load_into, own_config, read_weights, require_finite, to_network_keys
+from cpn_fast.weights import chosen, load_into, own_config, read_weights, require_finite, to_network_keys
 
 PRESENT = 0.5
 """A class counts as present from this probability on, where ``CamModel`` is given no tags."""
@@ -322,6 +322,8 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
         hint = f"trained runs there: {there}" if there else "`cpn-fast train` writes a run's model.safetensors"
         raise UserError(f"{weights}: no such file of weights; {hint}")
     config = _config_of(weights)
+    if path.is_dir():
+        weights = chosen(path, config)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tensors = to_network_keys(read_weights(weights))
 

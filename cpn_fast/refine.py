@@ -234,7 +234,7 @@ def _write_mask(
 def _seeds(config: Config, samples: Sequence[Sample]) -> Path:
     """Folder of the seeds. Raises UserError if some are missing, or are of other images or tags than are there now."""
     folder = config.run / "cams" / config.list_name(config.data.train_list)
-    again = f"cpn-fast cam CONFIG --checkpoint {config.run / 'model.safetensors'} --list {config.data.train_list}"
+    again = f"cpn-fast cam CONFIG --list {config.data.train_list}"
 
     def few(ids: list[str]) -> str:
         return f"{', '.join(ids[:3])}{' ...' * (len(ids) > 3)}"

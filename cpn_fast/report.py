@@ -25,6 +25,7 @@ from cpn_fast.evaluate import SUMMARY, Scores, confusion
 from cpn_fast.files import read_json, read_metrics, replacing
 from cpn_fast.found import LEAST, SURE, Found, Photo, all_found, mask_path
 from cpn_fast.masks import IGNORE, TINTS, cam_overlay, read_mask, tinted
+from cpn_fast.meter import VALIDATED
 from cpn_fast.pipelines.shards import training_list
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.predict import CamModel, Model, Segmenter
@@ -33,6 +34,7 @@ from cpn_fast.progress import track
 from cpn_fast.run import check
 from cpn_fast.seeds import Seed, read_seed
 from cpn_fast.terminal import command_line, plotted
+from cpn_fast.validation import best_of
 
 Item = TypeVar("Item")
 SHOWN = 8
@@ -192,6 +194,9 @@ def _training(path: Path, folder: Path) -> dict[str, Any]:
     maps = [line["mAP"] for line in lines if "mAP" in line]
     if maps:
         figures["classification mAP of the last epoch"] = f"{maps[-1]:.1%}"
+    if best := best_of(path.parent):
+        figures["best validation"] = best
+        figures["weights that later stages take"] = f"the {options.use_weights} (train.use_weights)"
     skipped = sum(line.get("skipped", 0) for line in lines)
     if skipped:
         figures["steps skipped, their gradients not being finite"] = f"{skipped:,}"
@@ -199,27 +204,29 @@ def _training(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """A plot for each quantity: the total loss with its parts, classification mAP, learning rate, speed."""
+    """A plot for each quantity: the total loss with its parts, validation, classification mAP, learning rate, speed."""
     known = ("step", "epoch", "lr", "images_per_second", "waiting", "gradient_norm", "scale", "skipped", "mAP")
+    keys = dict.fromkeys(itertools.chain(*lines))
     panels = {
-        "loss": [key for key in dict.fromkeys(itertools.chain(*lines)) if key not in known],
+        "loss": [key for key in keys if key not in known and not key.startswith(VALIDATED)],
+        "validation": [key for key in keys if key.startswith(VALIDATED)],
         "classification mAP": ["mAP"],
         "learning rate": ["lr"],
         "gradient norm": ["gradient_norm"],
         "images/s": ["images_per_second"],
     }
     plots = []
-    for title, keys in panels.items():
+    for title, shown in panels.items():
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        for key in keys:
+        for key in shown:
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
                 marker = "o" if len(points) < 3 else None
                 axes.plot(*zip(*points, strict=True), label=key, lw=2 if key == "loss" else 1.2, marker=marker)
         if not axes.lines:
             continue
-        if len(keys) > 1:
+        if title == "loss" and len(shown) > 1:
             figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
             axes.set_yscale("log")
         axes.set(title=title, xlabel="step")

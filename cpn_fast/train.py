@@ -38,8 +38,10 @@ from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.progress import Progress
 from cpn_fast.step import Step, load_optimizer, make_optimizer, set_rate
+from cpn_fast.validation import Validation
 from cpn_fast.weights import (
     FINAL,
+    chosen,
     is_whole,
     load_into,
     own_config,
@@ -61,11 +63,12 @@ def run(config: Config) -> Path:
 
 
 def fit(config: Config, build: Callable[[Config], Method], part_of: tuple[Config, str] | None = None) -> Path:
-    """Train, or continue where the run's newest checkpoint stands; returns the file of final weights.
+    """Train, or continue where the run's newest checkpoint stands; returns the file of its weights.
 
-    ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained;
-    ``part_of``, whose stage this is and which. Raises UserError for anything wrong with the data, the weights, or a
-    run folder that belongs to another config.
+    ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained, and with
+    ``train.use_weights`` whether the file is that of the last step or of the best; ``part_of``, whose stage this is and
+    which. Raises UserError for anything wrong with the data, the weights, or a run folder that belongs to another
+    config.
 
     Under torchrun the processes share each step's images and average their gradients; the first one writes. Their
     number may change between two starts.
@@ -102,7 +105,7 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
         if hook is not None:
             hook.give(read_metrics(config.run / "metrics.jsonl"))
             hook.close()
-        return final
+        return chosen(config.run, config)
 
     samples, shards = training_list(config, decode=rank.first)
     if rank.first:
@@ -182,6 +185,10 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
         labels = [sample.label for sample in samples[:COUNT] if sample.label is not None]
         gallery = Gallery(list(zip(_first_images(samples, shards), labels, strict=True)), config, network)
 
+    validation = None
+    if train.validate_every is not None and isinstance(network, Network):
+        validation = Validation(config, samples, rank, begins=start == 0)
+
     with meter, signals.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):
             torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
@@ -191,11 +198,14 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
             batches = [next(data) for _ in range(train.accumulate)]
             figures = make_step(batches)
             done = step + 1
-            logs = done % train.log_every == 0 or done == steps
+            validates = train.validate_every is not None and (done % train.validate_every == 0 or done == steps)
+            logs = done % train.log_every == 0 or done == steps or validates
             # One process stops after any step; several must stop after the same one, and agree when they log.
             stops = done < steps and (stopping() if rank.world == 1 else logs and any(rank.gather(stopping())))
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
             meter.add(done, train.lr * factor, figures, batches, ends_line=logs)
+            if validation is not None and validates:  # before the checkpoint: a run that goes on from it has its score
+                meter.validated(validation.after(done, network))
             note = meter.read(done, wait=keeps)
             if rank.first and keeps:
                 checkpoint.write(
@@ -218,7 +228,7 @@ def _fit(config: Config, build: Callable[[Config], Method], rank: ranks.Rank, pa
         tensors = to_released_keys(network.state_dict())
         write_weights(final, tensors, config=configs.dump(config), training={"step": steps})
     rank.wait()
-    return final
+    return chosen(config.run, config)
 
 
 def check_batch(train: Train, world: int, images: int | None = None, key: str = "train") -> None:
@@ -344,6 +354,7 @@ FREE = {"out", "hook", "superpixels.cache", "cam", "evaluate", "crf", "affinity"
         "data": ("root", "images", "labels", "masks", "eval_list"),
         "train": (
             *("log_every", "checkpoint_every", "keep_checkpoints", "data_threads", "nonfinite"),
+            *("validate_every", "use_weights"),
             *("compile", "cuda_graph", "checkpoint_activations"),
         ),
     }.items()

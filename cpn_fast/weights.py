@@ -29,14 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from cpn_fast import checkpoint, reading
-from cpn_fast.config import BACKBONES, PACKAGE, Model
+from cpn_fast.config import BACKBONES, PACKAGE, Config, Model
 from cpn_fast.errors import UserError
 from cpn_fast.files import create, replacing
 from cpn_fast.models import build_backbone
 from cpn_fast.models.network import HEADS
 
 FINAL = "model.safetensors"
-"""A run's weights, in its folder."""
+"""A run's weights after its last step, in its folder."""
+BEST = "best.safetensors"
+"""Those with the highest score of ``train.validate_every``."""
 _SHOWN = 5
 _NOTE = "cpn_fast"
 """Key of our entry in a file's metadata."""
@@ -73,6 +75,21 @@ def _serialised(tensors: Mapping[str, Tensor], config: str = "", training: Mappi
     said = {"config": config} if training is None else {"config": config, "training": dict(training)}
     note = json.dumps({"sha256": _digest(own, said), **said})
     return safetensors.torch.save(own, metadata={_NOTE: note})
+
+
+def chosen(run: Path, config: Config) -> Path:
+    """The weights of a run that later stages take, as ``train.use_weights`` says.
+
+    Raises UserError if those are the best and there are none.
+    """
+    if config.train.use_weights == "last":
+        return run / FINAL
+    if not (run / BEST).exists():
+        raise UserError(
+            f"train.use_weights is best, but there is no {run / BEST}: it is written while a run trains with "
+            "train.validate_every. Set train.use_weights to last, or raise train.steps: from there on it is written"
+        )
+    return run / BEST
 
 
 def own_config(path: Path) -> str | None:

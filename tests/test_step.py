@@ -579,6 +579,13 @@ def test_nothing_waits_for_the_gpu(precision: str, tiny_config) -> None:
         meter.read(3, wait=True)
 
 
+def test_a_step_takes_what_the_quickest_of_several_took_but_the_first(tiny_config, monkeypatch) -> None:
+    settings = config.load(tiny_config(**PLAIN))
+    clock = iter([0.0, 1.0, 10.0, 19.0, 20.0, 22.0, 30.0, 35.0])  # 1, 9, 2 and 5 seconds
+    monkeypatch.setattr("cpn_fast.batch_size.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert batch_size.try_steps(settings, METHODS["cam"], torch.device("cpu"), 2, 4) == 2
+
+
 @pytest.mark.gpu
 def test_auto_finds_a_batch_on_a_gpu(tiny_config) -> None:
     settings = config.load(tiny_config())

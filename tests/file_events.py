@@ -60,10 +60,10 @@ class Record:
 
     def note(self, kind: str, descriptor: int | None = None) -> None:
         """An event is about to happen."""
-        count, at, main, group, half, _ = self.FORM.unpack(self._memory[:])
+        count, at, main, group, half, killed_at = self.FORM.unpack(self._memory[:])
         count += kind != END
         fatal = at == (-1 if kind == END else count)
-        self._memory[:] = self.FORM.pack(count, at, main, group, half, kind.encode() if fatal else b"")
+        self._memory[:] = self.FORM.pack(count, at, main, group, half, kind.encode() if fatal else killed_at)
         if not fatal:
             return
         if half and kind == "fsync" and descriptor is not None:

@@ -221,7 +221,7 @@ class Trials:
         self.enter(f"before {name}")
         span, told = self.events[name] + 1, "killed at"
         for _ in range(most):
-            at = self.dice.randint(1, self.dice.choice((span, max(2, span // 4), min(span, 6))))
+            at = self.dice.randint(1, self.dice.choice((span, span, max(2, span // 3))))
             at = -1 if at == span else at
             kind = self.start(name, at=at)
             if kind is None:

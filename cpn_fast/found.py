@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,9 @@ from cpn_fast.errors import UserError
 from cpn_fast.files import read_note
 from cpn_fast.masks import read_mask
 from cpn_fast.progress import track
+from cpn_fast.reading import WEIGHTS, read_bytes
 from cpn_fast.seeds import seed_probabilities
+from cpn_fast.weights import FINAL, chosen
 
 SURE = 0.5
 """The network finds a class whose probability is at least this."""
@@ -64,6 +67,8 @@ class Found:
     photos: list[Photo]
     classes: list[ClassCount]
     """Empty without tags."""
+    outdated: bool
+    """Made of other weights than the run has now."""
 
 
 def all_found(folder: Path, config: Config) -> list[Found]:
@@ -71,6 +76,8 @@ def all_found(folder: Path, config: Config) -> list[Found]:
 
     A list that cannot is named on stderr. Raises UserError for damaged seeds and masks.
     """
+    weights = {"cams": chosen(folder, config), "segment": folder / "segment/deeplab" / FINAL}
+    now = {kind: sha256(read_bytes(path, WEIGHTS)).hexdigest() for kind, path in weights.items() if path.exists()}
     results = []
     for place in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):
         list_path = _list(place, config)
@@ -81,9 +88,12 @@ def all_found(folder: Path, config: Config) -> list[Found]:
         except UserError as error:
             print(f"Warning: the report leaves out {place}: {error}", file=sys.stderr)
             continue
-        photos, counts = (_of_seeds if place.parent.name == "cams" else _of_masks)(place, samples, config)
+        kind = place.parent.name
+        photos, counts = (_of_seeds if kind == "cams" else _of_masks)(place, samples, config)
+        note = read_note(place / "made_by.json")
+        outdated = isinstance(note, dict) and kind in now and note.get("weights_sha256") != now[kind]
         if photos:
-            results.append(Found(place.parent.name, list_path, place, photos, counts))
+            results.append(Found(kind, list_path, place, photos, counts, outdated))
     return results
 
 

@@ -18,7 +18,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from cpn_fast import reading
-from cpn_fast.config import Config, load, parse
+from cpn_fast.config import Config, Train, load, parse
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
@@ -131,10 +131,15 @@ def _next(folder: Path, config: Config, model: Model | None, overrides: list[str
     except UserError:  # a later stage lacks something, as its list
         return _PREDICT, command_line("predict", photo, "--model", folder)
     return (
-        "Sharper masks: this refines the seeds, and trains on them a segmenter that needs no tags. It takes about as "
-        "long again as the training:",
+        "Sharper masks, and a segmenter that needs no tags. This refines the seeds, for which AffinityNet trains for "
+        f"{_length(config.affinity.train)}, and trains the segmenter for {_length(config.segment.train)}. The training "
+        f"that is done had {_length(config.train)}.",
         command_line("run", *own, overrides=moved),
     )
+
+
+def _length(train: Train) -> str:
+    return f"{train.steps:,} steps" if train.steps else f"{train.epochs:,} epochs"
 
 
 _PREDICT = "Masks of other photos: name them, or a folder of them, in place of this one:"
@@ -229,7 +234,8 @@ def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         if title == "loss" and len(shown) > 1:
             figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
             axes.set_yscale("log")
-        axes.set(title=title, xlabel="step")
+        measure = f" ({shown[0].removeprefix(VALIDATED)})" if title == "validation" else ""
+        axes.set(title=f"{title}{measure}", xlabel="step")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         plots.append({"alt": f"{title} over the steps", "data": _embedded(figure)})
@@ -402,6 +408,7 @@ def _result(result: Found, folder: Path, config: Config) -> dict[str, Any]:
         "list": result.listed,
         "compared": len(compared),
         "trained_on": result.listed == config.data.train_list,
+        "outdated": result.outdated,
         "classes": [count for count in result.classes if count.tagged or count.besides],
         "galleries": [{"title": title, "rows": [row(photo) for photo in own]} for title, own in chosen.items() if own],
     }

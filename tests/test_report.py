@@ -211,6 +211,7 @@ def test_photos_without_scores_are_ordered_by_how_their_tags_and_the_network_agr
     assert [count.besides for count in found.classes] == [int(k == absent) for k in range(5)]
 
     html = report.run(run).page.read_text()
+    assert "Made of other weights" not in html
     shown = re.findall(r"<h4>(\S+) <span>agreement (\d+)%; ([^<]*)", html)
     assert [(id_, share) for id_, share, _ in shown] == [
         (samples[k].id, share) for k, share in ((0, "20"), (1, "30"), (2, "70"), (3, "60"))
@@ -218,6 +219,9 @@ def test_photos_without_scores_are_ordered_by_how_their_tags_and_the_network_agr
     name = settings.classes[int(np.flatnonzero(samples[1].label)[0])]
     assert f"<figcaption>heat: {name}, 30%" in html
     assert "It says nothing of outlines" in html
+    note = run / "cams/val/made_by.json"
+    note.write_text(note.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    assert "Made of other weights than this run has now" in report.run(run).page.read_text()
 
 
 def test_masks_of_a_segmenter_are_compared_with_tags(run: Path) -> None:

@@ -76,8 +76,7 @@ def init(
     made = init.run(folder.expanduser(), tags and tags.expanduser(), out, weights)
     for line in made.remarks:
         print(line)
-    print(f"The config is {made.config}. To the end it takes two commands: the next one, then")
-    print(f"    {command_line('run', made.config)}")
+    print(f"The config is {made.config}. Once doctor finds it sound: {command_line('run', made.config)}")
     _done("init", next=command_line("doctor", made.config), config=made.config)
 
 

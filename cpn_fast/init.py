@@ -239,7 +239,7 @@ def _set_steps(tree: dict[str, Any], photos: int) -> str:
     for stage in ("affinity", "segment"):  # each step costs about a third of CPN's, which has three views
         tree[stage]["train"]["steps"] = max(1, steps // 2)
     took = steps * seconds / 60
-    device = torch.cuda.get_device_name() if on_gpu else f"this CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if on_gpu else f"this CPU, {torch.get_num_threads()} thread(s)"
     return (
         f"A step of {batch} photos takes {seconds:.2g} s on {device}: training, {steps} steps, takes about {took:.0f} "
         f"minutes, and cpn-fast run, with the stages behind it, about {2 * took:.0f}"

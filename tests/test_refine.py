@@ -163,7 +163,7 @@ def test_missing_seeds_name_the_command(seeded) -> None:
     path.unlink()
     with pytest.raises(UserError, match=rf"1 of the 12 images .* no seed \({path.stem}\)") as caught:
         refine.run(seeded)
-    assert "cpn-fast cam CONFIG --checkpoint" in str(caught.value)
+    assert "cpn-fast cam CONFIG --list ImageSets/Segmentation/train.txt" in str(caught.value)
 
 
 def test_walked_scores_equal_the_released_steps(tiny_config) -> None:

@@ -381,7 +381,7 @@ def test_steps_of_nan_are_skipped_to_the_end(tiny_config, monkeypatch) -> None:
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert [line["skipped"] for line in lines(settings.run)] == [3, 3, 1]
     assert not any("mAP" in line or "loss" in line for line in lines(settings.run))
-    assert "steps skipped" in report.run(settings.run).read_text()
+    assert "steps skipped" in report.run(settings.run).page.read_text()
 
 
 class Mark:

@@ -34,11 +34,10 @@ from cpn_fast.config import Config, Evaluate
 from cpn_fast.dataset import Sample, load_samples, some
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_json, remove_partials, replacing, with_checksum
-from cpn_fast.masks import IGNORE, mask_source, read_mask
+from cpn_fast.masks import IGNORE, is_of_another_image, read_mask
 from cpn_fast.owner import owned
 from cpn_fast.progress import track
-from cpn_fast.provenance import image_digest, marked_image
-from cpn_fast.seeds import Seed, read_seed, seed_source
+from cpn_fast.seeds import Seed, read_seed
 
 Kind = Literal["held-out", "fixed", "oracle", "masks"]
 
@@ -411,9 +410,7 @@ def _each(
             return "files missing", path.name
         try:
             score(sample, path)
-            source = seed_source(path) if suffix == ".npz" else mask_source(path)
-            image = marked_image(source)
-            if image is not None and image != image_digest(sample.image):
+            if is_of_another_image(path, sample.image):
                 return "files of another image than is there now", path.name
         except _Problem as problem:
             kind, name = problem.args

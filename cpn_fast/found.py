@@ -19,7 +19,7 @@ from cpn_fast.config import Config
 from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import read_note
-from cpn_fast.masks import read_mask
+from cpn_fast.masks import is_of_another_image, read_mask
 from cpn_fast.progress import track
 from cpn_fast.reading import WEIGHTS, read_bytes
 from cpn_fast.seeds import seed_probabilities
@@ -115,7 +115,8 @@ def _samples(config: Config, list_path: Path) -> list[Sample]:
 
 
 def _of_seeds(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
-    made = [sample for sample in samples if (place / "seeds" / f"{sample.id}.npz").exists()]
+    paths = [(sample, place / "seeds" / f"{sample.id}.npz") for sample in samples]
+    made = [sample for sample, _ in of_these_images([(sample, path) for sample, path in paths if path.exists()])]
     with ThreadPoolExecutor() as pool:
         probabilities = list(pool.map(lambda sample: seed_probabilities(place / "seeds" / f"{sample.id}.npz"), made))
     photos, named = [], []
@@ -133,7 +134,7 @@ def _of_seeds(place: Path, samples: list[Sample], config: Config) -> tuple[list[
 
 
 def _of_masks(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
-    made = [(sample, path) for sample in samples if (path := mask_path(place, sample)).exists()]
+    made = of_these_images([(sample, path) for sample in samples if (path := mask_path(place, sample)).exists()])
     with ThreadPoolExecutor() as pool:
         areas = list(track(pool.map(lambda pair: _areas(pair[1], config), made), place.name, total=len(made)))
     photos, named = [], []
@@ -149,6 +150,20 @@ def _of_masks(place: Path, samples: list[Sample], config: Config) -> tuple[list[
         photos.append(Photo(sample, agreement, ", ".join([*missed, *besides])))
         named.append((sample.label, there))
     return _ordered(photos), _counts(named, config)
+
+
+def of_these_images(results: list[tuple[Sample, Path]]) -> list[tuple[Sample, Path]]:
+    """Those of images with their results that are of the images that are there now; others are named on stderr."""
+    old = [path for sample, path in results if is_of_another_image(path, sample.image)]
+    if old:
+        few = f"{', '.join(path.name for path in old[:3])}{' ...' * (len(old) > 3)}"
+        print(
+            f"Warning: the report leaves out {len(old)} files of {old[0].parent} ({few}): they are of other images "
+            "than are there now. The command that wrote them makes them anew",
+            file=sys.stderr,
+        )
+    left_out = set(old)
+    return [(sample, path) for sample, path in results if path not in left_out]
 
 
 def mask_path(place: Path, sample: Sample) -> Path:

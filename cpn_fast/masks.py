@@ -16,7 +16,8 @@ from cpn_fast import reading
 from cpn_fast.errors import UserError
 from cpn_fast.files import replacing
 from cpn_fast.images import UnreadableImage, is_whole_png, opened, source_of
-from cpn_fast.seeds import read_seed
+from cpn_fast.provenance import image_digest, marked_image
+from cpn_fast.seeds import read_seed, seed_source
 
 if TYPE_CHECKING:
     from cpn_fast.dataset import Sample
@@ -96,6 +97,15 @@ def mask_source(path: Path) -> str | None:
         return source_of(reading.read_bytes(path, reading.MASK))
     except OSError as error:
         raise UserError(f"{path}: not readable as a PNG: {error.strerror}") from None
+
+
+def is_of_another_image(path: Path, image: Path) -> bool:
+    """Whether a seed or a mask says that it was made of another image than is there now; others' files say nothing.
+
+    Raises UserError for a mask or an image that cannot be read.
+    """
+    found = marked_image(seed_source(path) if path.suffix == ".npz" else mask_source(path))
+    return found is not None and found != image_digest(image)
 
 
 def tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

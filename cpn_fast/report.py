@@ -23,7 +23,7 @@ from cpn_fast.dataset import Sample, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.evaluate import SUMMARY, Scores, confusion
 from cpn_fast.files import read_json, read_metrics, replacing
-from cpn_fast.found import LEAST, SURE, Found, Photo, all_found, mask_path
+from cpn_fast.found import LEAST, SURE, Found, Photo, all_found, mask_path, of_these_images
 from cpn_fast.masks import IGNORE, TINTS, cam_overlay, read_mask, tinted
 from cpn_fast.meter import VALIDATED
 from cpn_fast.pipelines.shards import training_list
@@ -318,12 +318,14 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
     """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
     source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
     listed = {sample.id: sample for sample in _listed(config, Path(tree["list"]))}
-    samples = [listed[id_] for id_ in tree["ids"]]
+    ending = ".png" if threshold is None else ".npz"
+    results = of_these_images([(listed[id_], source / f"{id_}{ending}") for id_ in tree["ids"]])
+    samples = [sample for sample, _ in results]
 
     def predicted(sample: Sample) -> np.ndarray:
         if threshold is None:
-            return read_mask(source / f"{sample.id}.png")
-        return read_seed(source / f"{sample.id}.npz").mask(threshold)
+            return read_mask(source / f"{sample.id}{ending}")
+        return read_seed(source / f"{sample.id}{ending}").mask(threshold)
 
     def score(sample: Sample) -> float:
         assert sample.mask is not None

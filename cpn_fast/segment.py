@@ -32,7 +32,7 @@ from cpn_fast.dataset import Sample, check_files, load_samples
 from cpn_fast.errors import UserError
 from cpn_fast.files import claim, replacing, write_json
 from cpn_fast.images import can_be_kept
-from cpn_fast.masks import mask_source, write_mask
+from cpn_fast.masks import is_of_another_image, write_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
@@ -41,7 +41,7 @@ from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.pipelines.superpixels import read_image
 from cpn_fast.precision import autocast
 from cpn_fast.progress import Progress
-from cpn_fast.provenance import VERSION, combined, image_digests, mark, marked_image
+from cpn_fast.provenance import VERSION, combined, image_digests, mark
 from cpn_fast.weights import load_into, read_weights, require_finite, to_network_keys
 
 POSSIBLE = 0.01
@@ -67,9 +67,7 @@ def run(config: Config, masks: Path) -> Path:
         )
     images = image_digests([sample.image for sample in samples])
     old = [
-        sample.id
-        for sample, image in zip(samples, images, strict=True)
-        if sample.mask is not None and marked_image(mask_source(sample.mask)) not in (None, image)
+        sample.id for sample in samples if sample.mask is not None and is_of_another_image(sample.mask, sample.image)
     ]
     if old:
         raise UserError(

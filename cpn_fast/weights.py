@@ -282,7 +282,7 @@ def convert(source: Path, destination: Path) -> Conversion:
     """Rewrite a weight file as .safetensors or .pth (a bare state dict), by released names.
 
     Raises UserError for an unreadable source, for weights that are not all of one of our backbones, with any heads, and
-    for a destination that exists or has another suffix.
+    for a destination that is there with other content, or has another suffix.
     """
     if destination.suffix not in (".safetensors", ".pth"):
         found = destination.suffix or "no suffix"

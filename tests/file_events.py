@@ -66,7 +66,7 @@ class Record:
         self._memory[:] = self.FORM.pack(count, at, main, group, half, kind.encode() if fatal else killed_at)
         if not fatal:
             return
-        if half and kind == "fsync" and descriptor is not None:
+        if half and kind == "fsync" and descriptor is not None and (group or main == os.getpid()):  # who lives goes on
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         if group:
             os.killpg(0, signal.SIGKILL)

@@ -116,7 +116,7 @@ def command(name: str, world: World) -> list[str]:
         "evaluate masks": ["evaluate", str(world.config), "--masks", str(world.run / "cams/val/masks")],
         "segment": ["segment", str(world.config), "--masks", str(world.run / "cams/val/masks")],
         "predict": ["predict", str(world.image), "--model", str(world.run), "--out", str(world.run / "predicted")],
-        "report": ["report", str(world.run)],
+        "report": ["report", str(world.run), "--set", f"data.root={world.root}"],
         "refine": ["refine", str(world.config)],
         "convert": ["convert", str(world.run / "code.pth"), str(world.run / "new.pth")],
     }[name]
@@ -287,6 +287,7 @@ FAULTS: dict[str, Callable[[World], object]] = {
     ),
     "a damaged evaluation.json": lambda w: cut(next(w.run.rglob("evaluation.json"))),
     "an image that was replaced after its seed": lambda w: w.save(noise(*w.size, 3), "JPEG"),
+    "an image that was replaced by a larger one": lambda w: w.save(noise(300, 400, 3), "JPEG"),
     "a missing seed": lambda w: w.seed.unlink(),
     "a damaged record of what made the seeds": lambda w: (w.run / "cams/val/made_by.json").write_bytes(b"\xff{"),
 }
@@ -479,6 +480,13 @@ ROWS = [
         "segment",
         1,
         "1 masks are of other images than are there now (val_0001)",
+    ),
+    row(
+        "an image that was replaced by a larger one",
+        "report",
+        0,
+        "the report leaves out 1 files of",
+        "(val_0001.npz): they are of other images than are there now",
     ),
     row("a missing seed", "evaluate", 1, "1 files missing: val_0001.npz"),
     row("a damaged mask of the seeds", "cam again", 0, "val_0001.png is damaged and made again"),

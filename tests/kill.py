@@ -170,7 +170,7 @@ class Trials:
         try:
             os.setsid()
             os.chdir(self.world)
-            log = os.open(self.scratch / "log.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            log = os.open(self.scratch / "log.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -21,18 +21,15 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) docs
 
-# mypy finds packages by folder and not by setup.py's mapping: it is shown the tree as installed.
 types: setup
-	rm -rf .venv/types && mkdir -p .venv/types/cpn_fast
-	ln -s $(CURDIR)/cpn_fast/* $(CURDIR)/kernels $(CURDIR)/pipelines .venv/types/cpn_fast/
-	cd .venv/types && ../bin/mypy --config-file ../../pyproject.toml -p cpn_fast
+	$(BIN)/mypy -p cpn_fast
 
 # The pages as a site, in site/. A broken link is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test-timm: .venv-timm/ready
-	OMP_NUM_THREADS=1 .venv-timm/bin/python -m pytest tests/test_timm_backbone.py
+	OMP_NUM_THREADS=1 .venv-timm/bin/python -m pytest tests/models/test_timm_backbone.py
 
 # The CPU build of torch has no torchvision, so this is the ordinary build of both.
 .venv-timm/ready: setup.py Makefile
@@ -49,8 +46,10 @@ TORCH ?= torch==2.11.0 triton==3.6.0 "numpy<2.4"
 VENV ?= .venv-oldest
 
 test-torch: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(addprefix tests/test_,compiled_graphs.py kernels.py kernels_losses.py \
-		kernels_transforms.py kernels_triton.py step.py train.py cam.py training_pipeline.py inference_pipeline.py precision.py)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(addprefix tests/kernels/test_,compiled_graphs.py kernels.py \
+		kernels_losses.py kernels_transforms.py kernels_triton.py) tests/training tests/stages/test_train.py \
+		tests/stages/test_cam.py $(addprefix tests/pipelines/test_,training_pipeline.py inference_pipeline.py) \
+		tests/runtime/test_precision.py
 
 $(VENV)/ready: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)

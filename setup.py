@@ -10,19 +10,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    # Bare, "kernels" and "pipelines" would shadow other packages: they are installed inside cpn_fast.
-    packages=[
-        *find_packages(include=["cpn_fast", "cpn_fast.*"]),
-        "cpn_fast.kernels",
-        "cpn_fast.pipelines",
-        "cpn_fast.configs",
-    ],
-    package_dir={
-        "cpn_fast.kernels": "kernels",
-        "cpn_fast.pipelines": "pipelines",
-        "cpn_fast.configs": "configs",
-    },
-    package_data={"cpn_fast": ["py.typed", "report.html"], "cpn_fast.configs": ["*.yaml"]},
+    # kernels, pipelines and configs are linked to from inside cpn_fast: bare, they would shadow other packages.
+    packages=find_packages(include=["cpn_fast", "cpn_fast.*"]),
+    package_data={"cpn_fast": ["py.typed"], "cpn_fast.commands": ["report.html"], "cpn_fast.configs": ["*.yaml"]},
     entry_points={"console_scripts": ["cpn-fast = cpn_fast.cli:main"]},
     install_requires=[
         "torch>=2.11",

@@ -32,12 +32,12 @@ from timing import arguments, folder, machine, peak_extra_bytes, plot_bars, prin
 from torch.nn import functional as F
 from train_step import convolution_flops, keep_alive, multiply_rate, step_times
 
-from cpn_fast.cam import summed_cams
 from cpn_fast.config import Cam, Model
-from cpn_fast.dataset import Sample
+from cpn_fast.data.dataset import Sample
+from cpn_fast.data.seeds import unit_scale
 from cpn_fast.models import build_backbone, network
+from cpn_fast.models.inference import summed_cams
 from cpn_fast.pipelines.inference import scaled_images
-from cpn_fast.seeds import unit_scale
 
 CLASSES = 20
 

@@ -31,7 +31,7 @@ from timing import arguments, folder, machine, plot_bars, print_table, write_jso
 from torch.utils.data import DataLoader, Dataset
 
 from cpn_fast.config import Augment, Superpixels
-from cpn_fast.dataset import Sample
+from cpn_fast.data.dataset import Sample
 from cpn_fast.pipelines.decode import decode, read_encoded
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from timing import arguments, call_times, folder, machine, print_table, write_json
 
-from cpn_fast.evaluate import Scores, ThresholdSweep, confusion
-from cpn_fast.masks import IGNORE
-from cpn_fast.seeds import Seed
+from cpn_fast.data.masks import IGNORE
+from cpn_fast.data.scores import Scores, ThresholdSweep, confusion
+from cpn_fast.data.seeds import Seed
 
 CLASSES, HEIGHT, WIDTH, IMAGES = 20, 375, 500, 6
 THRESHOLDS = np.arange(20, 60) / 100

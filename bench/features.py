@@ -23,13 +23,14 @@ import torch
 from timing import arguments, folder, machine, print_table, write_json
 from torch import Tensor
 
-from cpn_fast.cam import images_for, tags
-from cpn_fast.config import Config, load
-from cpn_fast.dataset import Sample, load_samples
+from cpn_fast.config import Config
+from cpn_fast.config_file import load
+from cpn_fast.data.dataset import Sample, load_samples, tags
 from cpn_fast.kernels import region_correlation
 from cpn_fast.models.backbone import Features
+from cpn_fast.models.inference import images_for
 from cpn_fast.models.network import Network, build_network
-from cpn_fast.train import start_from
+from cpn_fast.models.pretrained import start_from
 
 IMAGES = 64
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cpn_fast import provenance
-from cpn_fast.crf import PARAMETERS, dense_crf, with_background
-from cpn_fast.images import can_be_kept, read_image
-from cpn_fast.masks import write_mask
-from cpn_fast.provenance import image_digest
-from cpn_fast.seeds import Seed, read_seed, seed_digest, seed_source, write_seed
+from cpn_fast.data import provenance
+from cpn_fast.data.images import read_image
+from cpn_fast.data.masks import write_mask
+from cpn_fast.data.png import can_be_kept
+from cpn_fast.data.provenance import image_digest
+from cpn_fast.data.seeds import Seed, read_seed, seed_digest, seed_source, write_seed
+from cpn_fast.refinement.crf import PARAMETERS, dense_crf, with_background
 
 VOC = 10_582
 HEIGHT, WIDTH = 375, 500

@@ -30,7 +30,8 @@ from timing import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast.affinity import pair_affinities, pairs, random_walk
+from cpn_fast.refinement.affinity import pair_affinities, pairs
+from cpn_fast.refinement.walk import random_walk
 
 RADIUS, BETA = 5, 8
 CASES = (((56, 56), 6), ((56, 56), 8), ((47, 63), 6))

@@ -20,10 +20,13 @@ from typing import Any
 
 from timing import arguments, folder, logged_rate, machine, print_table, write_json
 
-from cpn_fast import checkpoint, evaluate, train
-from cpn_fast.config import Config, load
-from cpn_fast.files import read_json
-from cpn_fast.reproduce import at_scale, scored_seeds
+from cpn_fast.commands.reproduce import at_scale, scored_seeds
+from cpn_fast.config import Config
+from cpn_fast.config_file import load
+from cpn_fast.data.scores import Evaluation
+from cpn_fast.runtime.files import read_json
+from cpn_fast.stages import train
+from cpn_fast.training import checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("cam", "seam", "seam_prcm", "grid", "paper")
@@ -113,7 +116,7 @@ def earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[int, dict[
     return tree["rows"], curves
 
 
-def oracle_threshold(found: evaluate.Evaluation) -> float:
+def oracle_threshold(found: Evaluation) -> float:
     (threshold,) = (result.threshold for result in found.results if result.kind == "oracle")
     assert threshold is not None
     return threshold

@@ -21,8 +21,8 @@ import yaml
 from schedule import write_network
 from timing import arguments, folder, logged_rate, machine, plot_bars, print_table, write_json
 
+from cpn_fast.commands.demo_data import DEMO_CLASSES, generate
 from cpn_fast.config import Model
-from cpn_fast.demo_data import DEMO_CLASSES, generate
 from cpn_fast.models import build_backbone
 from cpn_fast.models.network import Network
 

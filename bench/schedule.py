@@ -32,17 +32,19 @@ from data_pipeline import generate
 from timing import ROOT, arguments, folder, machine, print_table, wait, write_json
 from train_step import PRESENT, keep_alive
 
-from cpn_fast import cam, ranks, refine, segment, train
-from cpn_fast.config import Config, load
-from cpn_fast.crf import write_label_maps
-from cpn_fast.dataset import load_samples
+from cpn_fast.config import Config
+from cpn_fast.config_file import load
+from cpn_fast.data.dataset import load_samples
 from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import build_affinity_net
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.models.network import build_network
+from cpn_fast.models.weights import to_released_keys
 from cpn_fast.pipelines.superpixels import SuperpixelCache
-from cpn_fast.weights import to_released_keys
+from cpn_fast.refinement.crf import write_label_maps
+from cpn_fast.runtime import distributed
+from cpn_fast.stages import cam, refine, segment, train
 
 GOAL = 60.0
 """Minutes on one H100 with 16 cores."""
@@ -138,7 +140,7 @@ def write_network(network: Headed, path: Path) -> None:
 
 def listed_stages(config: Config, weights: Path) -> dict[str, Callable[[], object]]:
     """What goes through a list, in its order; each reads what those before it have written."""
-    device, list_path = ranks.join().device, config.data.train_list
+    device, list_path = distributed.join().device, config.data.train_list
     samples, photos = (
         load_samples(config.data, config.classes, path, labels=True, masks=False)
         for path in (list_path, long_list(list_path))
@@ -239,7 +241,7 @@ def main() -> int:
     parser.add_argument("--few", type=int, help="images of the shorter list; the longer has four times as many")
     parser.add_argument("--steps", type=int, help="of each training (default 12, on a GPU 60)")
     options = parser.parse_args()
-    device = ranks.join().device
+    device = distributed.join().device
     gpu, cores = device.type == "cuda", os.cpu_count() or 1
     few, steps = options.few or (cores if gpu else 2), options.steps or (60 if gpu else 12)
     counts = {"warm-up": few, "few": few, "many": 4 * few}

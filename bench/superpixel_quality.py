@@ -32,9 +32,10 @@ from skimage.segmentation import find_boundaries, slic
 from superpixels import generated_scene, spread
 from timing import arguments, folder, machine, print_table, write_json
 
+from cpn_fast.commands.demo_data import generate
 from cpn_fast.config import Superpixels
-from cpn_fast.demo_data import generate
-from cpn_fast.pipelines.superpixels import described, read_image, segment
+from cpn_fast.data.images import read_image
+from cpn_fast.pipelines.superpixels import described, segment
 
 COUNTS = (50, 200, 1000)
 Way = Callable[[np.ndarray, int], np.ndarray]

@@ -28,9 +28,10 @@ from timing import arguments, folder, kernel_columns, machine, plot_bars, print_
 
 from cpn_fast import kernels
 from cpn_fast.config import Patches, Superpixels
-from cpn_fast.dataset import Sample
-from cpn_fast.patches import Pair, complementary_pair
-from cpn_fast.pipelines.superpixels import SuperpixelCache, read_image, segment
+from cpn_fast.data.dataset import Sample
+from cpn_fast.data.images import read_image
+from cpn_fast.methods.patches import Pair, complementary_pair
+from cpn_fast.pipelines.superpixels import SuperpixelCache, segment
 from cpn_fast.pipelines.superpixels import described as described_engine
 
 SIZE = 448

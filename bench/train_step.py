@@ -54,10 +54,10 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from cpn_fast.config import Model, Patches
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
+from cpn_fast.methods.patches import Pair, complementary_pair
 from cpn_fast.models import build_backbone, network
 from cpn_fast.models.backbone import Backbone, Headed
 from cpn_fast.models.resnet38d import Block, Bottleneck
-from cpn_fast.patches import Pair, complementary_pair
 
 CLASSES, SUPERPIXELS = 20, 200
 PRESENT = (1, 2, 1, 1, 3, 1, 2, 1)  # classes of successive images, as often as in VOC

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cpn_fast.predict import load as load
+    from cpn_fast.commands.predict import load as load
 
 __version__ = "0.1.0"
-
-# In a checkout that is not installed, kernels, pipelines and configs lie beside this folder and not in it.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
 
 
 def __getattr__(name: str) -> Any:
     """``cpn_fast.load``, imported when it is asked for: it needs torch, and ``cpn-fast --help`` does not."""
     if name == "load":
-        from cpn_fast.predict import load
+        from cpn_fast.commands.predict import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import cpn_fast
-from cpn_fast import progress, ranks
-from cpn_fast.errors import UserError, is_out_of_memory
-from cpn_fast.files import refusal
-from cpn_fast.owner import owned
-from cpn_fast.signals import EXIT_CODE, Stopped, acted_on
-from cpn_fast.terminal import command_line, escaping, shown
+from cpn_fast.runtime import distributed, progress
+from cpn_fast.runtime.errors import UserError, is_out_of_memory
+from cpn_fast.runtime.files import refusal
+from cpn_fast.runtime.interrupts import EXIT_CODE, Stopped, acted_on
+from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.terminal import command_line, escaping, shown
+
+if TYPE_CHECKING:
+    from cpn_fast.config import Config
 
 if TYPE_CHECKING:
     from cpn_fast.config import Config
@@ -37,6 +40,12 @@ ListFile = Annotated[
 ]
 
 # Stages are imported in their commands, after the config is read: neither --help nor a misspelt key waits for torch.
+
+
+def _settings(config: Path, overrides: list[str]) -> Config:
+    from cpn_fast import config_file
+
+    return config_file.load(config, overrides)
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,28 +80,27 @@ def init(
     weights: Annotated[Path | None, typer.Option(help="Pretrained weights of MobileNetV2 or ResNet38d.")] = None,
 ) -> None:
     """Write a config for a folder of tagged photos that trains on this machine in about an hour."""
-    from cpn_fast import init
+    from cpn_fast.commands import init
 
     made = init.run(folder.expanduser(), tags and tags.expanduser(), out, weights)
     for line in made.remarks:
         print(line)
     print(f"The config is {made.config}. Once doctor finds it sound: {command_line('run', made.config)}")
-    _done("init", next=command_line("doctor", made.config), config=made.config)
+    _done("init", then=command_line("doctor", made.config), config=made.config)
 
 
 @app.command()
 def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
     """Fill the superpixel cache for the training list; what is there already is kept."""
-    from cpn_fast.config import load
-    from cpn_fast.dataset import load_samples
+    from cpn_fast.data.dataset import load_samples
     from cpn_fast.pipelines.superpixels import SuperpixelCache
 
-    settings = load(config, overrides)
+    settings = _settings(config, overrides)
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
     cache.build(samples)
     print(f"Superpixels of {len(samples)} images are in {cache.folder}")
-    _done("superpixels", next=command_line("train", config, overrides=overrides), superpixels=cache.folder)
+    _done("superpixels", then=command_line("train", config, overrides=overrides), superpixels=cache.folder)
 
 
 @app.command()
@@ -102,12 +110,11 @@ def shards(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Pack the training list (images, tags, superpixels) into WebDataset shards, which train reads with data.shards."""
-    from cpn_fast.config import load
-    from cpn_fast.dataset import load_samples
+    from cpn_fast.data.dataset import load_samples
     from cpn_fast.pipelines.shards import pack
     from cpn_fast.pipelines.superpixels import SuperpixelCache
 
-    settings = load(config, overrides)
+    settings = _settings(config, overrides)
     train = settings.train
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
     cached = settings.superpixels.mode == "cached"
@@ -115,19 +122,18 @@ def shards(
     made = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
     print(f"{len(samples)} samples are in {destination}, {made} shards were made")
     with_shards = [*overrides, f"data.shards={destination.absolute()}"]
-    _done("shards", next=command_line("train", config, overrides=with_shards), shards=destination)
+    _done("shards", then=command_line("train", config, overrides=with_shards), shards=destination)
 
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Train, or continue a run that was interrupted."""
-    from cpn_fast.config import load
 
-    settings = load(config, overrides)
-    from cpn_fast import train
+    settings = _settings(config, overrides)
+    from cpn_fast.stages import train
 
     weights = train.run(settings)
-    from cpn_fast.validation import best_of
+    from cpn_fast.training.validation import best_of
 
     metrics = weights.parent / "metrics.jsonl"
     print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
@@ -135,7 +141,7 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
         taken = f"the {settings.train.use_weights} weights (train.use_weights)"
         print(f"The best validation: {best}. Later stages take {taken}")
     then = command_line("cam", config, "--checkpoint", weights, overrides=overrides)
-    _done("train", next=then, weights=weights, metrics=metrics)
+    _done("train", then=then, weights=weights, metrics=metrics)
 
 
 @app.command()
@@ -148,13 +154,12 @@ def cam(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Make CAM seeds, masks and overlays for a list of tagged images."""
-    from cpn_fast.config import load
 
-    settings = load(config, overrides)
+    settings = _settings(config, overrides)
     if checkpoint is None and not (final := settings.run / "model.safetensors").exists():
         raise UserError(f"{final}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
-    from cpn_fast import cam
-    from cpn_fast.weights import chosen
+    from cpn_fast.models.weights import chosen
+    from cpn_fast.stages import cam
 
     weights = checkpoint or settings.run
     if weights.is_dir():
@@ -168,7 +173,7 @@ def cam(
     then = _scored(settings, list_file or settings.data.eval_list) and command_line(
         "evaluate", config, "--cams", folder / "seeds", *listed, overrides=overrides
     )
-    _done("cam", next=then or _reported(settings), **{name: folder / name for name in ("seeds", "masks", "overlays")})
+    _done("cam", then=then or _reported(settings), **{name: folder / name for name in ("seeds", "masks", "overlays")})
 
 
 @app.command()
@@ -183,17 +188,16 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Score seeds (every background threshold at once) or masks against the ground truth."""
-    from cpn_fast.config import load
 
-    settings = load(config, overrides)
-    from cpn_fast import evaluate
+    settings = _settings(config, overrides)
+    from cpn_fast.stages import evaluate
 
     found = evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
     figures = [
         {"kind": kind, "threshold": threshold, "mean_iou": float(scores.mean_iou)}
         for kind, threshold, scores in ((result.kind, result.threshold, result.scores) for result in found.results)
     ]
-    _done("evaluate", next=command_line("report", settings.run), evaluation=found.path, results=figures)
+    _done("evaluate", then=command_line("report", settings.run), evaluation=found.path, results=figures)
 
 
 @app.command()
@@ -204,10 +208,9 @@ def information(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Count the seeds that the sum of a complementary pair's CAMs adds over the plain CAM, by size of patch."""
-    from cpn_fast.config import load
 
-    settings = load(config, overrides)
-    from cpn_fast import information
+    settings = _settings(config, overrides)
+    from cpn_fast.commands import information
 
     picture = information.run(settings, checkpoint, list_file)
     print(f"Curves are in {picture}, figures in the .json beside it")
@@ -236,7 +239,7 @@ def predict(
     ] = [],  # noqa: B006
 ) -> None:
     """Segment images with a trained model: overlay, palette mask and JSON of classes for each."""
-    from cpn_fast import predict
+    from cpn_fast.commands import predict
 
     given: list[str] | Path | None = None
     if tags is not None:
@@ -257,17 +260,16 @@ def predict(
 @app.command()
 def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Refine the training list's seeds to pseudo-masks: CRF, AffinityNet, random walk. Finished parts are kept."""
-    from cpn_fast.config import load
 
-    settings = load(config, overrides)
-    from cpn_fast import refine
+    settings = _settings(config, overrides)
+    from cpn_fast.stages import refine
 
     masks = refine.run(settings)
     print(f"Pseudo-masks are in {masks}")
     words: tuple[object, ...] = ("segment", config)
     if _scored(settings, settings.data.train_list):
         words = ("evaluate", config, "--masks", masks, "--list", settings.data.train_list)
-    _done("refine", next=command_line(*words, overrides=overrides), masks=masks)
+    _done("refine", then=command_line(*words, overrides=overrides), masks=masks)
 
 
 @app.command()
@@ -285,14 +287,13 @@ def segment(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Train the DeepLab segmenter on pseudo-masks of the training list, then segment another list. No tags needed."""
-    from cpn_fast.config import load
-    from cpn_fast.dataset import load_samples
+    from cpn_fast.data.dataset import load_samples
 
-    settings = load(config, overrides)
+    settings = _settings(config, overrides)
     listed = list_file or settings.segment.eval_list
     # Before training, which takes hours:
     load_samples(settings.data, settings.classes, listed, labels=False, masks=False)
-    from cpn_fast import segment
+    from cpn_fast.stages import segment
 
     if submission:
         segment.check_submission(submission)
@@ -306,20 +307,19 @@ def segment(
     then = _scored(settings, listed) and command_line(
         "evaluate", config, "--masks", best, "--list", listed, overrides=overrides
     )
-    _done("segment", next=then or _reported(settings), weights=weights, masks=best)
+    _done("segment", then=then or _reported(settings), weights=weights, masks=best)
 
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """All stages: train, cam, refine, segment, with scores. Finished work is skipped, interrupted work continued."""
-    from cpn_fast.config import load
 
-    settings = load(config, overrides)
-    from cpn_fast import run
+    settings = _settings(config, overrides)
+    from cpn_fast.stages import chain
 
-    stages = run.run(settings)
+    stages = chain.run(settings)
     results = [{"name": name, "list": path, "mean_iou": miou} for name, path, miou in stages]
-    _done("run", next=command_line("report", settings.run), results=results)
+    _done("run", then=command_line("report", settings.run), results=results)
 
 
 @app.command()
@@ -332,7 +332,7 @@ def reproduce(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Train whatever a table or figure of the paper needs and is not there yet, and print it beside the paper's."""
-    from cpn_fast import reproduce
+    from cpn_fast.commands import reproduce
 
     if commands:
         for line in reproduce.commands(name, config, overrides):
@@ -354,19 +354,19 @@ def import_coco(
     destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="The data set's folder.")],
 ) -> None:
     """Make tags, masks and a list of COCO's instances JSON, or of another data set's in that form."""
-    from cpn_fast import coco
+    from cpn_fast.commands import import_coco
 
     with owned(destination):
-        made = coco.run(instances, images, destination)
+        made = import_coco.run(instances, images, destination)
     print(f"{made.images} images of {len(made.classes)} classes are listed in {destination / made.list}")
     if made.negatives:
         print(f"{made.negatives} of them show no object and are negatives")
     then = None
-    if made.classes == coco.coco_classes():
-        then = command_line("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
+    if made.classes == import_coco.coco_classes():
+        then = command_line("doctor", "configs/import_coco.yaml", overrides=[f"data.root={destination}"])
     else:
-        print(f"A config for them has, beside its section train:\n\n{coco.config_lines(made, destination)}")
-    _done("import-coco", next=then, list=destination / made.list, classes=made.classes)
+        print(f"A config for them has, beside its section train:\n\n{import_coco.config_lines(made, destination)}")
+    _done("import-coco", then=then, list=destination / made.list, classes=made.classes)
 
 
 @app.command()
@@ -378,12 +378,12 @@ def convert(
 ) -> None:
     """Convert weights (.params, .pth, .safetensors), or write a run or its segmenter for torch.export or as ONNX."""
     if destination.suffix not in (".pt2", ".onnx"):
-        from cpn_fast.weights import convert
+        from cpn_fast.models.weights import convert
 
         print(convert(source, destination))
         _done("convert", weights=destination)
         return
-    from cpn_fast import predict
+    from cpn_fast.commands import predict
 
     model = predict.load(source, "cpu")
     model.export(destination)
@@ -404,7 +404,7 @@ def export(
     form: Annotated[str, typer.Option(help="cpn, seam or irn: the released code that is to read them.")],
 ) -> None:
     """Write seeds in the form that released code reads."""
-    from cpn_fast.seeds import export_seeds
+    from cpn_fast.data.seeds import export_seeds
 
     print(f"{export_seeds(seeds, destination, form)} seeds in {form}'s form are in {destination}")
     _done("export", seeds=destination)
@@ -416,11 +416,11 @@ def report(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Write a run's report: one HTML page with curves, scores and pictures. --set data.root=FOLDER if images moved."""
-    from cpn_fast import report
+    from cpn_fast.commands import report
 
     page, then = report.run(run, overrides)
     print(f"The report is {page}: open it in a browser")
-    _done("report", next=then, page=page)
+    _done("report", then=then, page=page)
 
 
 @app.command()
@@ -431,12 +431,11 @@ def doctor(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Check Python, torch, the GPU, Triton, DALI and the rest, and say how to mend what does not work."""
-    from cpn_fast import doctor
-    from cpn_fast.config import load
+    from cpn_fast.commands import doctor
 
-    sound = doctor.run(None if config is None else load(config, overrides))
+    sound = doctor.run(None if config is None else _settings(config, overrides))
     following = command_line("demo") if config is None else command_line("run", config, overrides=overrides)
-    _done("doctor", next=following if sound else None, sound=sound)
+    _done("doctor", then=following if sound else None, sound=sound)
     if not sound:
         raise typer.Exit(1)
 
@@ -446,16 +445,16 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the generated data set and the runs.")] = Path("runs/demo"),
 ) -> None:
     """Generate a small data set, train CPN and a plain CAM on it, and score both."""
-    from cpn_fast import demo
+    from cpn_fast.commands import demo
 
     with owned(out):
         demo.run(out)
-    _done("demo", next=command_line("report", out / "demo"), folder=out)
+    _done("demo", then=command_line("report", out / "demo"), folder=out)
 
 
 def _scored(settings: Config, list_path: Path) -> bool:
     """Whether results of a list can be scored."""
-    from cpn_fast.dataset import has_ground_truth
+    from cpn_fast.data.dataset import has_ground_truth
 
     return has_ground_truth(settings.data, settings.classes, list_path)
 
@@ -465,11 +464,11 @@ def _reported(settings: Config) -> str | None:
     return command_line("report", settings.run) if (settings.run / "config.yaml").is_file() else None
 
 
-def _done(command: str, *, next: str | None = None, **made: object) -> None:
+def _done(command: str, *, then: str | None = None, **made: object) -> None:
     """The last word of a command: what to run next, and for programs what it made."""
-    if next:
-        print(f"Next: {next}")
-    progress.tell("done", command=command, **made, **({"next": next} if next else {}))
+    if then:
+        print(f"Next: {then}")
+    progress.tell("done", command=command, **made, **({"next": then} if then else {}))
 
 
 def main() -> None:
@@ -483,7 +482,7 @@ def main() -> None:
         try:
             _run()
         except Exception:
-            ranks.tell_torchrun(shown(traceback.format_exc()))
+            distributed.tell_torchrun(shown(traceback.format_exc()))
             raise
 
 
@@ -496,7 +495,7 @@ def _run() -> None:
     except OSError as error:  # the last net: those who write or read name the file
         _fail(f"{os.fsdecode(error.filename) if error.filename else 'a file'}: {refusal(error)}")
     except (MemoryError, RuntimeError) as error:
-        if ranks.lost_another(error):
+        if distributed.lost_another(error):
             _fail(f"this process ends, for another one did; that one says why ({_first_line(error)})", cause=False)
         if not is_out_of_memory(error):
             raise
@@ -517,7 +516,7 @@ def _run() -> None:
 def _fail(message: str, *, cause: bool = True) -> NoReturn:
     progress.tell("error", message=message)
     said = shown(f"Error: {message}")
-    ranks.tell_torchrun(said, cause=cause)
+    distributed.tell_torchrun(said, cause=cause)
     sys.exit(said)
 
 

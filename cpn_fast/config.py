@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
-
-from cpn_fast import reading
-from cpn_fast.errors import UserError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -384,7 +380,7 @@ class Crf(Section):
     """
 
     parameters: CrfName = "seam-labels"
-    """A released set of parameters; ``PARAMETERS`` of ``cpn_fast/crf.py`` lists them."""
+    """A released set of parameters; ``PARAMETERS`` of ``cpn_fast/refinement/crf.py`` lists them."""
     low_alpha: Exponent = 4.0
     """A class that wins against the large background score of this alpha is certain. SEAM and psa 4."""
     high_alpha: Exponent = 24.0
@@ -583,107 +579,3 @@ class Config(Section):
     def superpixel_cache(self) -> Path:
         """Parent folder of superpixel caches."""
         return self.out / self.superpixels.cache
-
-
-def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file and apply ``key.sub=value`` overrides (values are YAML).
-
-    The key ``base`` names a file, relative to this one, whose keys hold where this one says nothing.
-    Raises UserError with every problem found: unreadable file, unknown keys (with the nearest known one), values.
-    """
-    tree = _read(path)
-    for override in overrides or []:
-        _override(tree, override)
-    return parse(tree, str(path))
-
-
-def _read(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(reading.read_text(path, reading.CONFIG))
-    except (FileNotFoundError, IsADirectoryError):
-        there = [str(file) for folder in (path.parent, path, Path("configs")) for file in sorted(folder.glob("*.yaml"))]
-        stems = {Path(name).stem: name for name in reversed(there)}
-        near = difflib.get_close_matches(path.stem, stems, n=1)
-        hint = f"Did you mean {stems[near[0]]}? " if near else ""
-        listed = ", ".join(dict.fromkeys(there)) or "none in that folder"
-        raise UserError(f"{path}: no such config. {hint}There are: {listed}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    if "base" not in tree:
-        return tree
-    base = path.parent / str(tree.pop("base"))
-    if os.path.realpath(base) in above:
-        raise UserError(f"{path}: base {base} leads back to itself")
-    return _merged(_read(base, (*above, os.path.realpath(base))), tree)
-
-
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in own.items():
-        inner = merged.get(key)
-        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def parse(tree: dict[str, Any], source: str) -> Config:
-    """Validate a tree of plain values; ``source`` names it in errors."""
-    try:
-        return Config.model_validate(tree)
-    except pydantic.ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
-
-
-def read(text: str, source: str) -> Config:
-    """A config from YAML as ``dump`` writes it. Raises UserError, which names ``source``, for anything else."""
-    try:
-        tree = yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{source}: not readable as YAML: {error}") from None
-    return parse(tree, source)
-
-
-def dump(config: Config) -> str:
-    """The resolved config as YAML that ``load`` reads back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise UserError(f"--set {text!r}: expected key.sub=value")
-    *parents, last = key.split(".")
-    for name in parents:
-        section = tree.get(name, {})
-        if not isinstance(section, dict):
-            raise UserError(f"--set {text!r}: {name} is a value, not a section")
-        tree[name] = tree = dict(section)  # a copy: an alias in the YAML may stand for the same section elsewhere
-    try:
-        tree[last] = yaml.safe_load(value)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--set {text!r}: the value is not YAML: {error}") from None
-
-
-def _explain(problem: Any) -> str:
-    where = [str(part) for part in problem["loc"]]
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where[-1], _known(where[:-1]), n=1, cutoff=0.5)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("missing", "value_error"):
-        return f"{key}: {message}" if key else message
-    found = reprlib.repr(problem["input"])  # what aliases repeat may be endless
-    quote = ""
-    if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float, type(None))):
-        quote = '; quote it ("no", "7"): YAML takes no, yes, on, off, null and digits for something else'
-    return f"{key}: {message}, found {found}{quote}"
-
-
-def _known(where: list[str]) -> list[str]:
-    section: Any = Config
-    for name in where:
-        section = section.model_fields[name].annotation
-    return list(section.model_fields)

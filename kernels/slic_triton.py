@@ -488,13 +488,13 @@ def slic(images: Tensor, mask: Tensor | None, count: int, compactness: float, it
         _colours_kernel[over_pixels](
             packed, images, light, curve, *images.stride(), width, pixels, BLOCK=BLOCK, **PIXELS
         )
-        for round in range(iterations + 1):
+        for turn in range(iterations + 1):
             _assign_kernel[(grid.cells * parts, batch)](
                 labels, roots, sums, packed, shown, centres, weight(compactness), grid.step, height, width,
-                grid.rows, grid.columns, parts, HAS_MASK=mask is not None, FIRST=round == 0, LAST=round == iterations,
+                grid.rows, grid.columns, parts, HAS_MASK=mask is not None, FIRST=turn == 0, LAST=turn == iterations,
                 PART=PART, BLOCK=WARP, **ASSIGN,
             )  # fmt: skip
-            if round < iterations:
+            if turn < iterations:
                 _means_kernel[(grid.cells, batch)](centres, sums, grid.rows, grid.columns, parts, BLOCK=WARP, **ASSIGN)
         _link_kernel[over_pixels](roots, labels, width, pixels, BLOCK=BLOCK, **PIXELS)
         _root_kernel[over_pixels](roots, sizes, labels, pixels, BLOCK=BLOCK, **PIXELS)

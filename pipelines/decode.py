@@ -17,8 +17,8 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from cpn_fast import reading
-from cpn_fast.images import UnreadableImage, opened, upright
+from cpn_fast.data.images import UnreadableImage, opened, upright
+from cpn_fast.runtime import reading
 
 
 class Encoded(NamedTuple):

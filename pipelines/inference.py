@@ -12,7 +12,7 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from cpn_fast.config import Rgb
-from cpn_fast.dataset import Sample
+from cpn_fast.data.dataset import Sample
 from cpn_fast.pipelines.decode import build, decode, device_id, image_size, read_encoded, run
 
 

@@ -25,16 +25,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from nvidia.dali import Pipeline, fn
 
-from cpn_fast import ranks, reading
 from cpn_fast.config import Config, Superpixels
-from cpn_fast.dataset import Sample, check_files, load_checked, load_samples
-from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, read_note, remove_partials, replacing, with_checksum, write_json
-from cpn_fast.labels import IMAGE_SUFFIXES, read_labels
-from cpn_fast.owner import LOCK, owned
+from cpn_fast.data.dataset import Sample, check_files, load_checked, load_samples
+from cpn_fast.data.labels import IMAGE_SUFFIXES, read_labels
+from cpn_fast.data.provenance import combined, image_digests
 from cpn_fast.pipelines.superpixels import SuperpixelCache
-from cpn_fast.progress import track
-from cpn_fast.provenance import combined, image_digests
+from cpn_fast.runtime import distributed, reading
+from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.files import read_json, read_note, remove_partials, replacing, with_checksum, write_json
+from cpn_fast.runtime.owner import LOCK, owned
+from cpn_fast.runtime.progress import track
 
 FORMAT = 2
 SIZE = 1000  # samples of a shard: about 100 MB of VOC's images
@@ -183,7 +183,7 @@ def pack(
     Returns how many shards were made. May be interrupted and run again: finished ones are kept. Under torchrun each
     process packs its share of them. Raises UserError for damaged images, and for a folder with anything else in it.
     """
-    rank = ranks.join()
+    rank = distributed.join()
     if cache is not None:
         cache.build(samples)
     ordered = [samples[index] for index in np.random.default_rng(seed).permutation(len(samples))]
@@ -207,7 +207,7 @@ def _pack(
     folder: Path,
     made_by: dict[str, Any],
     tags: bytes,
-    rank: ranks.Rank,
+    rank: distributed.Rank,
     workers: int,
 ) -> int:
     size = made_by["size"]
@@ -266,7 +266,7 @@ def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
     if unfinished:
         raise UserError(
             f"{folder}: {len(unfinished)} shards are missing or of another size than their index says "
-            f"({', '.join(unfinished[:3])}{' ...' * (len(unfinished) > 3)}). Pack or copy them again"
+            f"({some(unfinished, 3)}). Pack or copy them again"
         )
     labels = read_labels(folder / "tags.csv", ids, classes)
     samples = [Sample(id_, shards[index // size] / id_, None, labels[id_]) for index, id_ in enumerate(ids)]

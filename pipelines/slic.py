@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cpn_fast.errors import UserError
-from cpn_fast.images import read_image
+from cpn_fast.data.images import read_image
+from cpn_fast.runtime.errors import UserError
 
 SIDE = 2**15 - 1
 """fast-slic keeps coordinates in 16 bits with a sign (context.cpp, ``cluster_x``)."""

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpn_fast import ranks, reading
 from cpn_fast.config import Superpixels
-from cpn_fast.dataset import Sample
-from cpn_fast.errors import UserError
-from cpn_fast.files import read_json, remove_partials, replacing, write_json
-from cpn_fast.images import UnreadableImage, is_whole_png, opened
-from cpn_fast.images import read_image as read_image  # where everybody looks for it
-from cpn_fast.owner import owned
+from cpn_fast.data.dataset import Sample
+from cpn_fast.data.images import UnreadableImage, opened, read_image
+from cpn_fast.data.png import is_whole_png
+from cpn_fast.data.provenance import image_digest
 from cpn_fast.pipelines import slic
 from cpn_fast.pipelines.workers import Workers
-from cpn_fast.progress import track
-from cpn_fast.provenance import image_digest
+from cpn_fast.runtime import distributed, reading
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.files import read_json, remove_partials, replacing, write_json
+from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.progress import track
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +168,7 @@ class SuperpixelCache:
         Raises UserError for an unreadable image, one that ends the process which segments it, an unwritable folder, or
         a folder of other parameters.
         """
-        rank = ranks.join()
+        rank = distributed.join()
         if not any(rank.gather(bool(self.missing(rank.share(samples))))):
             if rank.first:
                 with suppress(OSError):  # a full cache may be read only

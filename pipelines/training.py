@@ -25,14 +25,14 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpn_fast import reading
 from cpn_fast.config import Augment, Rgb, Superpixels
-from cpn_fast.dataset import Sample
-from cpn_fast.errors import UserError
-from cpn_fast.images import is_whole_png
+from cpn_fast.data.dataset import Sample
+from cpn_fast.data.png import is_whole_png
 from cpn_fast.pipelines.decode import build, decode, device_id, read_encoded, run
 from cpn_fast.pipelines.shards import Shards
 from cpn_fast.pipelines.superpixels import segment_batch
+from cpn_fast.runtime import reading
+from cpn_fast.runtime.errors import UserError
 
 SHUFFLE, AUGMENT = range(2)  # streams of random numbers
 PREFETCH = 2  # batches

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any, TypeVar
 
-from cpn_fast.errors import UserError
+from cpn_fast.runtime.errors import UserError
 
 Result = TypeVar("Result")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from cpn_fast import cam, evaluate, segment, train
-from cpn_fast.config import parse
-from cpn_fast.demo_data import DEMO_CLASSES, generate
-from cpn_fast.masks import IGNORE, read_mask, write_mask
+from cpn_fast.commands.demo_data import DEMO_CLASSES, generate
+from cpn_fast.config_file import parse
+from cpn_fast.data.masks import IGNORE, read_mask, write_mask
+from cpn_fast.stages import cam, evaluate, segment, train
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,20 +24,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+import yaml
 from PIL import Image
 
-from cpn_fast import checkpoint, coco, config, evaluate, owner
+from cpn_fast import config_file
+from cpn_fast.commands import import_coco
 from cpn_fast.config import Data
-from cpn_fast.dataset import load_samples
-from cpn_fast.errors import UserError
-from cpn_fast.files import read_metrics, read_note, with_checksum
-from cpn_fast.images import is_whole_png, source_of
-from cpn_fast.labels import read_labels
-from cpn_fast.masks import read_mask, write_mask
+from cpn_fast.data.dataset import load_samples
+from cpn_fast.data.images import read_image
+from cpn_fast.data.labels import read_labels
+from cpn_fast.data.masks import read_mask, write_mask
+from cpn_fast.data.png import is_whole_png, source_of
+from cpn_fast.data.seeds import Seed, read_seed, write_seed
+from cpn_fast.models.weights import read_weights
 from cpn_fast.pipelines.decode import read_encoded
-from cpn_fast.pipelines.superpixels import read_image
-from cpn_fast.seeds import Seed, read_seed, write_seed
-from cpn_fast.weights import read_weights
+from cpn_fast.runtime import owner
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.files import read_metrics, read_note, with_checksum
+from cpn_fast.stages import evaluate
+from cpn_fast.training import checkpoint
 
 CLASSES = ("cat", "dog")
 MEMORY = 2**31
@@ -132,20 +137,20 @@ def metrics(path: Path) -> None:
 
 
 def settings(path: Path) -> None:
-    found = config.load(path)
-    assert config.parse(config.yaml.safe_load(config.dump(found)), "again") == found
+    found = config_file.load(path)
+    assert config_file.parse(yaml.safe_load(config_file.dump(found)), "again") == found
 
 
 def instances(path: Path) -> None:
     """Outlines are drawn too, as far as the JSON holds any."""
-    tree, _ = coco._read(path)
+    tree, _ = import_coco._read(path)
     values = {category.id: 1 for category in tree.categories}
     for image in tree.images:
         if image.width * image.height > 10_000:
             continue
         own = [found for found in tree.annotations if found.image_id == image.id and found.category_id in values]
         with suppress(ValueError):  # which the import catches
-            coco.mask_of(image, own, values)
+            import_coco.mask_of(image, own, values)
 
 
 def text(*rows: tuple[str, ...]) -> bytes:

@@ -37,19 +37,11 @@ import yaml
 from file_events import END, PLACE, Record, watch
 from PIL import Image
 
-from cpn_fast import (
-    batch_size,
-    cli,
-    config,
-    demo,
-    information,  # noqa: F401
-    init,  # noqa: F401
-    predict,  # noqa: F401
-    report,  # noqa: F401
-    reproduce,  # noqa: F401
-    run,  # noqa: F401
-)
-from cpn_fast.demo_data import DEMO_CLASSES, generate
+from cpn_fast import cli, config, config_file  # noqa: F401
+from cpn_fast.commands import demo, information, init, predict, report, reproduce  # noqa: F401
+from cpn_fast.commands.demo_data import DEMO_CLASSES, generate
+from cpn_fast.stages import chain  # noqa: F401
+from cpn_fast.training import batch_size
 
 LOGS = ("metrics.jsonl", "events.", "verified.json", "masks.json")
 """Files that tell of times, or of the starts themselves."""
@@ -134,7 +126,7 @@ def shrink() -> None:
     small = [*few, *(f"{section}.{override}" for section in ("affinity", "segment") for override in few)]
     small += ["augment.long_side=[64,96]", "augment.crop=64", "superpixels.count=30", "cam.scales=[0.5]"]
     demo.generate = functools.partial(generate, train=4, val=2)
-    demo.load = lambda path, overrides: config.load(path, [*overrides, *small])
+    demo.load = lambda path, overrides: config_file.load(path, [*overrides, *small])
     batch_size.try_steps = lambda *_: 60.0
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["cpn_fast.cam", "cpn_fast.evaluate", "cpn_fast.train"])  # imported once for all
+CONTEXT.set_forkserver_preload(
+    ["cpn_fast.stages.cam", "cpn_fast.stages.evaluate", "cpn_fast.stages.train"]
+)  # imported once for all
 
 
 def run_in_processes(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
@@ -48,6 +50,6 @@ def _run(number: int, world: int, port: int, pipe: Any, function: Callable[..., 
         raise
     pipe.send(result)
     pipe.close()
-    from cpn_fast import ranks
+    from cpn_fast.runtime import distributed
 
-    ranks.join().wait()  # none may leave while another still talks to it
+    distributed.join().wait()  # none may leave while another still talks to it

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cpn_fast.config import load
+from cpn_fast.config_file import load
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -242,7 +242,9 @@ def test_a_result_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
 def test_benches_and_commands_run_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
     for part in ("bench", "cpn_fast", "kernels", "pipelines", "configs"):
-        shutil.copytree(BENCH.parent / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(
+            BENCH.parent / part, tmp_path / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
     libraries = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
     environment = os.environ | {"PYTHONPATH": libraries}
     where = "import cpn_fast.kernels, cpn_fast.pipelines; print(cpn_fast.__path__[0], cpn_fast.kernels.__path__[0])"
@@ -254,7 +256,7 @@ def test_benches_and_commands_run_from_a_checkout_that_is_not_installed(tmp_path
         given = [sys.executable, "-S", *command]
         return subprocess.run(given, check=True, cwd=tmp_path, env=environment, stdout=-1, text=True).stdout.split()
 
-    assert printed("bench/where.py") == 2 * [str(tmp_path / "cpn_fast"), str(tmp_path / "kernels")]
+    assert printed("bench/where.py") == 2 * [str(tmp_path / "cpn_fast"), str(tmp_path / "cpn_fast/kernels")]
     assert "train" in printed("-m", "cpn_fast", "--help")
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cpn_fast import cli, train
+from cpn_fast import cli
 from cpn_fast.cli import app
+from cpn_fast.stages import train
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cpn_fast import config
-from cpn_fast.errors import UserError
+from cpn_fast import config, config_file
+from cpn_fast.runtime.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MINIMAL = "name: x\ndata: {root: there}\ntrain: {epochs: 2}\n"
@@ -26,9 +26,9 @@ def write(tmp_path: Path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load_and_survive_a_round_trip(path: Path, write) -> None:
-    loaded = config.load(path)
+    loaded = config_file.load(path)
     assert loaded.name == path.stem
-    assert config.load(write(config.dump(loaded))) == loaded
+    assert config_file.load(write(config_file.dump(loaded))) == loaded
 
 
 # The values of SEAM's released code, which CPN's later stages are.
@@ -89,7 +89,7 @@ STAGES = {
 @pytest.mark.parametrize("source", ["defaults", "voc.yaml"])
 def test_later_stages_are_the_released_ones(source: str, write) -> None:
     shipped = Path(__file__).parent.parent / "configs" / source
-    settings = config.load(write(MINIMAL) if source == "defaults" else shipped).model_dump()
+    settings = config_file.load(write(MINIMAL) if source == "defaults" else shipped).model_dump()
 
     def same_keys(tree: dict, expected: dict) -> dict:
         return {key: same_keys(tree[key], e) if isinstance(e, dict) else tree[key] for key, e in expected.items()}
@@ -100,7 +100,7 @@ def test_later_stages_are_the_released_ones(source: str, write) -> None:
 def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
     path = write("name: x\ndata: {root: there, imags: a}\ntrain: {epochs: 2, lr: -1}\nmetod: cpn\n")
     with pytest.raises(UserError) as error:
-        config.load(path)
+        config_file.load(path)
     text = str(error.value)
     assert "3 problem(s)" in text
     assert "data.imags: unknown key; did you mean images?" in text
@@ -137,13 +137,13 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
 )
 def test_what_is_wrong_is_said(text: str, message: str, write) -> None:
     with pytest.raises(UserError) as error:
-        config.load(write(text))
+        config_file.load(write(text))
     assert message in str(error.value)
 
 
 def test_base_holds_where_the_file_says_nothing(write) -> None:
     write(MINIMAL + "loss: {tcp: 0.5, cpcr: 0.25}\n", "base.yaml")
-    loaded = config.load(write("base: base.yaml\nname: own\nloss: {tcp: 2}\n"))
+    loaded = config_file.load(write("base: base.yaml\nname: own\nloss: {tcp: 2}\n"))
     assert loaded.name == "own"
     assert (loaded.loss.tcp, loaded.loss.cpcr) == (2, 0.25)
     assert loaded.train.epochs == 2
@@ -151,30 +151,30 @@ def test_base_holds_where_the_file_says_nothing(write) -> None:
 
 def test_overrides_are_yaml_values_and_are_validated(write) -> None:
     path = write(MINIMAL)
-    loaded = config.load(path, ["augment.long_side=[100, 200]", "model.weights=a.pth", "patches.kind=grid"])
+    loaded = config_file.load(path, ["augment.long_side=[100, 200]", "model.weights=a.pth", "patches.kind=grid"])
     assert loaded.augment.long_side == (100, 200)
     assert loaded.model.weights == Path("a.pth")
     assert loaded.patches.kind == "grid"
     for wrong in ("train.epochs", "name.sub=1", "train.epoch=3", "train.lr=[1"):
         with pytest.raises(UserError):
-            config.load(path, [wrong])
+            config_file.load(path, [wrong])
 
 
 def test_windows_line_ends_and_byte_order_mark_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
-    assert config.load(path).name == "x"
+    assert config_file.load(path).name == "x"
 
 
 def test_a_missing_config_names_its_neighbours(write) -> None:
     path = write(MINIMAL)
     with pytest.raises(UserError, match=r"There are: .*x\.yaml"):
-        config.load(path.with_name("something.yaml"))
+        config_file.load(path.with_name("something.yaml"))
     for near in (path.with_name("xx.yaml"), path.with_suffix("")):
         with pytest.raises(UserError, match=r"no such config. Did you mean .*x\.yaml\?"):
-            config.load(near)
+            config_file.load(near)
     with pytest.raises(UserError, match=r"no such config. There are: .*x\.yaml"):
-        config.load(path.parent)
+        config_file.load(path.parent)
 
 
 def test_every_key_is_documented() -> None:
@@ -229,7 +229,7 @@ def test_what_no_machine_can_carry_out_is_refused_with_its_key(override: str, tm
     path = tmp_path / "c.yaml"
     path.write_text(MINIMAL)
     with pytest.raises(UserError, match=override.partition("=")[0].replace(".", r"\.")):
-        config.load(path, [override])
+        config_file.load(path, [override])
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_what_no_machine_can_carry_out_is_refused_with_its_key(override: str, tm
     ],
 )
 def test_a_key_of_a_stage_keeps_its_other_defaults(override: str, stage: str, expected: tuple, write) -> None:
-    train = getattr(config.load(write(MINIMAL), [override]), stage).train
+    train = getattr(config_file.load(write(MINIMAL), [override]), stage).train
     assert (train.batch, train.epochs, train.steps) == expected
 
 
@@ -252,7 +252,7 @@ def test_results_of_a_list_are_called_as_no_others(tmp_path) -> None:
         (tmp_path / name).touch()
     tree = {"name": "x", "data": {"root": str(tmp_path), "eval_list": "a/test.txt"}, "train": {"steps": 1}}
     tree["data"]["train_list"] = "ImageSets/Segmentation/train.txt"
-    settings = config.parse(tree, "test")
+    settings = config_file.parse(tree, "test")
 
     def named(path: str) -> str:
         return settings.list_name(Path(path))
@@ -270,5 +270,5 @@ def test_results_of_a_list_are_called_as_no_others(tmp_path) -> None:
 
 def test_an_override_changes_no_section_that_shares_an_alias(write) -> None:
     text = MINIMAL + "affinity: {train: &short {batch: 4, steps: 5}}\nsegment: {train: *short}\n"
-    loaded = config.load(write(text), ["segment.train.batch=2"])
+    loaded = config_file.load(write(text), ["segment.train.batch=2"])
     assert (loaded.affinity.train.batch, loaded.segment.train.batch) == (4, 2)

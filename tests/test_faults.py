@@ -20,15 +20,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cpn_fast import cli, config
-from cpn_fast.dataset import load_samples
-from cpn_fast.demo_data import DEMO_CLASSES
+from cpn_fast import cli, config_file
+from cpn_fast.commands.demo_data import DEMO_CLASSES
+from cpn_fast.data.dataset import load_samples
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 
 PAGE = Path(__file__).parent.parent / "docs/faults.md"
 TESTS = set(
     re.findall(
-        r"^def (test_\w+)\(", "".join(path.read_text() for path in PAGE.parents[1].glob("tests/test_*.py")), re.M
+        r"^def (test_\w+)\(", "".join(path.read_text() for path in PAGE.parents[1].glob("tests/**/test_*.py")), re.M
     )
 )
 
@@ -174,7 +174,7 @@ def npy(value: object) -> bytes:
 
 def superpixels(world: World) -> Path:
     """The folder of a finished cache."""
-    settings = config.load(world.config)
+    settings = config_file.load(world.config)
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
     cache.build(samples, workers=1)

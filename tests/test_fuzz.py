@@ -63,7 +63,7 @@ def test_nothing_is_reserved_for_what_a_small_file_claims(name: str, tmp_path: P
 
 def test_a_seed_that_would_unfold_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousandth of the zeros is in the file."""
-    monkeypatch.setattr("cpn_fast.seeds.LARGEST", 2**20)
+    monkeypatch.setattr("cpn_fast.data.seeds.LARGEST", 2**20)
     path = tmp_path / "a.npz"
     np.savez_compressed(path, classes=np.zeros(1, np.uint8), cam=np.zeros((1, 1024, 1024), np.uint16))
     assert not attempt(READERS["seed"], path.read_bytes(), tmp_path)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from cpn_fast.config import Config
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
 from cpn_fast.methods.method import Losses, Views
+from cpn_fast.methods.patches import complementary_pair, normalised_fill
 from cpn_fast.models.network import Cams, build_network
-from cpn_fast.patches import complementary_pair, normalised_fill
 from cpn_fast.pipelines.training import Batch
 
 

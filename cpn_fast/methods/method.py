@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cpn_fast.dataset import Sample
+from cpn_fast.data.dataset import Sample
 from cpn_fast.models.backbone import Headed
 from cpn_fast.pipelines.training import Batch
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpn_fast.config import Config
-from cpn_fast.dataset import Sample
+from cpn_fast.data.dataset import Sample
+from cpn_fast.data.masks import IGNORE
 from cpn_fast.kernels.eager import upsample
-from cpn_fast.masks import IGNORE
 from cpn_fast.methods.method import Losses, Views
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.pipelines.training import Batch

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpn_fast.config import TIMM
-from cpn_fast.errors import UserError
 from cpn_fast.models.backbone import Backbone, Features
+from cpn_fast.runtime.errors import UserError
 
 INSTALL = "pip install timm torchvision"
 

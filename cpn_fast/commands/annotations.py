@@ -1,0 +1,195 @@
+"""Predicted masks in the forms that annotation tools import: COCO's JSON, Label Studio's, and CVAT's.
+
+COCO's outlines and runs are made by pycocotools (``pip install pycocotools``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from xml.sax.saxutils import quoteattr
+
+import cv2
+import numpy as np
+
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.files import replacing
+
+
+class Writer(Protocol):
+    """Collects the masks of images and writes them into one file."""
+
+    file: str
+    """Its name."""
+
+    def add(self, image: str, mask: np.ndarray, scores: dict[int, float]) -> None:
+        """``mask`` uint8 (H, W), i + 1 for class i; ``scores`` of its values, from 0 to 1."""
+        ...
+
+    def write(self, folder: Path) -> Path: ...
+
+
+class Coco:
+    """COCO's instances, one for each class of an image: runs (RLE), or with ``polygons`` outlines without holes.
+
+    Category ids are mask values.
+    """
+
+    def __init__(self, classes: Sequence[str], *, polygons: bool) -> None:
+        if importlib.util.find_spec("pycocotools") is None:
+            raise UserError("--annotations coco needs pycocotools, which is not installed: pip install pycocotools")
+        self.polygons = polygons
+        self.file = "coco-polygons.json" if polygons else "coco.json"
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.categories = [{"id": value, "name": name} for value, name in enumerate(classes, 1)]
+
+    def add(self, image: str, mask: np.ndarray, scores: dict[int, float]) -> None:
+        from pycocotools import mask as rle
+
+        height, width = mask.shape
+        self.images.append({"id": len(self.images) + 1, "file_name": image, "height": height, "width": width})
+        for value in _values(mask):
+            pixels = mask == value
+            runs = rle.encode(np.asfortranarray(pixels.astype(np.uint8)))
+            runs["counts"] = runs["counts"].decode()
+            segmentation: Any = runs
+            if self.polygons:
+                segmentation = [outline.ravel().round(2).tolist() for outline in outlines(pixels)]
+            self.annotations.append(
+                {
+                    "id": len(self.annotations) + 1,
+                    "image_id": len(self.images),
+                    "category_id": value,
+                    "segmentation": segmentation,
+                    "area": int(pixels.sum()),
+                    "bbox": rle.toBbox(runs).tolist(),
+                    "iscrowd": 0,
+                    "score": scores.get(value),
+                }
+            )
+
+    def write(self, folder: Path) -> Path:
+        tree = {"images": self.images, "annotations": self.annotations, "categories": self.categories}
+        return _write(folder / self.file, json.dumps(tree, ensure_ascii=False))
+
+
+class LabelStudio:
+    """Label Studio's tasks with predictions, one polygon for each region, in percent of the image's sides.
+
+    They fit a labelling interface of ``<Image name="image" value="$image"/>`` and ``<PolygonLabels name="label"
+    toName="image">``. Holes are filled. ``image`` is the path that was predicted, which Label Studio has to serve.
+    """
+
+    file = "label-studio.json"
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = classes
+        self.tasks: list[dict[str, Any]] = []
+
+    def add(self, image: str, mask: np.ndarray, scores: dict[int, float]) -> None:
+        height, width = mask.shape
+        regions: list[dict[str, Any]] = []
+        for value in _values(mask):
+            for outline in outlines(mask == value):
+                points = (outline * (100 / width, 100 / height)).round(3).tolist()
+                regions.append(
+                    {
+                        "id": f"{len(self.tasks)}-{len(regions)}",
+                        "type": "polygonlabels",
+                        "from_name": "label",
+                        "to_name": "image",
+                        "original_width": width,
+                        "original_height": height,
+                        "image_rotation": 0,
+                        "score": scores.get(value),
+                        "value": {"points": points, "closed": True, "polygonlabels": [self.classes[value - 1]]},
+                    }
+                )
+        self.tasks.append({"data": {"image": image}, "predictions": [{"model_version": "cpn-fast", "result": regions}]})
+
+    def write(self, folder: Path) -> Path:
+        return _write(folder / self.file, json.dumps(self.tasks, ensure_ascii=False))
+
+
+class Cvat:
+    """CVAT's own XML, "CVAT for images 1.1": one mask for each class of an image, as runs along the rows of its box."""
+
+    file = "cvat.xml"
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = classes
+        self.images: list[str] = []
+
+    def add(self, image: str, mask: np.ndarray, scores: dict[int, float]) -> None:
+        height, width = mask.shape
+        name = quoteattr(_printable(image))
+        lines = [f'  <image id="{len(self.images)}" name={name} width="{width}" height="{height}">']
+        for value in _values(mask):
+            pixels = mask == value
+            rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+            top, left = int(rows[0]), int(columns[0])
+            box = pixels[top : rows[-1] + 1, left : columns[-1] + 1]
+            lines.append(
+                f'    <mask label={quoteattr(_printable(self.classes[value - 1]))} source="auto" occluded="0" '
+                f'rle="{", ".join(map(str, _runs(box.ravel())))}" left="{left}" top="{top}" '
+                f'width="{box.shape[1]}" height="{box.shape[0]}" z_order="0"/>'
+            )
+        self.images.append("\n".join([*lines, "  </image>"]))
+
+    def write(self, folder: Path) -> Path:
+        head = '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>'
+        return _write(folder / self.file, "\n".join([head, *self.images, "</annotations>"]))
+
+
+FORMS = ("coco", "coco-polygons", "label-studio", "cvat")
+"""Values of ``--annotations``."""
+
+
+def writer(form: str, classes: Sequence[str]) -> Writer:
+    """The writer of a form. Raises UserError for an unknown one, or without pycocotools for COCO's."""
+    if form in ("coco", "coco-polygons"):
+        return Coco(classes, polygons=form == "coco-polygons")
+    if form == "label-studio":
+        return LabelStudio(classes)
+    if form == "cvat":
+        return Cvat(classes)
+    raise UserError(f"--annotations {form}: expected one of {', '.join(FORMS)}")
+
+
+def outlines(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """The outer outline of each 8-connected region of bool (H, W): float64 (points, 2), x and y, at the pixels' edges.
+
+    Points lie within half a pixel of the true outline.
+    """
+    # Of pixels twice as fine, whose centres are a quarter of a pixel inside the edge.
+    fine = pixels.astype(np.uint8).repeat(2, 0).repeat(2, 1)
+    found, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    for contour in found:
+        simpler = cv2.approxPolyDP(contour, 0.75, True)
+        yield (simpler if len(simpler) > 2 else contour)[:, 0] / 2 + 0.25  # a line of pixels has no simpler one
+
+
+def _values(mask: np.ndarray) -> list[int]:
+    return [value for value in np.unique(mask).tolist() if value]
+
+
+def _runs(flat: np.ndarray) -> list[int]:
+    """Lengths of runs of False and True in turn; the first is of False and may be 0."""
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *changes.tolist(), len(flat)]).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
+def _printable(text: str) -> str:
+    """Without the characters that XML has no way to write."""
+    return "".join(c if c in "\t\n" or (ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF) else "\ufffd" for c in text)
+
+
+def _write(path: Path, text: str) -> Path:
+    with replacing(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+    return path

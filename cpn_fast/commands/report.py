@@ -1,0 +1,496 @@
+"""``cpn-fast report``: a run as one HTML page that needs no network and no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from cpn_fast.commands.agreement import LEAST, SURE, Found, Photo, all_found, mask_path, of_these_images
+from cpn_fast.commands.predict import CamModel, Model, Segmenter
+from cpn_fast.commands.predict import load as load_model
+from cpn_fast.config import Config, Train
+from cpn_fast.config_file import load, parse
+from cpn_fast.data.dataset import Sample, load_samples
+from cpn_fast.data.images import read_image
+from cpn_fast.data.masks import IGNORE, read_mask
+from cpn_fast.data.pictures import TINTS, cam_overlay, tinted
+from cpn_fast.data.scores import SUMMARY, Scores, confusion
+from cpn_fast.data.seeds import Seed, read_seed
+from cpn_fast.pipelines.shards import training_list
+from cpn_fast.runtime import reading
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.files import read_json, read_metrics, replacing
+from cpn_fast.runtime.progress import track
+from cpn_fast.runtime.terminal import command_line, plotted
+from cpn_fast.stages.chain import check
+from cpn_fast.training.metrics import VALIDATED
+from cpn_fast.training.validation import best_of
+
+Item = TypeVar("Item")
+SHOWN = 8
+"""Images in each of the galleries of the best and the worst."""
+SIDE, HEATS = 320, 4
+"""Most pixels of a picture's side, and most tagged classes of an image that have one: so a gallery has an end."""
+
+
+class Report(NamedTuple):
+    """What ``run`` wrote."""
+
+    page: Path
+    next: str
+    """A command that goes on from here."""
+
+
+def run(folder: Path, overrides: list[str] | None = None) -> Report:
+    """Write ``report.html`` into a run's folder from what is there by now.
+
+    ``overrides`` as ``config_file.load`` takes them, such as ``data.root=FOLDER`` where the images now lie.
+
+    Raises UserError if the folder holds no run, or if files that it refers to are gone.
+    """
+    if not (folder / "config.yaml").exists():
+        there = ", ".join(str(file.parent) for file in sorted(folder.glob("*/config.yaml"))) or "as in runs/voc"
+        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {there}")
+    config = load(folder / "config.yaml", overrides)
+    environment = folder / "environment.json"
+    model = load_model(folder) if (folder / "model.safetensors").exists() else None
+    found = sorted(folder.glob("evaluation/*/*/evaluation.json"))
+    evaluations = [_evaluation(path, config, model) for path in found]
+    trained = "segmenter" if isinstance(model, Segmenter) else config.method
+    page = Environment(autoescape=True, trim_blocks=True).from_string(
+        files("cpn_fast.commands").joinpath("report.html").read_text()
+    )
+    if config.data.shards is None:
+        images = len(load_samples(config.data, config.classes, config.data.train_list, labels=False, masks=False))
+    else:
+        images = len(training_list(config)[0])
+    scored = {path.parent.name for path in found}
+    results = [own for own in all_found(folder, config) if not any(_is_of(name, own) for name in scored)]
+    why, then = _next(folder, config, model, overrides or [])
+    html = page.render(
+        name=config.name,
+        next={"why": why, "command": then},
+        scoring=_scoring(folder, config, results, overrides or []),
+        masks=config.data.root / config.data.masks,
+        results=[_result(own, folder, config) for own in results],
+        sure=SURE,
+        least=LEAST,
+        subtitle=f"{trained} with {config.model.backbone} on {images} images of {len(config.classes)} classes",
+        folder=folder,
+        evaluations=evaluations,
+        part_of=folder.absolute().parents[1] if isinstance(model, Segmenter) else None,
+        trainings=[
+            _training(path, folder) for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/*/metrics.jsonl")))
+        ],
+        environment=_json(environment) if environment.exists() else {},
+        changed=_changed(config),
+        config=reading.read_text(folder / "config.yaml", reading.CONFIG),
+    )
+    path = folder / "report.html"
+    with replacing(path) as file:
+        file.write(html.encode())
+    return Report(path, then)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and the command that wrote it makes it anew") from None
+
+
+# What to do next
+
+
+def _next(folder: Path, config: Config, model: Model | None, overrides: list[str]) -> tuple[str, str]:
+    """The step after those that were made: why, and the command."""
+    own = [str(folder / "config.yaml")]
+    moved = _here(folder, config, overrides)
+    if model is None:
+        return "The training is not at its end. This goes on with it:", command_line("train", *own, overrides=moved)
+    photo = _photo(config)
+    if isinstance(model, Segmenter):
+        return _PREDICT, command_line("predict", photo, "--model", folder)
+    segmenter = folder / "segment/deeplab"
+    if (segmenter / "model.safetensors").is_file():
+        return _PREDICT, command_line("predict", photo, "--model", segmenter)
+    if not any(folder.glob("cams/*/seeds")):
+        return "See what the network found in the photos:", command_line("cam", *own, overrides=moved)
+    try:
+        check(config, 1)
+    except UserError:  # a later stage lacks something, as its list
+        return _PREDICT, command_line("predict", photo, "--model", folder)
+    return (
+        "Sharper masks, and a segmenter that needs no tags. This refines the seeds, for which AffinityNet trains for "
+        f"{_length(config.affinity.train)}, and trains the segmenter for {_length(config.segment.train)}. The training "
+        f"that is done had {_length(config.train)}.",
+        command_line("run", *own, overrides=moved),
+    )
+
+
+def _length(train: Train) -> str:
+    return f"{train.steps:,} steps" if train.steps else f"{train.epochs:,} epochs"
+
+
+_PREDICT = "Masks of other photos: name them, or a folder of them, in place of this one:"
+
+
+def _here(folder: Path, config: Config, overrides: list[str]) -> list[str]:
+    """The overrides with which the run's own config means this folder."""
+    place = folder.absolute()
+    found = [*overrides]
+    if config.run.absolute() != place:
+        found += [f"out={place.parent}"] + [f"name={place.name}"] * (config.name != place.name)
+    return found
+
+
+def _photo(config: Config) -> Path:
+    """One that is no training image, if the config knows any."""
+    for list_path in (config.segment.eval_list, config.data.eval_list, config.data.train_list):
+        try:
+            return load_samples(config.data, config.classes, list_path, labels=False, masks=False)[0].image
+        except UserError:
+            continue
+    return Path("photo.jpg")
+
+
+def _scoring(folder: Path, config: Config, results: Sequence[Found], overrides: list[str]) -> str | None:
+    """The command that scores a list's seeds, if there are any whose images all have ground truth."""
+    for own in results:
+        if own.kind == "cams" and all(photo.sample.mask is not None for photo in own.photos):
+            words = ("evaluate", folder / "config.yaml", "--cams", own.folder / "seeds", "--list", own.listed)
+            return command_line(*words, overrides=_here(folder, config, overrides))
+    return None
+
+
+# Training
+
+
+def _training(path: Path, folder: Path) -> dict[str, Any]:
+    """Figures and curves of the run, or of one of its parts' (AffinityNet's, the segmenter's)."""
+    title = "Training" if path.parent == folder else f"Training of {path.parent.relative_to(folder)}"
+    lines = read_metrics(path)
+    if not lines:
+        return {"title": title}
+    options = load(path.with_name("config.yaml")).train
+    last, rates = lines[-1], [line["images_per_second"] for line in lines]
+    steps = np.diff([0, *(line["step"] for line in lines)])
+    seconds = float((steps * options.batch * options.accumulate / np.array(rates)).sum())
+    figures = {
+        "steps": f"{last['step']:,}",
+        "epochs": f"{last['epoch']:.1f}",
+        "images a second (median of the lines)": f"{statistics.median(rates):.1f}",
+        "time in steps": f"{seconds / 60:,.1f} minutes",
+        "waiting for data": f"{statistics.mean(line['waiting'] for line in lines):.1%} of it",
+    }
+    losses = [line["loss"] for line in lines if "loss" in line]  # a line has none where no step's was finite
+    if losses:
+        figures["loss at the end"] = f"{losses[-1]:.4f}"
+    maps = [line["mAP"] for line in lines if "mAP" in line]
+    if maps:
+        figures["classification mAP of the last epoch"] = f"{maps[-1]:.1%}"
+    if best := best_of(path.parent):
+        figures["best validation"] = best
+        figures["weights that later stages take"] = f"the {options.use_weights} (train.use_weights)"
+    skipped = sum(line.get("skipped", 0) for line in lines)
+    if skipped:
+        figures["steps skipped, their gradients not being finite"] = f"{skipped:,}"
+    return {"title": title, "figures": figures.items(), "plots": _curves(lines)}
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A plot for each quantity: the total loss with its parts, validation, classification mAP, learning rate, speed."""
+    known = ("step", "epoch", "lr", "images_per_second", "waiting", "gradient_norm", "scale", "skipped", "mAP")
+    keys = dict.fromkeys(itertools.chain(*lines))
+    panels = {
+        "loss": [key for key in keys if key not in known and not key.startswith(VALIDATED)],
+        "validation": [key for key in keys if key.startswith(VALIDATED)],
+        "classification mAP": ["mAP"],
+        "learning rate": ["lr"],
+        "gradient norm": ["gradient_norm"],
+        "images/s": ["images_per_second"],
+    }
+    plots = []
+    for title, shown in panels.items():
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for key in shown:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                marker = "o" if len(points) < 3 else None
+                axes.plot(*zip(*points, strict=True), label=key, lw=2 if key == "loss" else 1.2, marker=marker)
+        if not axes.lines:
+            continue
+        if title == "loss" and len(shown) > 1:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+            axes.set_yscale("log")
+        measure = f" ({shown[0].removeprefix(VALIDATED)})" if title == "validation" else ""
+        axes.set(title=f"{title}{measure}", xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        plots.append({"alt": f"{title} over the steps", "data": _embedded(figure)})
+    return plots
+
+
+# Configuration
+
+
+def _changed(config: Config) -> list[tuple[str, str]]:
+    """The keys whose values are not the defaults, with these values."""
+    least = {"name": config.name, "data": {"root": str(config.data.root)}, "train": {"steps": 1}}
+    return [*_differing("", config.model_dump(mode="json"), parse(least, "defaults").model_dump(mode="json"))]
+
+
+def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _differing(f"{prefix}{key}.", value, defaults[key])
+        elif value != defaults[key]:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + key, "null" if value is None else text
+
+
+# Evaluations
+
+
+def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
+    tree = _json(path)
+    plots = [
+        {"alt": alt, "data": _data(reading.read_bytes(path.with_name(name), reading.IMAGE), "png")}
+        for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))
+        if path.with_name(name).exists()
+    ]
+    plots.append({"alt": "Where the pixels of each class go", "data": _embedded(_confusion(tree))})
+    return {
+        "title": f"{path.parent.name} on {path.parent.parent.name}",
+        "anchor": f"{path.parent.parent.name}-{path.parent.name}",
+        "source": tree["source"],
+        "list": tree["list"],
+        "images": tree["images"],
+        "results": [
+            {
+                "threshold": "masks" if result["threshold"] is None else f"{result['threshold']:g} ({result['kind']})",
+                **{name: "-" if result[name] is None else f"{100 * result[name]:.2f}" for name in SUMMARY},
+            }
+            for result in tree["results"]
+        ],
+        "plots": plots,
+        "galleries": _galleries(tree, config, model),
+    }
+
+
+def _confusion(tree: dict[str, Any]) -> Figure:
+    counts = np.array(tree["results"][0]["confusion"], float)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names = [plotted(name) for name in tree["classes"]]
+    side = 3 + 0.3 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 1:
+            axes.text(
+                column,
+                row,
+                f"{share:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share > 55 else "black",
+            )
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true", title="% of a class's pixels")
+    return figure
+
+
+def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, Any]]:
+    """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
+    source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
+    listed = {sample.id: sample for sample in _listed(config, Path(tree["list"]))}
+    ending = ".png" if threshold is None else ".npz"
+    results = of_these_images([(listed[id_], source / f"{id_}{ending}") for id_ in tree["ids"]])
+    samples = [sample for sample, _ in results]
+
+    def predicted(sample: Sample) -> np.ndarray:
+        if threshold is None:
+            return read_mask(source / f"{sample.id}{ending}")
+        return read_seed(source / f"{sample.id}{ending}").mask(threshold)
+
+    def score(sample: Sample) -> float:
+        assert sample.mask is not None
+        return float(Scores(confusion(predicted(sample), read_mask(sample.mask), len(config.classes))).mean_iou)
+
+    with ThreadPoolExecutor() as pool:
+        scores = list(track(pool.map(score, samples), f"Scoring each of {source.name}", total=len(samples)))
+    ordered = [(samples[index], scores[index]) for index in np.argsort(scores, kind="stable")[::-1].tolist()]
+    chosen = dict(zip(("Best images", "Worst images"), _both_ends(ordered), strict=True))
+    return [
+        {
+            "title": title,
+            "rows": [
+                {
+                    "title": sample.id,
+                    "note": f"IoU {score:.0%}",
+                    "pictures": _pictures(sample, predicted(sample), config, model),
+                }
+                for sample, score in own
+            ],
+        }
+        for title, own in chosen.items()
+        if own
+    ]
+
+
+def _listed(config: Config, list_path: Path) -> list[Sample]:
+    """With labels if there are any: the segmenter's images need none, and have no CAMs in the gallery then."""
+    try:
+        return load_samples(config.data, config.classes, list_path, labels=True, masks=True)
+    except UserError:
+        return load_samples(config.data, config.classes, list_path, labels=False, masks=True)
+
+
+def _pictures(sample: Sample, mask: np.ndarray, config: Config, model: Model | None) -> list[dict[str, Any]]:
+    """Image, ground truth, raw and refined CAMs of the tagged classes, and mask."""
+    assert sample.mask is not None
+    image, truth = read_image(sample.image), read_mask(sample.mask)
+    pictures = [_shown(image, "image"), _masked(image, truth, "ground truth", config)]
+    if isinstance(model, CamModel) and sample.label is not None:
+        tags = [name for name, present in zip(model.classes, sample.label, strict=True) if present]
+        for kind, seed in _cams(model, sample.image, tags).items():
+            pictures += _heats(image, seed, kind, config)
+    return [*pictures, _masked(image, mask, "mask", config)]
+
+
+def _cams(model: CamModel, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
+    maps: dict[str, Literal["refined", "raw"]] = {"plain CAM": "raw"}
+    if model.config.model.pcm or model.config.model.prcm:
+        maps["refined CAM"] = "refined"
+    return {name: model.with_map(kind).predict(image, tags).seed for name, kind in maps.items()}
+
+
+# Results without ground truth
+
+
+def _is_of(scored: str, result: Found) -> bool:
+    """Whether an evaluation, by the name of its folder, is of a list's seeds or masks."""
+    return scored.startswith(f"{result.kind}-{result.folder.name}-")
+
+
+def _result(result: Found, folder: Path, config: Config) -> dict[str, Any]:
+    """Counts by class, and the photos whose results agree least and most with their tags."""
+    compared = [photo for photo in result.photos if photo.agreement is not None]
+    best, doubtful = _both_ends(compared)
+    chosen = {"Most doubtful first": doubtful, "Best first": best}
+    if not compared:
+        chosen = {"The first of the list": result.photos[:SHOWN]}
+
+    def row(photo: Photo) -> dict[str, Any]:
+        notes = [] if photo.agreement is None else [f"agreement {photo.agreement:.0%}", photo.doubt]
+        pictures = _seed_pictures if result.kind == "cams" else _mask_pictures
+        own = pictures(photo, result, folder, config)
+        return {"title": photo.sample.id, "note": "; ".join(filter(None, notes)), "pictures": own}
+
+    return {
+        "kind": result.kind,
+        "title": f"{'Seeds' if result.kind == 'cams' else 'Masks of the segmenter'} on {result.folder.name}",
+        "anchor": f"{result.kind}-{result.folder.name}",
+        "source": result.folder,
+        "images": len(result.photos),
+        "list": result.listed,
+        "compared": len(compared),
+        "trained_on": result.listed == config.data.train_list,
+        "outdated": result.outdated,
+        "classes": [count for count in result.classes if count.tagged or count.besides],
+        "galleries": [{"title": title, "rows": [row(photo) for photo in own]} for title, own in chosen.items() if own],
+    }
+
+
+def _seed_pictures(photo: Photo, result: Found, folder: Path, config: Config) -> list[dict[str, Any]]:
+    """Photo, heat of each tagged class, mask, and pseudo-mask if there is one."""
+    id_, image = photo.sample.id, read_image(photo.sample.image)
+    seed = read_seed(result.folder / "seeds" / f"{id_}.npz")
+    pictures = [_shown(image, "photo"), *_heats(image, seed, "heat", config, photo.probabilities)]
+    pictures.append(_masked(image, seed.mask(config.cam.mask_threshold), "mask", config))
+    refined = folder / "refine/masks" / f"{id_}.png"
+    if result.listed == config.data.train_list and refined.is_file():
+        pictures.append(_masked(image, read_mask(refined), "pseudo-mask", config))
+    return pictures
+
+
+def _mask_pictures(photo: Photo, result: Found, folder: Path, config: Config) -> list[dict[str, Any]]:
+    image = read_image(photo.sample.image)
+    mask = read_mask(mask_path(result.folder, photo.sample))
+    return [_shown(image, "photo"), _masked(image, mask, "mask", config)]
+
+
+# Pictures in the page
+
+
+def _both_ends(ordered: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
+    """The first and the last of a sequence, the last one first: up to SHOWN each, and none in both."""
+    last = ordered[::-1][: min(SHOWN, len(ordered) // 2)]
+    return ordered[: min(SHOWN, len(ordered) - len(last))], last
+
+
+def _heats(
+    image: np.ndarray, seed: Seed, kind: str, config: Config, probabilities: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """The image under the heat of each class of a seed, the least likely first, up to HEATS of them."""
+    places = np.arange(len(seed.classes))
+    if probabilities is not None:
+        places = places[np.argsort(probabilities[seed.classes], kind="stable")]
+    pictures = []
+    for place in places[:HEATS].tolist():
+        index = int(seed.classes[place])
+        said = "" if probabilities is None else f", {probabilities[index]:.0%}"
+        pictures.append(_shown(cam_overlay(image, seed.cam[place]), f"{kind}: {config.classes[index]}{said}"))
+    if len(places) > HEATS:
+        pictures[-1]["caption"] += f" (and {len(places) - HEATS} more)"
+    return pictures
+
+
+def _masked(image: np.ndarray, mask: np.ndarray, caption: str, config: Config) -> dict[str, Any]:
+    """The image with the regions of a mask in their colours, which the caption explains."""
+    values = sorted({*np.unique(mask).tolist()} - {0, IGNORE})
+    marks = [
+        {"colour": "rgb({}, {}, {})".format(*TINTS[128, value]), "name": config.classes[value - 1]}
+        for value in values
+        if value <= len(config.classes)
+    ]
+    return {**_shown(tinted(image, mask), caption if marks else f"{caption}: nothing"), "marks": marks}
+
+
+def _shown(image: np.ndarray, caption: str) -> dict[str, Any]:
+    scale = min(1, SIDE / max(image.shape[:2]))
+    size = max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0]))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return {"caption": caption, "data": _data(_jpeg(small), "jpeg"), "marks": []}
+
+
+def _embedded(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return _data(file.getvalue(), "png")
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    done, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    assert done
+    return content.tobytes()
+
+
+def _data(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,362 @@
+"""The data set: lists of image ids, the files behind them, and checks that report every problem in one go."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import ExifTags
+
+from cpn_fast.config import Data
+from cpn_fast.data.images import UnreadableImage, opened
+from cpn_fast.data.labels import IMAGE_SUFFIXES, LabelError, listed_in, read_labels
+from cpn_fast.data.masks import IGNORE, read_mask
+from cpn_fast.runtime import reading
+from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.files import read_json, write_json
+from cpn_fast.runtime.progress import track
+
+TABLES = (".csv", ".json", ".npy")
+"""Endings of sources of labels, which may serve as lists."""
+LONGEST = 4096
+"""Characters of a line; a path has no more."""
+_ENDINGS = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+_PATHS = re.compile(rf"(\S.*?\.(?:{_ENDINGS}))(?:\s+(\S.*\.png))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what is known about it."""
+
+    id: str
+    image: Path
+    mask: Path | None
+    """Ground-truth palette PNG."""
+    label: np.ndarray | None = field(compare=False)
+    """bool (classes,), read-only."""
+
+
+class DatasetError(UserError):
+    """All that is wrong with a data set: one line per kind of problem, with a count and the first few names."""
+
+
+def load_samples(
+    data: Data, classes: Sequence[str], list_path: Path, *, labels: bool, masks: bool | None
+) -> list[Sample]:
+    """The images of a list (a relative path starts at ``data.root``), in its order.
+
+    A line is an id, or paths as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``, from the root or absolute, with
+    slashes or backslashes. The id of an image in ``data.images`` is its path there without the ending (``dogs/x``), of
+    any other its name. A second path replaces the mask in ``data.masks``. A source of labels is a list of its images.
+    Files are looked up by name and not opened; ``check_files`` does that. ``masks`` None: they are optional.
+
+    Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing labels, no label at
+    all. An image that shows no class is a negative.
+    """
+    problems: dict[str, list[str]] = defaultdict(list)
+    samples = _find(data, classes, list_path, labels, masks, problems)
+    raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
+    return samples
+
+
+def has_ground_truth(data: Data, classes: Sequence[str], list_path: Path) -> bool:
+    """Whether every image of a list has a mask to score against. Raises DatasetError as ``load_samples``."""
+    samples = load_samples(data, classes, list_path, labels=False, masks=None)
+    return all(sample.mask is not None for sample in samples)
+
+
+def load_checked(
+    data: Data, classes: Sequence[str], list_path: Path, *, workers: int, verified: Path | None = None
+) -> list[Sample]:
+    """As ``load_samples`` with labels and what masks there are, and all files sound as ``check_files`` has it.
+
+    Raises DatasetError with everything that either finds.
+    """
+    problems: dict[str, list[str]] = defaultdict(list)
+    samples = _find(data, classes, list_path, labels=True, masks=None, problems=problems)
+    there = [sample for sample in samples if sample.image.exists()]
+    _decode(there, workers, len(classes), verified, problems)
+    raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
+    return samples
+
+
+def _find(
+    data: Data,
+    classes: Sequence[str],
+    list_path: Path,
+    labels: bool,
+    masks: bool | None,
+    problems: dict[str, list[str]],
+) -> list[Sample]:
+    if not data.root.is_dir():
+        raise DatasetError(
+            f"data.root: {data.root} is not a folder{_from_here(data.root)}; expected the one that holds "
+            f"{data.images}. Unpack the data set there, or say where it is with --set data.root=FOLDER"
+        )
+    path = data.root / list_path
+    is_table = path.suffix in TABLES or (path.is_dir() and next(path.rglob("*.xml"), None) is not None)
+    names_in = functools.cache(_names_in)  # listing a folder once is quicker than looking for every file in it
+    by_stem = functools.cache(lambda folder: _images_by_stem(names_in(folder)))
+    samples: dict[str, Sample] = {}
+    if is_table:
+        names = listed_in(path, by_stem(data.root / data.images).keys())
+        lines: Iterable[tuple[int, str]] = enumerate(names, 1)
+    else:
+        lines = _lines(path, data.root)
+    for number, line in lines:
+        entry = _parse(line, data)
+        if entry is None:
+            kind = "lines that are neither an id nor paths inside data.root"
+            problems[kind].append(f"line {number} {line[:200]!r}")
+            continue
+        id_, image, mask = entry
+        if id_ in samples:
+            if is_table:  # a row for each tag
+                continue
+            problems["ids listed more than once"].append(f"line {number} {id_}")
+            continue
+        if image is None:
+            place = data.root / data.images / id_
+            found = by_stem(place.parent).get(place.name, [])
+            image = place.with_name(found[0] if found else f"{place.name}.jpg")
+            if len(found) > 1:
+                problems["ids with more than one image"].append(f"{id_} ({', '.join(found)})")
+        if image.name not in names_in(image.parent):
+            problems[f"images missing in {image.parent}"].append(image.name)
+        there = masks is not False and mask.name in names_in(mask.parent)
+        if masks and not there:
+            problems[f"masks missing in {mask.parent}"].append(mask.name)
+        samples[id_] = Sample(id_, image, mask if there else None, None)
+    if not samples:
+        problems["list without any id"].append(str(path))
+    if labels:
+        samples = _with_labels(samples, data.root / data.labels, classes, problems)
+    return list(samples.values())
+
+
+def cannot_be_learned(samples: Sequence[Sample], classes: Sequence[str]) -> list[str]:
+    """Sentences on the classes that no image shows, and on those that every image shows, by the samples' labels."""
+    labels = np.stack([sample.label for sample in samples if sample.label is not None])
+    counts = labels.sum(0).tolist()
+    never = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    always = [name for name, count in zip(classes, counts, strict=True) if count == len(labels)]
+    found = []
+    if never:
+        found.append(f"no image shows {some(never)}: add images of them, or drop the class")
+    if always:
+        found.append(f"every image shows {some(always)}, which is to be told from nothing: add images without it")
+    return found
+
+
+def cannot_be_scored(samples: Sequence[Sample], classes: Sequence[str], *, workers: int) -> list[str]:
+    """A sentence on the classes of which no ground truth has a pixel. Raises UserError for masks as ``read_mask``."""
+    paths = [sample.mask for sample in samples if sample.mask is not None]
+    shown = np.zeros(256, bool)
+    with ThreadPoolExecutor(workers) as pool:
+        for values in pool.map(lambda path: np.unique(read_mask(path)), paths):
+            shown[values] = True
+    never = [name for value, name in enumerate(classes, 1) if not shown[value]]
+    if not paths or not never:
+        return []
+    which = "any class" if len(never) == len(classes) else some(never)
+    return [f"no ground truth of {len(paths)} images has a pixel of {which}: their scores will be empty"]
+
+
+def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verified: Path | None = None) -> None:
+    """Decode every image and mask of ``samples`` in ``workers`` threads.
+
+    A mask must hold only the values 0 to ``classes`` and IGNORE and be as large as its image, turned as its EXIF says.
+    ``verified`` names a file that remembers what passed: it is skipped while its files keep their size and time.
+
+    Raises DatasetError with everything found.
+    """
+    problems: dict[str, list[str]] = defaultdict(list)
+    _decode(samples, workers, classes, verified, problems)
+    raise_problems(f"{len(samples)} images checked", problems)
+
+
+def _decode(
+    samples: Sequence[Sample],
+    workers: int,
+    classes: int,
+    verified: Path | None,
+    problems: dict[str, list[str]],
+) -> None:
+    known = _read_verified(verified)
+    todo = [(sample, mark) for sample in samples if (mark := _fingerprint(sample, classes)) not in known]
+    passed = set()
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda pair: _check(pair[0], classes), todo)
+        try:
+            progress = track(results, "checking images", total=len(todo))
+            for (_, mark), found in zip(todo, progress, strict=True):
+                if not found:
+                    passed.add(mark)
+                for kind, name in found:
+                    problems[kind].append(name)
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the rest
+            if verified and passed:
+                write_json(verified, sorted(known | passed), indent=0)
+
+
+# Lists
+
+
+def _from_here(path: Path) -> str:
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
+def _lines(path: Path, root: Path) -> Iterable[tuple[int, str]]:
+    try:
+        text = reading.read_text(path, reading.LIST)
+    except FileNotFoundError:
+        found = {file for folder in (path.parent, root / "ImageSets/Segmentation") for file in folder.glob("*.txt")}
+        there = sorted(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in found)
+        near = difflib.get_close_matches(path.stem, [Path(name).stem for name in there], n=1)
+        hint = "".join(f"Did you mean {name}? " for name in there if [Path(name).stem] == near)
+        raise DatasetError(f"{path}: no such list. {hint}Lists in {root}: {', '.join(there) or 'none'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: not readable as a list of images, which is UTF-8 text: {error}") from None
+    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
+    """Id, image (None: to be found by the id) and mask; None if the line is neither an id nor paths inside the root."""
+    if "\0" in line or len(line) > LONGEST:
+        return None
+    line = line.replace("\\", "/")
+    paths = _PATHS.fullmatch(line)
+    if paths is None:
+        id_ = PurePosixPath(line)
+        plain = str(id_) == line and not id_.is_absolute() and ".." not in id_.parts
+        return (line, None, data.root / data.masks / f"{line}.png") if plain else None
+    image, mask = (_from_root(part or "", data.root) for part in paths.groups())
+    if image is None or mask is None:
+        return None
+    images = PurePosixPath(data.images.as_posix())
+    if len(image.parts) == 1:
+        image = images / image
+    id_ = (image.relative_to(images) if image.is_relative_to(images) else PurePosixPath(image.name)).with_suffix("")
+    return str(id_), data.root / image, data.root / (mask if mask.name else data.masks / f"{id_}.png")
+
+
+def _from_root(path: str, root: Path) -> PurePosixPath | None:
+    """A path of a list as one from the root; None if it leaves the root, as a path of another drive or folder does."""
+    if re.match("[A-Za-z]:", path) or (path.startswith("/") and not _inside(path, root) and os.path.exists(path)):  # noqa: PTH110 (of a name too long it says no)
+        return None
+    for start in (root.absolute(), root.resolve()):
+        if PurePosixPath(path).is_relative_to(start.as_posix()):
+            path = str(PurePosixPath(path).relative_to(start.as_posix()))
+    plain = PurePosixPath(path.lstrip("/"))
+    return None if ".." in plain.parts else plain
+
+
+def _inside(path: str, root: Path) -> bool:
+    return any(PurePosixPath(path).is_relative_to(start.as_posix()) for start in (root.absolute(), root.resolve()))
+
+
+def _images_by_stem(names: frozenset[str]) -> dict[str, list[str]]:
+    """Name without its ending -> the image files of that name."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        stem, dot, ending = name.rpartition(".")
+        if dot and f".{ending.lower()}" in IMAGE_SUFFIXES:
+            found[stem].append(name)
+    return found
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))  # noqa: PTH208 (names, not 10,000 Path objects)
+    except PermissionError:
+        raise DatasetError(f"{folder}: permission denied; it must be readable") from None
+    except OSError:
+        return frozenset()
+
+
+def _with_labels(
+    samples: dict[str, Sample], path: Path, classes: Sequence[str], problems: dict[str, list[str]]
+) -> dict[str, Sample]:
+    try:
+        labels = read_labels(path, samples.keys(), classes)
+    except LabelError as error:
+        problems["label source with problems"].append(str(error))
+        labels = error.labels
+    except UserError as error:
+        problems["label source that is not usable"].append(str(error))
+        return samples
+    problems[f"ids without labels in {path}"] += [id_ for id_ in samples if id_ not in labels]
+    if labels and not any(label.any() for label in labels.values()):
+        problems[f"label source in which none of the images shows any of the {len(classes)} classes"].append(str(path))
+    return {id_: Sample(id_, old.image, old.mask, labels.get(id_)) for id_, old in samples.items()}
+
+
+def raise_problems(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise DatasetError with kind of problem -> names, if there are any."""
+    lines = [f"  {len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names]
+    if lines:
+        raise DatasetError("\n".join([f"{what}; found", *lines]))
+
+
+# Contents
+
+
+def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
+    """(kind of problem, name) of everything wrong with one image and its mask."""
+    try:
+        with opened(sample.image) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            size = image.size[::-1] if turned else image.size
+            image.draft("RGB", (1, 1))  # reads every byte of a JPEG, but computes an eighth of its resolution
+            image.load()
+    except UnreadableImage as error:
+        return [("images that cannot be decoded", f"{sample.image} ({error.reason})")]
+    if sample.mask is None:
+        return []
+    try:
+        mask = read_mask(sample.mask)
+    except UserError as error:
+        return [("masks that cannot be used", str(error))]
+    found = []
+    if mask.shape[::-1] != size:
+        sizes = "{}x{}, image {}x{}".format(*mask.shape[::-1], *size)
+        found.append(("masks of another size than their image", f"{sample.mask} ({sizes})"))
+    counts = np.bincount(mask.ravel(), minlength=256)
+    wrong = [str(value) for value in range(classes + 1, IGNORE) if counts[value]]
+    if wrong:
+        kind = f"masks with values other than 0 to {classes} and {IGNORE}"
+        found.append((kind, f"{sample.mask} ({', '.join(wrong[:5])})"))
+    return found
+
+
+def _fingerprint(sample: Sample, classes: int) -> str:
+    parts = [str(classes)]
+    for path in filter(None, (sample.image, sample.mask)):
+        try:
+            stat = path.stat()
+            parts += [str(path.absolute()), str(stat.st_size), str(stat.st_mtime_ns)]
+        except OSError:
+            parts += [str(path.absolute()), "unreadable"]
+    return " ".join(parts)
+
+
+def _read_verified(path: Path | None) -> set[str]:
+    try:
+        return set(read_json(path)) if path else set()
+    except (OSError, ValueError, TypeError):
+        return set()  # nothing is lost: everything is checked again
+
+
+def tags(sample: Sample) -> np.ndarray:
+    """The labels of a sample that was loaded with them, bool (classes,)."""
+    assert sample.label is not None
+    return sample.label

@@ -1,0 +1,83 @@
+"""Opening image files: JPEG and PNG alone (other decoders of Pillow start programs), no larger than memory can hold."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+
+from cpn_fast.runtime import reading
+from cpn_fast.runtime.errors import UserError
+
+MAX_PIXELS = 2**26
+"""A file of a few bytes can claim any size; this many take 200 MB as RGB."""
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+"""Pillow has more decoders than an image needs, and one of them starts Ghostscript. Of several pictures in a file the
+first one counts."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
+
+
+class UnreadableImage(UserError):
+    """An image that could not be opened or decoded, and why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)  # its arguments, so that it crosses processes
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: expected a readable image, found: {self.reason}. Restore it or take it off the list"
+
+
+@contextmanager
+def opened(path: Path, content: IO[bytes] | None = None) -> Iterator[ImageFile]:
+    """The image of a file, or of its ``content``. What goes wrong with it in the block becomes an UnreadableImage."""
+    try:
+        with (
+            content or reading.opened(path, reading.IMAGE) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format == "TIFF" and image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel and channel; save it with 8 or 16")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many types on damaged files
+        raise UnreadableImage(path, _reason(path, error)) from None
+
+
+def read_image(path: Path, content: bytes | None = None) -> np.ndarray:
+    """Decode a file, or ``content`` that ``path`` names, as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
+
+    Of 16 bits the upper 8 are taken. Raises UserError for a missing, truncated or otherwise unreadable file.
+    """
+    with opened(path, None if content is None else io.BytesIO(content)) as image:
+        return upright(image)
+
+
+def upright(image: Image.Image) -> np.ndarray:
+    """Pixels of an opened image as ``read_image`` gives them."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
+        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+    return np.array(turned.convert("RGB"))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return f"none of {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels; scale it down"
+    return str(error) or type(error).__name__

@@ -1,0 +1,56 @@
+"""Pretrained weights as a training's start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpn_fast.models.backbone import Headed
+from cpn_fast.models.network import HEADS
+from cpn_fast.models.timm_backbone import TimmBackbone, pretrained_by_timm
+from cpn_fast.models.weights import (
+    load_into,
+    read_weights,
+    to_network_keys,
+)
+
+
+def start_from(network: Headed, path: Path) -> list[str]:
+    """Load pretrained weights: the backbone's must fit, of heads those are taken that do.
+
+    The file may be of a backbone, of a classifier, or of any of our networks, with other classes too; ``timm`` stands
+    for timm's own. Returns the heads that stay random. Raises UserError as ``load_into`` does.
+    """
+    own, backbone = network.state_dict(), network.backbone
+
+    def fits(key: str, tensor: Tensor) -> bool:
+        return key.split(".")[0] not in HEADS or (key in own and own[key].shape == tensor.shape)
+
+    if isinstance(backbone, TimmBackbone) and path == Path("timm"):
+        content = pretrained_by_timm(backbone.name)
+    else:
+        content = read_weights(path)
+    tensors = {k: tensor for k, tensor in to_network_keys(backbone.pretrained(content)).items() if fits(k, tensor)}
+    loaded = load_into(
+        network,
+        tensors,
+        source=path,
+        allow_missing=[*(f"{head}.*" for head in HEADS), "backbone.inner"],
+        allow_unexpected=[f"backbone.{pattern}" for pattern in backbone.classifier],
+    )
+    return [name for name in dict.fromkeys(key.split(".")[0] for key in loaded.missing) if name in HEADS]
+
+
+def measure_features(network: Headed, images: Sequence[np.ndarray], side: int) -> None:
+    """Bring the inner features of a timm backbone to the size of ``images``, uint8 RGB, unless that was done before."""
+    backbone = network.backbone
+    if not isinstance(backbone, TimmBackbone) or backbone.measured:
+        return
+    squares = np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images])
+    normalised = (torch.from_numpy(squares) - torch.tensor(network.mean)) / torch.tensor(network.std)
+    backbone.measure(normalised.permute(0, 3, 1, 2))

@@ -1,0 +1,1 @@
+"""From seeds to pseudo-masks: dense CRF, pixel affinities."""

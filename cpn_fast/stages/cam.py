@@ -1,0 +1,151 @@
+"""Stage ``cam``: multi-scale CAM seeds of a trained network, with masks and overlays to look at."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpn_fast.config import Config
+from cpn_fast.data.dataset import Sample, load_samples, tags
+from cpn_fast.data.images import read_image
+from cpn_fast.data.masks import write_mask
+from cpn_fast.data.pictures import overlay
+from cpn_fast.data.png import can_be_kept
+from cpn_fast.data.provenance import VERSION, combined, image_digests, mark, marked_image
+from cpn_fast.data.seeds import Seed, read_seed, seed_source, unit_scale, write_seed
+from cpn_fast.models.inference import images_for, load_network, summed_cams
+from cpn_fast.models.weights import require_finite
+from cpn_fast.runtime import distributed, reading
+from cpn_fast.runtime.backlog import Backlog
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.files import claim, replacing, write_json
+from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.precision import autocast
+from cpn_fast.runtime.progress import Progress
+
+OWN = ("seeds", "masks", "overlays", "pictures.json")
+"""What this stage writes for a list."""
+LISTED = "listed.json"
+"""Says, in the folder of a list's results, which list that is."""
+
+
+def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
+    """Write ``seeds/ID.npz``, ``masks/ID.png`` and ``overlays/ID.jpg`` for a list; returns their folder.
+
+    Finished images are kept when the weights and the settings are the same, and made again when they are not; another
+    ``cam.mask_threshold`` only draws masks and overlays anew. Under torchrun each process makes its share of the list.
+    """
+    rank = distributed.join()
+    list_path = list_path or config.data.eval_list
+    samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
+    folder = config.run / "cams" / config.list_name(list_path)
+    with owned(folder, rank):
+        if rank.first:
+            write_json(folder / LISTED, {"list": str(list_path)})
+        _make(config, weights, samples, folder, rank)
+    return folder
+
+
+def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
+    device = rank.device
+    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    origin = claim(folder, _made_by(config, weights), OWN) if rank.first else ""
+    origin = rank.gather(origin)[0]
+    own = rank.share(samples)
+    missing, undrawn = [], []
+    sources = seed_sources(own, origin)
+    for sample in own:
+        if not _finished(folder, sample, sources[sample.id]):
+            missing.append(sample)
+        elif not _drawn(folder, sample, sources[sample.id], config):
+            undrawn.append(sample)
+    batches = images_for(network, missing, config, config.cam.scales)
+    writers = config.train.data_threads
+    progress = Progress("cam", len(own), len(own) - len(missing))
+    with ThreadPoolExecutor(writers) as pool, Backlog(writers + config.cam.batch) as writing, progress:
+        for sample in undrawn:
+            writing.add(pool.submit(_redraw, folder, sample, sources[sample.id], config))
+        for batch in batches:
+            chosen = [missing[i] for i in batch.indices]
+            labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
+            with torch.inference_mode(), autocast(config.train.precision, device):
+                cams, probabilities = summed_cams(network, batch, labels, config.cam)
+            for sample, cam, found in zip(chosen, cams, probabilities, strict=True):
+                writing.add(pool.submit(_write, folder, sample, cam, found, sources[sample.id], config, weights))
+            progress.advance(len(chosen))
+    rank.wait()
+
+
+def seed_sources(samples: Sequence[Sample], origin: str) -> dict[str, str]:
+    """Id -> what its seed is made of: image, tags, and the ``origin`` of the folder, which ``claim`` returned."""
+    images = image_digests([sample.image for sample in samples])
+    return {
+        sample.id: mark(image, origin, np.flatnonzero(tags(sample)).tolist())
+        for sample, image in zip(samples, images, strict=True)
+    }
+
+
+def _write(
+    folder: Path, sample: Sample, cam: Tensor, found: Tensor, source: str, config: Config, weights: Path
+) -> None:
+    """In a thread, so that neither the GPU nor the loop that feeds it waits for files."""
+    seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
+    probabilities = found.cpu().numpy()
+    for made in (seed.cam, probabilities):
+        require_finite(made, weights, sample.id)
+    _draw(folder, sample, seed, source, config)
+    path = folder / "seeds" / f"{sample.id}.npz"
+    write_seed(path, seed, source, probabilities)  # last: its presence says that the image is done
+
+
+def _redraw(folder: Path, sample: Sample, source: str, config: Config) -> None:
+    _draw(folder, sample, read_seed(folder / "seeds" / f"{sample.id}.npz"), source, config)
+
+
+def _draw(folder: Path, sample: Sample, seed: Seed, source: str, config: Config) -> None:
+    mask = seed.mask(config.cam.mask_threshold)
+    picture = overlay(read_image(sample.image), mask, config.classes)
+    _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    with replacing(folder / "overlays" / f"{sample.id}.jpg") as file:
+        file.write(jpeg.tobytes())
+    write_mask(folder / "masks" / f"{sample.id}.png", mask, _mask_source(source, config))  # last: it tells of both
+
+
+def _mask_source(seed: str, config: Config) -> str:
+    return f"{combined(seed, config.cam.mask_threshold)} {marked_image(seed)}"
+
+
+def _finished(folder: Path, sample: Sample, source: str) -> bool:
+    path = folder / "seeds" / f"{sample.id}.npz"
+    if not path.exists():
+        return False
+    try:
+        read_seed(path)
+    except UserError:
+        print(f"Warning: {path} is damaged and made again", file=sys.stderr)
+        return False
+    return seed_source(path) == source
+
+
+def _drawn(folder: Path, sample: Sample, source: str, config: Config) -> bool:
+    mask, overlay = folder / "masks" / f"{sample.id}.png", folder / "overlays" / f"{sample.id}.jpg"
+    return can_be_kept(mask, _mask_source(source, config)) and overlay.exists()
+
+
+def _made_by(config: Config, weights: Path) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
+        "classes": list(config.classes),
+        "model": config.model.model_dump(mode="json"),
+        "cam": config.cam.model_dump(mode="json", exclude={"batch", "pixels", "mask_threshold"}),
+    }

@@ -1,0 +1,116 @@
+"""``cpn-fast run``: all stages in their order. Each leaves finished work alone and continues what was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
+
+from cpn_fast.config import PACKAGE, Config
+from cpn_fast.data.dataset import has_ground_truth, load_samples
+from cpn_fast.runtime import distributed, reading, terminal
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.owner import owned
+from cpn_fast.stages import cam, evaluate, refine, segment, train
+from cpn_fast.training import hook
+
+
+class Stage(NamedTuple):
+    """What a stage made, scored."""
+
+    name: str
+    list: Path
+    miou: float | None
+    """From 0 to 1; None without ground truth."""
+
+
+def run(config: Config) -> list[Stage]:
+    """Train, make seeds, refine them, train a segmenter; score whatever there is ground truth for, and print a table.
+
+    Seeds are scored on ``data.eval_list``, and so are pseudo-masks if its images are among ``data.train_list``; the
+    segmenter on ``segment.eval_list``.
+    """
+    rank = distributed.join()
+    check(config, rank.world)
+    with owned(config.run, rank):  # of all its stages: another start must not come in between two of them
+        return _run(config)
+
+
+def _run(config: Config) -> list[Stage]:
+    lists = config.data
+    weights = train.run(config)
+    seeds = cam.run(config, weights) / "seeds"
+    stages = [Stage("seeds, oracle threshold", lists.eval_list, score(config, lists.eval_list, cams=seeds))]
+
+    if lists.train_list != lists.eval_list:
+        cam.run(config, weights, lists.train_list)
+    masks = refine.run(config)
+    if _ids(config, lists.eval_list) <= _ids(config, lists.train_list):
+        stages.append(Stage("pseudo-masks", lists.eval_list, score(config, lists.eval_list, masks=masks)))
+
+    weights = segment.run(config, masks)
+    folder, val = segment.segment(config, weights), config.segment.eval_list
+    stages.append(Stage("segmenter", val, score(config, val, masks=folder / "masks")))
+    if config.segment.crf is not None:
+        stages.append(Stage("segmenter and CRF", val, score(config, val, masks=folder / "crf")))
+
+    if distributed.join().first:
+        table = Table("result", "list", "mIoU", title=config.name)
+        for name, list_path, miou in stages:
+            table.add_row(name, list_path.name, "no ground truth" if miou is None else f"{miou:.1%}")
+        terminal.console().print(table)
+    return stages
+
+
+def check(config: Config, world: int) -> None:
+    """Look for what any stage needs, before the first one takes hours. Raises UserError with all that is found."""
+    lists, problems = config.data, []
+    images = {}
+    for key, list_path, labels in (
+        ("data.train_list", lists.train_list, True),
+        ("data.eval_list", lists.eval_list, True),
+        ("segment.eval_list", config.segment.eval_list, False),
+    ):
+        try:
+            images[key] = len(load_samples(lists, config.classes, list_path, labels=labels, masks=False))
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+    for section, options in (
+        ("train", config.train),
+        ("affinity.train", config.affinity.train),
+        ("segment.train", config.segment.train),
+    ):
+        try:
+            train.check_batch(options, world, images.get("data.train_list"), section)
+        except UserError as error:
+            problems.append(str(error))
+    weights, run = config.model.weights, config.run
+    trained = all((run / part / "model.safetensors").is_file() for part in (".", "refine/affinity", "segment/deeplab"))
+    elsewhere = weights is None or str(weights) == "timm" or str(weights).startswith(PACKAGE)
+    if not trained and not elsewhere:
+        assert weights is not None
+        try:
+            reading.require_regular(weights, reading.WEIGHTS)
+        except OSError as error:
+            reason = f"{weights}: {error.strerror}"
+            problems.append(f"model.weights: {reason}; AffinityNet and the segmenter start from it too")
+    if config.hook is not None and distributed.join().first:
+        try:
+            hook.load(config.hook)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def score(config: Config, list_path: Path, *, cams: Path | None = None, masks: Path | None = None) -> float | None:
+    """mIoU of seeds at their best threshold or of masks; None if an image of the list has no ground truth."""
+    if not has_ground_truth(config.data, config.classes, list_path):
+        return None
+    found = evaluate.run(config, cams=cams, masks=masks, list_path=list_path, threshold_from=None)
+    return float(found.results[-1].scores.mean_iou)
+
+
+def _ids(config: Config, list_path: Path) -> set[str]:
+    return {sample.id for sample in load_samples(config.data, config.classes, list_path, labels=False, masks=False)}

@@ -1,0 +1,238 @@
+"""Stage ``evaluate``: scores of CAM seeds, at every background threshold from one pass, or of mask PNGs.
+
+The score of a seed depends on the background threshold. One chosen on the very masks that it is scored on is
+the *oracle*: an upper bound, and called so everywhere. A *fixed* one was set beforehand in the config; a *held-out*
+one is the oracle of other images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from cpn_fast.config import Config, Evaluate
+from cpn_fast.data.dataset import Sample, load_samples
+from cpn_fast.data.masks import IGNORE, is_of_another_image, read_mask
+from cpn_fast.data.scores import Curve, Evaluation, Kind, Result, Scores, ThresholdSweep, confusion
+from cpn_fast.data.seeds import read_seed
+from cpn_fast.runtime import distributed
+from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.files import read_json
+from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.progress import track
+from cpn_fast.stages.evaluation_files import print_evaluation, write_evaluation
+
+
+def evaluate_cams(
+    samples: Sequence[Sample],
+    folder: Path,
+    config: Evaluate,
+    classes: Sequence[str],
+    *,
+    list_name: str,
+    held_out: float | None = None,
+    workers: int,
+) -> Evaluation:
+    """Score ``folder/<id>.npz`` against the samples' masks. held_out: a threshold chosen on other images.
+
+    Raises UserError with every missing, damaged or ill-sized file.
+    """
+    grid = np.arange(config.thresholds) / config.thresholds
+    given: dict[Kind, float] = {}
+    if held_out is not None:
+        given["held-out"] = held_out
+    if config.threshold is not None:
+        given["fixed"] = config.threshold
+    tried = np.union1d(grid, list(given.values()))
+    sweep = ThresholdSweep(tried, len(classes))
+
+    def score(sample: Sample, path: Path) -> None:
+        seed = read_seed(path)
+        truth = _truth(sample, seed.cam.shape[1:], len(classes))
+        if seed.classes.max(initial=-1) >= len(classes):
+            raise _Problem(f"seeds of more than {len(classes)} classes", f"{path.name} ({seed.classes[-1] + 1})")
+        sweep.add(seed, truth)
+
+    _each(samples, folder, ".npz", score, workers)
+    counts = distributed.join().sum(sweep.confusion())
+    curve = Scores(counts[np.searchsorted(tried, grid)])
+    best = int(np.argmax(curve.mean_iou))
+    results = [Result(kind, value, Scores(counts[np.searchsorted(tried, value)])) for kind, value in given.items()]
+    results.append(Result("oracle", float(grid[best]), Scores(curve.confusion[best])))
+    return Evaluation(
+        folder, list_name, tuple(s.id for s in samples), tuple(classes), tuple(results), Curve(grid, curve)
+    )
+
+
+def evaluate_masks(
+    samples: Sequence[Sample], folder: Path, classes: Sequence[str], *, list_name: str, workers: int
+) -> Evaluation:
+    """Score ``folder/<id>.png`` against the samples' masks.
+
+    Raises UserError with every missing, damaged or ill-sized file.
+    """
+    total = np.zeros((len(classes) + 1, len(classes) + 1), np.int64)
+    lock = threading.Lock()
+
+    def score(sample: Sample, path: Path) -> None:
+        prediction = read_mask(path)
+        truth = _truth(sample, prediction.shape, len(classes))
+        if prediction.max() > len(classes):
+            raise _Problem(f"masks with values above {len(classes)}", f"{path.name} ({prediction.max()})")
+        counts = confusion(prediction, truth, len(classes))
+        with lock:
+            total[:] += counts
+
+    _each(samples, folder, ".png", score, workers)
+    scores = Scores(distributed.join().sum(total))
+    ids = tuple(sample.id for sample in samples)
+    return Evaluation(folder, list_name, ids, tuple(classes), (Result("masks", None, scores),))
+
+
+def held_out_threshold(path: Path, ids: Collection[str]) -> float:
+    """The oracle threshold in another list's evaluation.json.
+
+    Raises UserError if that evaluation saw any of ``ids``, for then it would be no held-out one here.
+    """
+    try:
+        tree = read_json(path)
+        found = [float(result["threshold"]) for result in tree["results"] if result["kind"] == "oracle"]
+        seen = set(tree["ids"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such evaluation; `cpn-fast evaluate CONFIG --cams DIR` writes one") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not an evaluation.json of cpn-fast: {error}") from None
+    if not found:
+        raise UserError(f"{path}: it scores masks and has no threshold; give an evaluation of seeds")
+    both = [id_ for id_ in ids if id_ in seen]
+    if both:
+        raise UserError(
+            f"{path}: its threshold was chosen on {len(both)} of the {len(ids)} images to be scored "
+            f"({some(both, 3)}): give an evaluation of other images"
+        )
+    return found[0]
+
+
+def run(
+    config: Config, *, cams: Path | None, masks: Path | None, list_path: Path | None, threshold_from: Path | None
+) -> Evaluation:
+    """Score a folder of seeds or of masks on a list (the config's ``data.eval_list`` by default), print and write it.
+
+    threshold_from: the evaluation.json of other images, whose best threshold is used here too.
+    """
+    source = cams or masks
+    if source is None or (cams and masks):
+        raise UserError("give either --cams or --masks, a folder of seeds or of mask PNGs")
+    if masks and threshold_from:
+        raise UserError("--threshold-from goes with --cams: masks have no threshold")
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; `cpn-fast cam` prints where it writes seeds and masks")
+    inner = source / ("seeds" if cams else "masks")
+    if inner.is_dir():
+        raise UserError(f"{source}: holds what the stage made, not only {inner.name}; did you mean {inner}?")
+    list_path = list_path or config.data.eval_list
+    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
+    workers = os.cpu_count() or 1
+    name = str(list_path)
+    if cams:
+        held_out = held_out_threshold(threshold_from, [sample.id for sample in samples]) if threshold_from else None
+        evaluation = evaluate_cams(
+            samples, cams, config.evaluate, config.classes, list_name=name, held_out=held_out, workers=workers
+        )
+    else:
+        evaluation = evaluate_masks(samples, source, config.classes, list_name=name, workers=workers)
+    never = [
+        name for name, pixels in zip(config.classes, evaluation.results[0].scores.true[1:], strict=True) if not pixels
+    ]
+    if len(never) == len(config.classes):
+        raise UserError(
+            f"{config.data.root / config.data.masks}: no ground truth of the {len(samples)} images has a pixel of any "
+            f"class ({some(never)}), so nothing can be scored. Mask values of the classes are 1 to {len(never)}"
+        )
+    if never and distributed.join().first:
+        print(f"Warning: no ground truth has a pixel of {some(never)}, and no score counts them", file=sys.stderr)
+    place, home = source.resolve(), config.run.resolve()
+    inside = place.is_relative_to(home)
+    parts = place.relative_to(home).parts if inside else place.parts[-2:]
+    name = "-".join(parts)
+    if not inside or len(os.fsencode(name)) > 200:  # others may end in the names of the run's own; a name has 255 bytes
+        name = name if len(os.fsencode(name)) <= 200 else parts[-1][:40]
+        name += f"-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+    folder = config.run / "evaluation" / config.list_name(list_path) / name
+    if distributed.join().first:
+        with owned(folder, waits=True):
+            write_evaluation(folder, evaluation)
+        print_evaluation(evaluation)
+        print(f"Scores, curve and plots are in {folder}")
+    distributed.join().wait()
+    return dataclasses.replace(evaluation, path=folder / "evaluation.json")
+
+
+class _Problem(Exception):
+    """What keeps an image from being scored: a kind, to count under, and a file's name."""
+
+
+def _each(
+    samples: Sequence[Sample], folder: Path, suffix: str, score: Callable[[Sample, Path], None], workers: int
+) -> None:
+    """Score this process's share in threads (reading and inflating leave the GIL); raise all problems in one go."""
+
+    def attempt(sample: Sample) -> tuple[str, str] | None:
+        path = folder / f"{sample.id}{suffix}"
+        if not path.exists():
+            return "files missing", path.name
+        try:
+            score(sample, path)
+            if is_of_another_image(path, sample.image):
+                return "files of another image than is there now", path.name
+        except _Problem as problem:
+            kind, name = problem.args
+            return kind, name
+        except UserError as error:
+            return "files that cannot be read", str(error)
+        return None
+
+    rank = distributed.join()
+    own = rank.share(samples)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            tried = list(track(pool.map(attempt, own), f"scoring {folder.name}", total=len(own)))
+        finally:
+            pool.shutdown(cancel_futures=True)  # who stops this need not wait for the rest
+    problems: dict[str, list[str]] = defaultdict(list)
+    for kind, name in filter(None, itertools.chain.from_iterable(rank.gather(tried))):
+        problems[kind].append(name)
+    if problems:
+        lines = [f"  {len(names)} {kind}: {some(names)}" for kind, names in problems.items()]
+        raise UserError("\n".join([f"{folder}: not all of {len(samples)} images can be scored", *lines]))
+
+
+def _truth(sample: Sample, shape: tuple[int, ...], classes: int) -> np.ndarray:
+    if sample.mask is None:
+        raise ValueError(f"{sample.id}: scoring needs samples with ground truth")
+    truth = read_mask(sample.mask)
+    if truth.shape != shape:
+        sizes = f"{shape[1]}x{shape[0]}, ground truth {truth.shape[1]}x{truth.shape[0]}"
+        raise _Problem("of another size than the ground truth", f"{sample.id} ({sizes})")
+    foreign = truth[(truth > classes) & (truth != IGNORE)]
+    if foreign.size:
+        raise _Problem(
+            f"ground truths with values other than 0 to {classes} and {IGNORE}", f"{sample.id} ({foreign[0]})"
+        )
+    return truth
+
+
+# Files
+
+
+# Words

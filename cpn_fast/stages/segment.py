@@ -1,0 +1,249 @@
+"""Stage ``segment``: a DeepLab segmenter trained on pseudo-masks, which needs no tags afterwards, and its masks.
+
+In ``segment`` in the run's folder, ``deeplab`` is the training run and ``LIST/masks`` and ``LIST/crf`` are masks of the
+images of a list before and after the dense CRF.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpn_fast.config import Config, CrfName
+from cpn_fast.data.dataset import Sample, check_files, load_samples
+from cpn_fast.data.images import read_image
+from cpn_fast.data.masks import is_of_another_image, write_mask
+from cpn_fast.data.png import can_be_kept
+from cpn_fast.data.provenance import VERSION, combined, image_digests, mark
+from cpn_fast.methods.segmentation import Segmentation
+from cpn_fast.models.deeplab import DeepLab, build_deeplab
+from cpn_fast.models.inference import images_for, trained
+from cpn_fast.models.weights import require_finite
+from cpn_fast.pipelines.inference import ScaledBatch
+from cpn_fast.refinement.crf import PARAMETERS, Room, dense_crf, process_pool
+from cpn_fast.runtime import distributed, reading
+from cpn_fast.runtime.backlog import Backlog
+from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.files import claim, replacing, write_json
+from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.precision import autocast
+from cpn_fast.runtime.progress import Progress
+from cpn_fast.stages import train
+from cpn_fast.stages.cam import LISTED
+from cpn_fast.training import run_folder
+
+POSSIBLE = 0.01
+"""A class whose probability is nowhere above this is left out of the CRF, whose time grows with their number."""
+SUBMISSION = "results/VOC2012/Segmentation/comp6_test_cls"
+"""Where VOC's evaluation server looks for masks in an archive."""
+SUBMISSION_SUFFIXES = (".tar.gz", ".tgz")
+
+
+def run(config: Config, masks: Path) -> Path:
+    """Train the segmenter on ``masks/ID.png`` of ``data.train_list``, or continue; returns the file of its weights.
+
+    A finished run is left alone while masks and settings are the same, and made anew when they are not. Raises
+    UserError for masks that are missing or do not fit their images.
+    """
+    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
+    samples = [dataclasses.replace(sample, mask=masks / f"{sample.id}.png") for sample in samples]
+    missing = [sample.id for sample in samples if sample.mask is not None and not sample.mask.exists()]
+    if missing:
+        raise UserError(
+            f"{masks}: {len(missing)} of {len(samples)} images of {config.data.train_list} have no mask there "
+            f"({some(missing, 3)}). `cpn-fast refine` writes pseudo-masks; --masks names another folder"
+        )
+    images = image_digests([sample.image for sample in samples])
+    old = [
+        sample.id for sample in samples if sample.mask is not None and is_of_another_image(sample.mask, sample.image)
+    ]
+    if old:
+        raise UserError(
+            f"{masks}: {len(old)} masks are of other images than are there now ({', '.join(old[:3])}"
+            f"{' ...' * (len(old) > 3)}). Make them anew first, as `cpn-fast cam` and `cpn-fast refine` do"
+        )
+    settings = deeplab_config(config)
+    rank = distributed.join()
+    train.check_batch(settings.train, rank.world, len(samples), "segment.train")
+    with owned(settings.run, rank):
+        if rank.first:
+            made_by = {
+                "version": VERSION,
+                "images": combined(images),
+                "masks_sha256": _digest(samples),
+                "bn_momentum": config.segment.bn_momentum,
+            }
+            claim(settings.run, made_by | run_folder.decisive(settings), run_folder.OWN, free=run_folder.LENGTH)
+        rank.wait()
+        workers, verified = settings.train.data_threads, settings.run / "masks.json"
+        check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
+        return train.fit(settings, lambda settings: Segmentation(settings, masks), part_of=(config, "segment"))
+
+
+def deeplab_config(config: Config) -> Config:
+    """The segmenter's training run, in ``RUN/segment/deeplab``."""
+    changes = {
+        "name": "deeplab",
+        "out": config.run / "segment",
+        "data": config.data.model_copy(update={"shards": None}),
+        "augment": config.segment.augment,
+        "train": config.segment.train,
+    }
+    return config.model_copy(update=changes)
+
+
+def segment(config: Config, weights: Path, list_path: Path | None = None) -> Path:
+    """Write ``masks/ID.png``, and ``crf/ID.png`` if ``segment.crf`` is set, for a list; returns their folder.
+
+    Finished images are kept when weights and settings are the same. Under torchrun each process makes its share.
+    """
+    rank = distributed.join()
+    list_path = list_path or config.segment.eval_list
+    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
+    folder = config.run / "segment" / config.list_name(list_path)
+    with owned(folder, rank):
+        if rank.first:
+            write_json(folder / LISTED, {"list": str(list_path)})
+        _segment(config, weights, samples, folder, rank)
+    return folder
+
+
+def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
+    options = config.segment
+    network = trained(build_deeplab(config), weights).to(rank.device)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    made_by = {
+        "version": VERSION,
+        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
+        **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
+    }
+    if rank.first:
+        claim(folder, made_by, ("masks", "crf"))
+    rank.wait()
+    kinds = ("masks", "crf") if options.crf else ("masks",)
+    own = rank.share(samples)
+    images = image_digests([sample.image for sample in own])
+    sources = {sample.id: mark(image) for sample, image in zip(own, images, strict=True)}
+    missing = [
+        sample
+        for sample in own
+        if not all(can_be_kept(folder / kind / f"{sample.id}.png", sources[sample.id]) for kind in kinds)
+    ]
+    batches = images_for(network, missing, config, options.scales)
+    workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
+    with ExitStack() as stack:
+        pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))
+        progress = stack.enter_context(Progress("segment", len(own), len(own) - len(missing)))
+        writing = stack.enter_context(Backlog(2 * workers, progress.advance))
+        room = Room()
+        for batch in batches:
+            for index, probabilities in zip(batch.indices, class_probabilities(network, batch, config), strict=True):
+                sample = missing[index]
+                require_finite(probabilities, weights, sample.id)
+                job = partial(_write, folder, sample, probabilities, sources[sample.id], options.crf)
+                classes, pixels = len(probabilities), probabilities[0].size
+                writing.add(room.submit(pool, pixels, classes, job) if options.crf else pool.submit(job))
+    rank.wait()
+
+
+def class_probabilities(network: DeepLab, batch: ScaledBatch, config: Config) -> list[np.ndarray]:
+    """Softmax of the mean logits, float32 (1 + classes, H, W) an image; class 0 is background."""
+    options = config.segment
+    with torch.inference_mode(), autocast(options.train.precision, batch.scales[0].device):
+        logits = mean_logits(network, batch, flip=options.flip, pixels=config.cam.pixels)
+    return [scores.softmax(0).cpu().numpy() for scores in logits]
+
+
+def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int) -> Tensor:
+    """Mean over scales and flips of the logits at the original size: float32 (B, 1 + classes, H, W).
+
+    A forward pass has an image and its mirror image together, or one after the other where both exceed ``pixels``.
+    """
+    total: Tensor | None = None
+    for images in batch.scales:
+        views = [images, images.flip(3)] if flip else [images]
+        if len(views) * images[:, 0].numel() <= pixels:
+            views = [torch.cat(views)]
+        logits = torch.cat([network(view.contiguous(memory_format=torch.channels_last)).float() for view in views])
+        if flip:
+            straight, mirrored = logits.chunk(2)
+            logits = (straight + mirrored.flip(3)) / 2
+        logits = F.interpolate(logits, batch.size, mode="bilinear", align_corners=True)
+        total = logits if total is None else total.add_(logits)
+    assert total is not None
+    return total / len(batch.scales)
+
+
+def _write(folder: Path, sample: Sample, probabilities: np.ndarray, source: str, crf: CrfName | None) -> None:
+    write_mask(folder / "masks" / f"{sample.id}.png", mask_of(probabilities, sample.image, None), source)
+    if crf is not None:
+        write_mask(folder / "crf" / f"{sample.id}.png", mask_of(probabilities, sample.image, crf), source)
+
+
+def mask_of(probabilities: np.ndarray, image: Path, crf: CrfName | None) -> np.ndarray:
+    """uint8 (H, W): the most probable class of each pixel, after the CRF if one is named."""
+    if crf is None:
+        return probabilities.argmax(0).astype(np.uint8)
+    values = np.flatnonzero(probabilities.max((1, 2)) > POSSIBLE).astype(np.uint8)
+    refined = dense_crf(read_image(image), probabilities[values], PARAMETERS[crf])
+    return values[refined.argmax(0)]
+
+
+def check_submission(path: Path) -> None:
+    """Raise UserError for a file name that does not tell what ``write_submission`` writes."""
+    if not path.name.endswith(SUBMISSION_SUFFIXES):
+        raise UserError(
+            f"--submission {path}: expected a name that ends in {' or '.join(SUBMISSION_SUFFIXES)}, the archive "
+            f"that is written, found {path.suffix or 'no ending'}"
+        )
+
+
+def write_submission(config: Config, masks: Path, path: Path, list_path: Path | None = None) -> int:
+    """Pack a list's masks as VOC's evaluation server takes them, a .tar.gz; returns how many there are.
+
+    What else is in the folder, as from a list that was longer once, stays out. Raises UserError if a mask is missing.
+    """
+    check_submission(path)
+    list_path = list_path or config.segment.eval_list
+    samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
+    missing = [sample.id for sample in samples if not (masks / f"{sample.id}.png").exists()]
+    if missing:
+        raise UserError(
+            f"{masks}: {len(missing)} of the {len(samples)} images of {list_path} have no mask there "
+            f"({some(missing, 3)}). `cpn-fast segment CONFIG --list {list_path}` "
+            "makes what is missing"
+        )
+    with (
+        replacing(path) as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,  # no times: the same masks give the same bytes
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for sample in samples:
+            content = reading.read_bytes(masks / f"{sample.id}.png", reading.MASK)
+            member = tarfile.TarInfo(f"{SUBMISSION}/{sample.id}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return len(samples)
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        assert sample.mask is not None
+        digest.update(sample.id.encode())
+        digest.update(reading.read_bytes(sample.mask, reading.MASK))
+    return digest.hexdigest()

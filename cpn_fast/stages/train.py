@@ -1,0 +1,319 @@
+"""Stage ``train``: from images and tags to a trained network. One straight loop for every method."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpn_fast import config_file
+from cpn_fast.config import Config, Train
+from cpn_fast.data.dataset import Sample, cannot_be_learned
+from cpn_fast.data.images import read_image
+from cpn_fast.methods.known import METHODS
+from cpn_fast.methods.method import Method
+from cpn_fast.models.dropout import SharedDropout
+from cpn_fast.models.network import Network
+from cpn_fast.models.pretrained import measure_features, start_from
+from cpn_fast.models.timm_backbone import TimmBackbone
+from cpn_fast.models.weights import (
+    FINAL,
+    chosen,
+    is_whole,
+    to_released_keys,
+    write_weights,
+)
+from cpn_fast.pipelines.shards import Shards, training_list
+from cpn_fast.pipelines.superpixels import SuperpixelCache
+from cpn_fast.pipelines.training import TrainingPipeline
+from cpn_fast.runtime import distributed, interrupts
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.files import read_metrics
+from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.progress import Progress
+from cpn_fast.training import checkpoint, resume
+from cpn_fast.training.batch_size import sized
+from cpn_fast.training.hook import Hook
+from cpn_fast.training.metrics import Meter
+from cpn_fast.training.nonfinite import GradientGuard
+from cpn_fast.training.previews import COUNT, Gallery
+from cpn_fast.training.run_folder import differing_keys, open_run, own_config, run_config
+from cpn_fast.training.step import Step, load_optimizer, make_optimizer, set_rate
+from cpn_fast.training.validation import Validation
+
+DROPOUT, HIDING = range(2)  # streams of random numbers
+
+
+def run(config: Config) -> Path:
+    """Train the config's method, as ``fit`` does."""
+    return fit(config, METHODS[config.method])
+
+
+def fit(config: Config, build: Callable[[Config], Method], part_of: tuple[Config, str] | None = None) -> Path:
+    """Train, or continue where the run's newest checkpoint stands; returns the file of its weights.
+
+    ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained, and with
+    ``train.use_weights`` whether the file is that of the last step or of the best; ``part_of``, whose stage this is and
+    which. Raises UserError for anything wrong with the data, the weights, or a run folder that belongs to another
+    config.
+
+    Under torchrun the processes share each step's images and average their gradients; the first one writes. Their
+    number may change between two starts.
+    """
+    rank = distributed.join()
+    check_batch(config.train, rank.world)
+    with owned(config.run, rank):
+        return _fit(config, build, rank, part_of or (config, "train"))
+
+
+def _fit(
+    config: Config, build: Callable[[Config], Method], rank: distributed.Rank, part_of: tuple[Config, str]
+) -> Path:
+    whole_run, stage = part_of
+    hook = None
+    if rank.first and config.hook is not None:
+        hook = Hook(config.hook, config.run, {"run": whole_run.name, "stage": stage})
+    if config.train.deterministic:  # before `sized` makes the first use of cuBLAS
+        choose_deterministic_algorithms()
+    config = sized(config, build, rank)
+    train = config.train
+    assert train.batch != "auto"
+    state, earlier = _opened(config, rank, stage)
+    if rank.gather(earlier is not None and earlier.finished)[0]:
+        if hook is not None:
+            hook.give(read_metrics(config.run / "metrics.jsonl"))
+            hook.close()
+        return chosen(config.run, config)
+
+    samples, shards = _listed(config, rank, state, earlier)
+    steps = resume.number_of_steps(train, len(samples))
+    if steps == 0:
+        raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
+    method = _method(config, build, rank, samples, shards, pretrained=state is None)
+    network = method.network
+    optimizer = make_optimizer(network, train, rank.device)
+    generator = torch.Generator(rank.device)
+    make_step = Step(method, optimizer, generator, train, rank, rank.device)
+    start = 0
+    if state is not None:
+        start = state["step"]
+        network.load_state_dict(state["model"])
+        load_optimizer(optimizer, state["optimizer"])
+        if make_step.scaler.is_enabled():
+            make_step.scaler.load_state_dict(state["scaler"])
+    del state
+    pipeline = _pipeline(config, method, samples, shards, rank, start)
+    guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
+    meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate, hook)
+    data = meter.timed(pipeline)
+    gallery = validation = None
+    if rank.first and isinstance(network, Network):
+        labels = [sample.label for sample in samples[:COUNT] if sample.label is not None]
+        gallery = Gallery(list(zip(_first_images(samples, shards), labels, strict=True)), config, network)
+    if train.validate_every is not None and isinstance(network, Network):
+        validation = Validation(config, samples, rank, begins=start == 0)
+
+    with meter, interrupts.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
+        for step in range(start, steps):
+            torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
+            generator.manual_seed(keyed_seed(train.seed, step, HIDING))
+            factor = (1 - step / steps) ** train.power
+            set_rate(optimizer, factor)
+            batches = [next(data) for _ in range(train.accumulate)]
+            figures = make_step(batches)
+            done = step + 1
+            validates = train.validate_every is not None and (done % train.validate_every == 0 or done == steps)
+            logs = done % train.log_every == 0 or done == steps or validates
+            # One process stops after any step; several must stop after the same one, and agree when they log.
+            stops = done < steps and (stopping() if rank.world == 1 else logs and any(rank.gather(stopping())))
+            keeps = done % train.checkpoint_every == 0 or done == steps or stops
+            meter.add(done, train.lr * factor, figures, batches, ends_line=logs)
+            if (
+                validation is not None and isinstance(network, Network) and validates
+            ):  # before the checkpoint, which has it
+                meter.validated(validation.after(done, network))
+            note = meter.read(done, wait=keeps)
+            if rank.first and keeps:
+                checkpoint.write(
+                    config.run / "checkpoints",
+                    done,
+                    keep=train.keep_checkpoints,
+                    model=network.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    scaler=make_step.scaler.state_dict(),
+                    config=config_file.dump(config),
+                )
+            if gallery is not None and keeps:
+                picture = gallery.picture()
+                if picture is not None:
+                    meter.show("cams", picture, done)
+            progress.advance(note=note)
+            if stops:
+                raise interrupts.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
+    if rank.first:
+        tensors = to_released_keys(network.state_dict())
+        write_weights(config.run / FINAL, tensors, config=config_file.dump(config), training={"step": steps})
+    rank.wait()
+    return chosen(config.run, config)
+
+
+def _opened(config: Config, rank: distributed.Rank, stage: str) -> tuple[dict[str, Any] | None, resume.Resumed | None]:
+    """The newest checkpoint of the run's folder, and in the first process what a run that is there goes on with."""
+    final = config.run / FINAL
+    if rank.first:
+        _refuse_another(config)
+    whole = rank.gather(rank.first and is_whole(final))[0]
+    state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
+    earlier = None
+    if rank.first and (state is not None or (whole and own_config(final) is not None)):
+        section = stage if stage == "train" else f"{stage}.train"
+        earlier = resume.resumed(config, training_list(config)[0], state, final if whole else None, section)
+    if rank.first:
+        open_run(config, rank.device)
+    return state, earlier
+
+
+def _listed(
+    config: Config, rank: distributed.Rank, state: dict[str, Any] | None, earlier: resume.Resumed | None
+) -> tuple[list[Sample], Shards | None]:
+    """The training list, which the first process checks and notes in the run's folder."""
+    samples, shards = training_list(config, decode=rank.first)
+    if rank.first:
+        for doubt in cannot_be_learned(samples, config.classes):
+            print(f"Warning: {doubt}", file=sys.stderr)
+        for remark in earlier.remarks if earlier is not None else ():
+            print(remark)
+        if listed := resume.described(samples) if state is None else earlier.listed if earlier is not None else {}:
+            resume.remember(config.run, listed)
+    return samples, shards
+
+
+def _method(
+    config: Config,
+    build: Callable[[Config], Method],
+    rank: distributed.Rank,
+    samples: Sequence[Sample],
+    shards: Shards | None,
+    *,
+    pretrained: bool,
+) -> Method:
+    """The method with its network on the device, with ``pretrained`` weights or, to be loaded over, random ones."""
+    torch.manual_seed(config.train.seed)
+    method = build(config)
+    network = method.network
+    if pretrained and config.model.weights is None and network.backbone.frozen:
+        raise UserError(
+            f"model.weights is null, but {config.model.backbone} keeps its first layers and its batch statistics as "
+            "they are, which random weights do not survive: name a file of pretrained weights; docs/voc.md says where "
+            "they come from"
+        )
+    if pretrained and config.model.weights is not None:
+        fresh = start_from(network, config.model.weights)
+        if rank.first:
+            print(f"Starting from {config.model.weights}" + (f" with new layers {', '.join(fresh)}" if fresh else ""))
+    if pretrained and isinstance(network.backbone, TimmBackbone):
+        measure_features(network, _first_images(samples, shards), config.augment.crop)
+    network.to(rank.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    assert config.train.batch != "auto"
+    for module in network.modules():
+        if isinstance(module, SharedDropout):
+            module.number, module.world, module.images = rank.number, rank.world, config.train.batch // rank.world
+    return method
+
+
+def _pipeline(
+    config: Config,
+    method: Method,
+    samples: Sequence[Sample],
+    shards: Shards | None,
+    rank: distributed.Rank,
+    start: int,
+) -> TrainingPipeline:
+    """The process's share of batches from step ``start`` on, with what the method wants to know of each pixel."""
+    online = None
+    if method.map != "superpixels":
+        map_path = method.map
+    elif config.superpixels.mode == "online":
+        map_path, online = None, config.superpixels
+    elif shards is not None:
+        map_path, shards = None, shards.with_superpixels(config.superpixel_cache, config.superpixels)
+    else:
+        cache = SuperpixelCache(config.superpixel_cache, config.superpixels)
+        cache.build(samples)
+        map_path = cache.path
+    assert config.train.batch != "auto"
+    return TrainingPipeline(
+        samples,
+        config.augment,
+        batch=config.train.batch // rank.world,
+        mean=method.network.mean,
+        std=method.network.std,
+        seed=config.train.seed,
+        device=rank.device,
+        threads=config.train.data_threads,
+        map_path=map_path,
+        online=online,
+        shards=shards,
+        rank=rank.number,
+        world=rank.world,
+        start_step=start * config.train.accumulate,
+    )
+
+
+def check_batch(train: Train, world: int, images: int | None = None, key: str = "train") -> None:
+    """Raise UserError if ``world`` processes cannot share a batch, or ``images`` do not make a step.
+
+    ``key`` is the section's whole name, as in ``segment.train``.
+    """
+    if train.batch == "auto":
+        return
+    if train.batch % world:
+        raise UserError(f"{key}.batch is {train.batch}, expected a multiple of torchrun's {world} processes")
+    if images is None:
+        return
+    if train.batch > images:
+        raise UserError(
+            f"{key}.batch is {train.batch}, but the training list has only {images} image(s): lower {key}.batch or "
+            "list more images"
+        )
+    batches = (train.epochs or 0) * (images // train.batch)
+    if train.steps is None and batches < train.accumulate:
+        raise UserError(
+            f"{key}.accumulate is {train.accumulate}, more than the {batches} batches of all epochs: lower it"
+        )
+
+
+def _first_images(samples: Sequence[Sample], shards: Shards | None) -> list[np.ndarray]:
+    """The pictures of the gallery, uint8 RGB (H, W, 3)."""
+    first = samples[:COUNT]
+    contents = [None] * len(first) if shards is None else [content for content, *_ in shards.read(range(len(first)))]
+    return [read_image(sample.image, content) for sample, content in zip(first, contents, strict=True)]
+
+
+def choose_deterministic_algorithms() -> None:
+    """In this process from now on: torch's own, cuDNN's and cuBLAS's."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def keyed_seed(*key: int) -> int:
+    """A seed for (seed, step, stream): streams of different keys are independent."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _refuse_another(config: Config) -> None:
+    """Raise UserError for the folder of a run of another config."""
+    found = run_config(config.run)
+    if found is not None:
+        differing = differing_keys(config_file.read(found[1], str(found[0])), config)
+        if differing:
+            raise UserError(
+                f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}, says "
+                f"{found[0].name}. Give this one another name, or delete that folder"
+            )

@@ -1,0 +1,98 @@
+"""Training checkpoints: written whole or not at all, readable with ``weights_only=True``.
+
+Shuffling, augmentation, hiding and dropout all follow from (seed, step), so the step is also the state of the
+random generators and of the data pipeline.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpn_fast.runtime import reading
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.files import replacing
+
+
+def write(
+    folder: Path,
+    step: int,
+    *,
+    keep: int,
+    model: dict[str, Any],
+    optimizer: dict[str, Any],
+    scaler: dict[str, Any],
+    config: str,
+) -> Path:
+    """Write ``step-NNNNNNNN.pt`` through a temporary name and remove all but the newest ``keep``."""
+    path = folder / f"step-{step:08d}.pt"
+    with replacing(path) as file:
+        state = {"step": step, "model": model, "optimizer": optimizer, "scaler": scaler, "config": config}
+        torch.save(state, file)
+    prune(folder, keep)
+    return path
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep``, as ``write`` does unless it is killed in between."""
+    for old in existing(folder)[keep:]:
+        old.unlink()
+
+
+def existing(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The newest state that can be read, with a warning on stderr if newer ones are damaged; None without any.
+
+    Raises UserError if all are damaged.
+    """
+    damaged: list[UserError] = []
+    for path in existing(folder):
+        try:
+            state = read(path, device)
+        except UserError as error:
+            damaged.append(error)
+            continue
+        for problem in damaged:
+            print(f"Warning: {problem}. Going on from {path.name}", file=sys.stderr)
+        return state
+    if damaged:
+        raise UserError(f"{damaged[0]}. No other is there: delete {folder} to start again")
+    return None
+
+
+def config_of(path: Path) -> str | None:
+    """The config (YAML) of the run that a checkpoint is of, without reading its tensors; None if it cannot be read."""
+    try:
+        reading.require_regular(path, reading.WEIGHTS)
+        with zipfile.ZipFile(path) as records:
+            (pickled,) = (name for name in records.namelist() if name.endswith("data.pkl"))
+            records.read(pickled)  # compares its checksum
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # unpickling raises many types
+        return None
+    found = state.get("config") if isinstance(state, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def read(path: Path, device: torch.device) -> dict[str, Any]:
+    """The state as ``write`` was given it; raises UserError for a damaged or foreign file."""
+    try:
+        reading.require_regular(path, reading.WEIGHTS)
+        with zipfile.ZipFile(path) as records:  # torch does not compare the checksums that it writes
+            broken = records.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"checksum of {broken}")
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # unpickling raises many types
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
+    if not isinstance(state, dict) or not {"step", "model", "optimizer", "config"} <= state.keys():
+        raise UserError(f"{path}: not a training checkpoint; expected keys step, model, optimizer and config")
+    return state

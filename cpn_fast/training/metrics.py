@@ -1,0 +1,236 @@
+"""What a run tells about itself while it trains: metrics.jsonl, TensorBoard, and the progress bar's note."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from cpn_fast.config import Config
+from cpn_fast.pipelines.training import Batch
+from cpn_fast.runtime.files import read_metrics, replacing
+from cpn_fast.training.hook import Hook
+from cpn_fast.training.nonfinite import GradientGuard
+from cpn_fast.training.step import Figures
+
+AHEAD = 2
+"""Steps that a GPU has still to make when the host waits for one: it never runs dry, and signals find the host near."""
+
+
+VALIDATED = "validation_"
+"""How figures of ``train.validate_every`` begin."""
+
+
+class Wait(NamedTuple):
+    """From when a batch was asked for to when it was there."""
+
+    seconds: float
+    """Of the host."""
+    marks: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """Before and after it in the GPU's own work, which the host may be far ahead of."""
+
+    def of_device(self) -> float:
+        """Seconds in which the device had nothing else to do; on a GPU only once the step is made."""
+        if self.marks is None:
+            return self.seconds
+        before, after = self.marks
+        return before.elapsed_time(after) / 1000
+
+
+class _Told(NamedTuple):
+    """A step's figures on their way to the host."""
+
+    step: int
+    names: tuple[str, ...]
+    values: Tensor
+    logits: Tensor | None
+    labels: Tensor
+    indices: Tensor
+    there: torch.cuda.Event | None
+    line: dict[str, Any] | None
+    """What is known beforehand of the line that ends with this step."""
+    waits: Sequence[Wait]
+
+
+class Meter:
+    """Means since the last line, written to metrics.jsonl and TensorBoard, and given to the user's hook.
+
+    Figures are copied to the host without waiting for them, and read when they must be there. Means are over all
+    processes; the first writes. A continued run's first line, and its first mAP, cover what came since it continued.
+    What is not finite, as at a step that is skipped, counts in no mean and no mAP; where nothing is left, the line has
+    none. ``waiting`` is the share of the time in which this process's device had nothing to do for want of data.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch: int,
+        guard: GradientGuard,
+        start: int,
+        steps_per_epoch: int,
+        hook: Hook | None = None,
+    ) -> None:
+        self.path, self.rank, self.guard = config.run / "metrics.jsonl", guard.rank, guard
+        self.on_cuda = guard.rank.device.type == "cuda"
+        self.batch, self.accumulate, self.steps_per_epoch = batch, config.train.accumulate, max(1, steps_per_epoch)
+        self.board, self.hook = None, hook
+        if self.rank.first:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            self.board = SummaryWriter(config.run, purge_step=start + 1)
+            if self.hook is not None:
+                self.hook.give(kept)
+        self.last_step, self.last_added = start, start
+        self.under_way: deque[_Told] = deque()
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.began = time.perf_counter()
+        self.waits: list[Wait] = []
+        self._restart()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.hook is not None:
+            self.hook.close()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, tuple[float, int]] = {}
+        """Name of a figure -> its sum over the steps at which it is finite, and how many these are."""
+        self.skipped, self.waited = 0, 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time that the device waits for each of them noted."""
+        while True:
+            began, before = time.perf_counter(), None
+            if self.on_cuda:
+                before = torch.cuda.Event(enable_timing=True)
+                before.record()
+            batch = next(batches)
+            marks = None
+            if before is not None:
+                marks = before, torch.cuda.Event(enable_timing=True)
+                marks[1].record()
+            self.waits.append(Wait(time.perf_counter() - began, marks))
+            yield batch
+
+    def add(self, step: int, lr: float, figures: Figures, batches: Sequence[Batch], *, ends_line: bool) -> None:
+        """Send a step's figures to the host; ``ends_line`` says that a line is to be written with them."""
+        line = None
+        if ends_line:
+            now = time.perf_counter()
+            images = (step - self.last_added) * self.accumulate * self.batch
+            line = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr}
+            line |= {"images_per_second": images / (now - self.began), "seconds": now - self.began}
+            self.began, self.last_added = now, step
+        labels, indices = (torch.cat(parts) for parts in zip(*((b.labels, b.indices) for b in batches), strict=True))
+        values, labels, indices = (x.to("cpu", non_blocking=True) for x in (figures.values, labels, indices))
+        logits = None if figures.logits is None else figures.logits.to("cpu", non_blocking=True)
+        there = None
+        if self.on_cuda:
+            there = torch.cuda.Event(blocking=True)  # else the host spins on a core that DALI could use
+            there.record()
+        waits, self.waits = self.waits, []
+        self.under_way.append(_Told(step, figures.names, values, logits, labels, indices, there, line, waits))
+
+    def validated(self, figures: dict[str, float]) -> None:
+        """Add to the line that ends with the newest step; the time since then counts in no line's speed."""
+        line = self.under_way[-1].line
+        assert line is not None
+        line |= figures
+        self.began = time.perf_counter()
+
+    def read(self, step: int, *, wait: bool) -> str | None:
+        """Take in figures, after ``step`` was added: all of them, or without ``wait`` on a GPU those AHEAD steps old.
+
+        Several processes do so for the same steps. Returns a note for the progress bar if a line was written. Raises
+        UserError for a gradient that was not finite (``GradientGuard.passes``).
+        """
+        note = None
+        while self.under_way:
+            told = self.under_way[0]
+            if not wait and told.there is not None and told.step > step - AHEAD:
+                break
+            if told.there is not None:
+                told.there.synchronize()
+            self.under_way.popleft()
+            note = self._take(told) or note
+        return note
+
+    def show(self, name: str, picture: np.ndarray, step: int) -> None:
+        """A picture, uint8 RGB (H, W, 3), for TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def _take(self, told: _Told) -> str | None:
+        values = dict(zip(told.names, told.values.tolist(), strict=True))
+        norm, scale = values["gradient_norm"], values.pop("scale")
+        if not self.guard.passes(told.step, norm, scale, told.indices.tolist()):
+            self.skipped += 1
+            values["gradient_norm"] = 0.0
+        for name, value in values.items():
+            if math.isfinite(value):
+                total, count = self.sums.get(name, (0.0, 0))
+                self.sums[name] = total + value, count + 1
+        self.waited += sum(wait.of_device() for wait in told.waits)
+        if told.logits is not None:
+            scored = told.logits.float().isfinite().all(dim=1)  # a step that is skipped may have logits of no use
+            self.logits.append(told.logits[scored])  # clones: the originals' pinned memory is used again
+            self.labels.append(told.labels[scored])
+        return None if told.line is None else self._write(told.line, scale)
+
+    def _write(self, line: dict[str, Any], scale: float) -> str:
+        everywhere = self.rank.gather(self.sums)
+        names = dict.fromkeys(name for sums in everywhere for name in sums)  # in the order of the first process
+        found = {name: [sums[name] for sums in everywhere if name in sums] for name in names}
+        means = {name: sum(total for total, _ in own) / sum(count for _, count in own) for name, own in found.items()}
+        norm = means.pop("gradient_norm")
+        seconds = line.pop("seconds")
+        measured = {"images_per_second": line.pop("images_per_second"), "waiting": min(1.0, self.waited / seconds)}
+        line |= {**means, **measured, "gradient_norm": norm}
+        if scale != 1:
+            line["scale"] = scale
+        if self.skipped:
+            line["skipped"] = self.skipped
+        step = line["step"]
+        if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
+            seen = self.rank.gather((torch.cat(self.labels), torch.cat(self.logits).float()))
+            labels, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            if labels.any():
+                line["mAP"] = mean_average_precision(labels, logits)
+            self.logits.clear()
+            self.labels.clear()
+        if self.board is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, step)
+        if self.hook is not None:
+            self.hook.give([line])
+        self.last_step = step
+        self._restart()
+        loss = f"{means['loss']:.3f}" if "loss" in means else "not finite"
+        scores = "".join(f"  {name} {value:.1%}" for name, value in line.items() if name.startswith(VALIDATED))
+        return f"loss {loss}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}{scores}"
+
+
+def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
+    """Mean over the classes that occur, of the average precision of their logits; (N, classes) each."""
+    from sklearn.metrics import average_precision_score  # slow to import, and needed here alone
+
+    truth, scores = labels.cpu().numpy() > 0.5, logits.float().cpu().numpy()
+    occurring = truth.any(axis=0)
+    return float(average_precision_score(truth[:, occurring], scores[:, occurring]))

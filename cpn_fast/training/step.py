@@ -1,0 +1,228 @@
+"""One optimiser step: views of the batches, forward, losses, backward, the gradient's norm, new weights.
+
+Nothing in it waits for the device, and all that differs between two steps is in tensors that stay where they are: the
+batches are copied into buffers of its own, and rates of learning are tensors. So on a GPU the whole of it can be
+captured in a CUDA graph, which launches the same kernels on the same memory at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cpn_fast.config import Train
+from cpn_fast.methods.method import Method
+from cpn_fast.models.backbone import Headed
+from cpn_fast.pipelines.training import Batch
+from cpn_fast.runtime.distributed import Rank
+from cpn_fast.runtime.errors import UserError, is_out_of_memory
+from cpn_fast.runtime.precision import autocast
+from cpn_fast.training.nonfinite import gradient_norm
+
+WARM_UP = 3
+"""Steps before the capture, in which kernels are compiled and libraries take their memory."""
+
+
+class Figures(NamedTuple):
+    """What a step tells, on its device. The next step may overwrite it."""
+
+    names: tuple[str, ...]
+    """``loss``, the method's terms, ``gradient_norm`` and ``scale``, which is 1 without a gradient scaler."""
+    values: Tensor
+    """float32 (names,), means over the step's batches. The norm is not finite where the gradient was not."""
+    logits: Tensor | None
+    """(images of the step, classes); None if the method does not classify."""
+
+
+class Step:
+    """Calling it with ``train.accumulate`` batches of one size makes a step of the method's network.
+
+    Random numbers are drawn from torch's own generator and from ``generator``, which the caller may seed between steps:
+    a captured step follows the seeds as any other. Raises UserError where ``train`` asks for what this device or this
+    method cannot do.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        train: Train,
+        rank: Rank,
+        device: torch.device,
+    ) -> None:
+        self.method, self.optimizer, self.generator, self.device = method, optimizer, generator, device
+        self.precision, self.losses = train.precision, method.losses
+        self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+        self.zeroes = train.nonfinite == "skip" or self.scaler.is_enabled()
+        network = method.network
+        network.backbone.recomputes = train.checkpoint_activations
+        if train.compile or (train.compile is None and device.type == "cuda"):
+            if train.checkpoint_activations and rank.world > 1:
+                raise UserError(
+                    "train.checkpoint_activations under torchrun needs train.compile=false: torch.compile cannot cut a "
+                    "network with recomputed blocks where gradients are exchanged"
+                )
+            compile_in_place(network)
+            if method.capturable:
+                self.losses = torch.compile(method.losses, dynamic=False)
+        self.forward: nn.Module = network if rank.world == 1 else averaging(network)
+        self.inputs: list[Batch] = []
+        self.captures = captures(method, train, rank, device)
+        self.side = torch.cuda.Stream(device) if self.captures else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.figures: Figures | None = None
+        self.made = 0
+
+    def __call__(self, batches: Sequence[Batch]) -> Figures:
+        if self.inputs:
+            for own, batch in zip(self.inputs, batches, strict=True):
+                for buffer, tensor in zip(_tensors(own).values(), _tensors(batch).values(), strict=True):
+                    buffer.copy_(tensor)
+        else:
+            copies: list[dict[str, Any]] = [{name: x.clone() for name, x in _tensors(own).items()} for own in batches]
+            self.inputs = [batch._replace(**copy) for batch, copy in zip(batches, copies, strict=True)]
+        return self._captured() if self.captures else self._make()
+
+    def _captured(self) -> Figures:
+        """The first steps beside the main stream, as a capture wants to find memory and autograd; then the graph."""
+        if self.made < WARM_UP:
+            self.made += 1
+            assert self.side is not None
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                figures = self._make()
+            torch.cuda.current_stream().wait_stream(self.side)
+            return figures
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)  # the capture registers torch's own
+            self.optimizer.zero_grad(set_to_none=True)  # else these gradients stay beside those of the graph
+            failed: BaseException | None = None
+            try:  # DALI's threads go on meanwhile: what they do must not end the capture
+                with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
+                    try:
+                        self.figures = self._make()
+                    except BaseException as error:
+                        failed = error
+                        raise
+            except RuntimeError as error:  # of a capture that failed, the end fails too and says nothing of the reason
+                failed = failed or error
+                if not isinstance(failed, RuntimeError):
+                    raise failed from None
+                raise UserError(_why_not_captured(failed)) from failed
+        self.graph.replay()
+        assert self.figures is not None
+        return self.figures
+
+    def _make(self) -> Figures:
+        self.optimizer.zero_grad(set_to_none=True)
+        all_losses = []
+        for left, batch in zip(reversed(range(len(self.inputs))), self.inputs, strict=True):
+            views = self.method.views(batch, self.generator)
+            with exchanging(self.forward, now=left == 0):
+                with autocast(self.precision, self.device):
+                    outputs = [
+                        self.forward(images.contiguous(memory_format=torch.channels_last), *others)
+                        for images, *others in views.inputs
+                    ]
+                losses = self.losses(outputs, views)
+                self.scaler.scale(losses.total / len(self.inputs)).backward()
+            all_losses.append(losses._replace(total=losses.total.detach()))
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.method.network.parameters(), zeroes=self.zeroes)
+        self.optimizer.step()
+        self.scaler.update()
+
+        parts = [{"loss": losses.total, **losses.parts} for losses in all_losses]
+        means = {name: torch.stack([own[name].float() for own in parts]).mean() for name in parts[0]}
+        values = {**means, "gradient_norm": norm, "scale": scale}
+        logits = [losses.logits for losses in all_losses if losses.logits is not None]
+        return Figures(tuple(values), torch.stack([*values.values()]), torch.cat(logits) if logits else None)
+
+
+def _why_not_captured(error: RuntimeError) -> str:
+    if is_out_of_memory(error):
+        return (
+            "the GPU's memory does not hold the step as a CUDA graph, which keeps all of its memory for itself: set "
+            "train.cuda_graph=false or train.checkpoint_activations=true, or lower train.batch in a run of another name"
+        )
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"the step cannot be captured in a CUDA graph: {reason}. Go on with train.cuda_graph=false"
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+
+
+def captures(method: Method, train: Train, rank: Rank, device: torch.device) -> bool:
+    """Whether steps are captured (``train.cuda_graph``). Raises UserError if they are to be and cannot."""
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = "there is no GPU"
+    elif rank.world > 1:
+        obstacle = "torchrun's processes exchange gradients, which is not captured"
+    elif not method.capturable:
+        obstacle = "the kernels of the method's losses depend on the images"
+    if train.cuda_graph and obstacle is not None:
+        raise UserError(f"train.cuda_graph is true, but {obstacle}: set it to null or false")
+    return obstacle is None if train.cuda_graph is None else train.cuda_graph
+
+
+def compile_in_place(network: nn.Module) -> None:
+    """Have torch.compile run the network, whose names of weights stay as they are. Dropout draws its usual numbers."""
+    network.compile(dynamic=False, options={"fallback_random": True})
+
+
+def make_optimizer(network: Headed, train: Train, device: torch.device) -> torch.optim.SGD:
+    """SGD in four groups: backbone weights x1, biases x2, head weights x10, biases x20; biases do not decay.
+
+    ``lr`` of a group is a tensor, which ``set_rate`` fills.
+    """
+    groups: list[dict[str, Any]] = []
+    for is_head, is_bias, times in ((False, False, 1), (False, True, 2), (True, False, 10), (True, True, 20)):
+        parameters = [
+            parameter
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad and name.startswith("backbone.") != is_head and name.endswith("bias") == is_bias
+        ]
+        decay = 0.0 if is_bias else train.weight_decay
+        groups.append({"params": parameters, "base_lr": train.lr * times, "weight_decay": decay})
+    groups = [{**group, "lr": torch.tensor(train.lr, device=device)} for group in groups if group["params"]]
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """A checkpoint's momentum; what else the groups hold stays this run's own."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Each group's own rate times a factor."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(group["base_lr"] * factor)
+
+
+def averaging(network: nn.Module) -> DistributedDataParallel:
+    """The network with gradients averaged over the processes. Buffers never change, so none are exchanged."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    options: dict[str, Any] = {buffers: False}
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
+
+
+def exchanging(forward: nn.Module, *, now: bool) -> Any:
+    """A block whose backward pass averages the gradients over the processes, or leaves that to a later one."""
+    if now or not isinstance(forward, DistributedDataParallel):
+        return nullcontext()
+    return forward.no_sync()

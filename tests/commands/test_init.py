@@ -1,0 +1,151 @@
+"""``cpn-fast init`` on folders of photos as people have them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cpn_fast.cli import app
+from cpn_fast.commands import init
+from cpn_fast.config import Config
+from cpn_fast.config_file import load
+from cpn_fast.data.dataset import load_samples
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.stages import train
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twenty photos of 40 x 30 pixels in a folder, half of them in one more."""
+    rng = np.random.default_rng(0)
+    for k in range(20):
+        path = tmp_path / "my photos" / ("more" if k % 2 else "") / f"p{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (30, 40, 3)).astype(np.uint8)).save(path)
+    (tmp_path / "my photos/._p0.jpg").write_bytes(b"junk")
+    return tmp_path / "my photos"
+
+
+def started(photos: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Config, str]:
+    """The config that the command writes, and what it says; a step is said to take two seconds."""
+    monkeypatch.chdir(photos.parent)
+    monkeypatch.setattr("cpn_fast.training.batch_size.try_steps", lambda *_: 2.0)
+    result = CliRunner().invoke(app, ["init", str(photos), *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return load(Path("my-photos-cpn/config.yaml")), result.output
+
+
+TAGS = {
+    "tags.csv": "image,tags\n" + "".join(f"p{k}.jpg,{('red', 'dark blue', '')[k % 3]}\n" for k in range(20)),
+    "labels.csv": "image,red,dark blue\n" + "".join(f"p{k},{int(k % 3 == 0)},{int(k % 3 == 1)}\n" for k in range(20)),
+    "all.json": json.dumps({f"p{k}": (["red"], ["dark blue"], [])[k % 3] for k in range(20)}),
+}
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_tags_are_found_and_make_a_config_that_trains(name: str, photos: Path, monkeypatch) -> None:
+    (photos / name).write_text(TAGS[name])
+    config, said = started(photos, monkeypatch)
+    assert sorted(config.classes) == ["dark blue", "red"]
+    assert "20 of 20 photos are tagged" in said
+    assert "red (7)" in said
+    assert "6 photos show none of them" in said
+    lists = [config.data.train_list, config.segment.eval_list]
+    ids = [{s.id for s in load_samples(config.data, config.classes, x, labels=True, masks=False)} for x in lists]
+    assert ids[0] | ids[1] == {f"{'more/' if k % 2 else ''}p{k}" for k in range(20)}
+    assert not ids[0] & ids[1]
+    assert 1 <= len(ids[1]) <= 4
+    small = {"crop": 32, "long_side": (32, 48)}
+    short = config.model_copy(
+        update={
+            "augment": config.augment.model_copy(update=small),
+            "train": config.train.model_copy(update={"steps": 1, "precision": "fp32"}),
+        }
+    )
+    assert train.run(short).is_file()
+
+
+def test_it_says_how_long_and_what_to_type_and_the_sizes_follow(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    config, said = started(photos, monkeypatch)
+    # A hundred passes of 16 photos end before the hour.
+    assert config.train.steps == 100 * 16 // 8
+    assert config.segment.train.steps == config.affinity.train.steps == config.train.steps // 2
+    assert "A step of 8 photos takes 2 s on this CPU" in said.replace("\n", " ")
+    assert re.search(r"about 7\s+minutes, and cpn-fast run, with the stages behind it, about 13", said)
+    assert "cpn-fast doctor my-photos-cpn/config.yaml" in said
+    assert "cpn-fast run my-photos-cpn/config.yaml" in said
+
+
+def test_folders_of_classes_are_tags(photos: Path, monkeypatch) -> None:
+    shutil.rmtree(photos / "more")
+    for k, path in enumerate(sorted(photos.glob("p*.jpg"))):
+        place = photos / ("cats", "dogs")[k % 2] / f"{k // 2}.jpg"
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+    config, _ = started(photos, monkeypatch)
+    assert config.classes == ("cats", "dogs")
+    samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
+    assert all(
+        sample.label.tolist() == [sample.id.startswith("cats/"), sample.id.startswith("dogs/")] for sample in samples
+    )
+
+
+def test_every_class_keeps_most_of_its_photos_to_train_on() -> None:
+    labels = {f"{k}": np.array([True, k == 3, k < 5]) for k in range(50)}
+    held_out = init._held_out(labels)
+    assert len(held_out) == 10
+    assert "3" not in held_out
+    assert sum(id_ in {"0", "1", "2", "4"} for id_ in held_out) <= 1
+
+
+def message_of(*arguments: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        init.run(*arguments)
+    return str(caught.value)
+
+
+def test_given_again_it_leaves_its_config_and_never_another(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    config, _ = started(photos, monkeypatch)
+    path = Path("my-photos-cpn/config.yaml")
+    written = path.read_bytes()
+    monkeypatch.setattr("cpn_fast.training.batch_size.try_steps", lambda *_: pytest.fail("measured again"))
+    made = init.run(photos, None, None, None)
+    assert "The config was there already, and stays as it is" in made.remarks
+    assert path.read_bytes() == written
+    path.write_text(path.read_text().replace("crop: 128", "crop: 96"))
+    assert load(path) != config
+    assert "exists already" in message_of(photos, None, None, None)
+
+
+def test_what_is_missing_is_said(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no such folder" in message_of(tmp_path / "nowhere", None, None, None)
+    assert "no tags in it, and its photos are not in a folder for each class" in message_of(photos, None, None, None)
+    (photos / "a.csv").write_text("x")
+    (photos / "b.csv").write_text("x")
+    assert "--tags has to say which of a.csv, b.csv has the tags" in message_of(photos, None, None, None)
+    assert "it names no class of the photos" in message_of(photos, photos / "a.csv", None, None)
+    (tmp_path / "empty").mkdir()
+    assert "no photos in that folder" in message_of(tmp_path / "empty", None, None, None)
+    assert not (tmp_path / "my-photos-cpn").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.yaml").touch()
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    assert "exists already" in message_of(photos, None, tmp_path / "out", None)
+
+
+def test_the_step_that_sizes_the_run_is_measured(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    (remark,) = (line for line in init.run(photos, None, None, None).remarks if line.startswith("A step of 8"))
+    assert float(re.search(r"takes ([\d.e-]+) s", remark)[1]) > 0

@@ -1,0 +1,116 @@
+"""The Triton kernels without a GPU: numerics in the interpreter, and what the assembler makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    rest = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=rest | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("file", ["interpreted_kernels", "test_kernels_transforms"])
+def test_every_kernel_in_the_interpreter(file: str) -> None:
+    finished = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{file}.py", TRITON_INTERPRET="1")
+    assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(86, "bf16"), (90, "bf16"), (90, "fp32")])
+def test_no_configuration_spills_or_misses_the_tensor_cores(arch: int, dtype: str, tmp_path: Path) -> None:
+    options = ("--arch", str(arch), "--dtype", dtype, "--shapes", "paper", "--out", str(tmp_path))
+    finished = run("bench/kernel_report.py", *options)
+    assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
+    rows = json.loads((tmp_path / "kernel_report.json").read_text())["rows"]
+    expected = {"HGMMA"} if arch == 90 else {"HMMA"}
+    assert {row["tensor_core"] for row in rows if row["kernel"].startswith("pixel forward")} == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [(8.0, "ampere"), (8.9, "ampere"), (9.0, "hopper"), (10.3, "blackwell"), (12.0, "ampere"), (13.0, "ampere")],
+)
+def test_consumer_blackwell_and_what_is_not_known_take_the_smaller_blocks(capability: float, family: str) -> None:
+    from cpn_fast.kernels import launch
+
+    assert launch.family(int(capability)) == family
+
+
+def test_the_blocks_are_the_narrowest_that_fit() -> None:
+    from cpn_fast.kernels import launch
+
+    rows = {(64, 32): launch.Blocks(64, 32, True, 4, 2), (64, 128): launch.Blocks(32, 32, True, 4, 2)}
+    wide = launch.Blocks(16, 16, False, 4, 2)
+    table = {("half", "hopper", *size): blocks for size, blocks in rows.items()} | {("half", "hopper", 128, 128): wide}
+    for (channels, columns), expected in (((16, 32), (64, 32)), ((64, 64), (64, 128))):
+        assert launch.fitting(table, "half", "hopper", channels, columns) == rows[expected]
+    assert launch.fitting(table, "half", "hopper", 65, 16) == wide
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "message"),
+    [
+        ("6.2", (9, 4), "needs an NVIDIA GPU, found ROCm"),
+        (None, (7, 5), r"compute capability 8.0 or above \(Ampere\), found 7.5 \(Tesla T4\)"),
+        (None, (8, 0), None),
+        (None, (12, 0), None),
+    ],
+)
+def test_gpus_without_our_instructions_are_refused_by_name(
+    hip: str | None, capability: tuple[int, int], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cpn_fast.kernels import launch
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    launch.gpu_obstacle.cache_clear()
+    found = launch.gpu_obstacle(0)
+    launch.gpu_obstacle.cache_clear()
+    assert found is None if message is None else re.search(message, str(found))
+
+
+def test_a_maximum_keeps_nan_in_the_machine_code() -> None:
+    """The hardware's plain maximum drops it; the interpreter, which is NumPy, does not."""
+    finished = run(
+        "-c",
+        "import sys; sys.path.insert(0, 'bench'); import kernel_report as report\n"
+        "for case in report.cases('bf16', 90, 'paper'):\n"
+        "    if case.name.startswith('pixel forward'): print(report.compiled(case, 'bf16', 90).asm['ptx'])",
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "max.NaN.f32" in finished.stdout
+    assert not re.search(r"max(\.ftz)?\.f32", finished.stdout)
+
+
+def test_symbolic_sizes_leave_short_guards() -> None:
+    """Channels and classes become constants, pixels and images stay symbols, in guards that a reader can read."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from cpn_fast.kernels import pixel_triton
+
+    def run(cam: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        return pixel_triton._correlate(cam, embedding, 1e-5)
+
+    graph = make_fx(run, tracing_mode="symbolic")(torch.rand(3, 5, 77), torch.rand(3, 40, 77))
+    (called,) = (node for node in graph.graph.nodes if "pixel_correlation_triton" in str(node.target))
+    g = called.meta["val"][2]
+    assert isinstance(g.shape[0], torch.SymInt)
+    assert isinstance(g.shape[1], torch.SymInt)
+    assert g.shape[2] == 64
+    assert max((len(str(guard.expr)) for guard in graph.shape_env.guards), default=0) < 100

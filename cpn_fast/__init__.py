@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from cpn_fast.moved import Finder
 
 if TYPE_CHECKING:
     from cpn_fast.commands.predict import load as load
 
 __version__ = "0.1.0"
+sys.meta_path.append(Finder())
 
 
 def __getattr__(name: str) -> Any:

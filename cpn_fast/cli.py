@@ -13,14 +13,11 @@ import typer
 
 import cpn_fast
 from cpn_fast.runtime import distributed, progress
-from cpn_fast.runtime.errors import UserError, is_out_of_memory
+from cpn_fast.runtime.errors import UserError, is_out_of_memory, some
 from cpn_fast.runtime.files import refusal
 from cpn_fast.runtime.interrupts import EXIT_CODE, Stopped, acted_on
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.terminal import command_line, escaping, shown
-
-if TYPE_CHECKING:
-    from cpn_fast.config import Config
 
 if TYPE_CHECKING:
     from cpn_fast.config import Config
@@ -246,7 +243,7 @@ def predict(
         names = [name.strip() for name in re.split("[;,]", tags) if name.strip()]
         given = Path(tags).expanduser() if Path(tags).expanduser().exists() else names
     made = predict.run(model, images, out, given, annotations)
-    few = ", ".join(str(path) for path in made.left_out[:5]) + " ..." * (len(made.left_out) > 5)
+    few = some([str(path) for path in made.left_out])
     print(f"Overlays, masks and JSON of {made.images} images are in {out}")
     print(f"Left out: {len(made.left_out)} files that are no images{f' ({few})' if few else ''}")
     for line in (*made.remarks, *(f"Annotations are in {path}" for path in made.annotations)):

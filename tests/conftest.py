@@ -117,3 +117,18 @@ def tiny_config(small_voc: Path, tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def short_chain(tiny_config) -> Path:
+    """A config of which every stage takes seconds: trainings of one step on the validation list."""
+    short = {"batch": 2, "steps": 1, "data_threads": 1}
+    size = {"long_side": [64, 96], "crop": 64}
+    val = "ImageSets/Segmentation/val.txt"
+    return tiny_config(
+        train=short,
+        data={"train_list": val, "eval_list": val},
+        crf={"workers": 1},
+        affinity={"train": short, "augment": size},
+        segment={"train": short, "augment": size, "scales": [1.0], "crf": None},
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +18,10 @@ from cpn_fast.data.dataset import Sample, load_samples
 from cpn_fast.data.masks import is_of_another_image, read_mask
 from cpn_fast.data.seeds import seed_probabilities
 from cpn_fast.models.weights import FINAL, chosen
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime import reading
+from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import read_note
 from cpn_fast.runtime.progress import track
-from cpn_fast.runtime.reading import WEIGHTS, read_bytes
 from cpn_fast.stages.cam import LISTED
 
 SURE = 0.5
@@ -77,7 +76,7 @@ def all_found(folder: Path, config: Config) -> list[Found]:
     A list that cannot is named on stderr. Raises UserError for damaged seeds and masks.
     """
     weights = {"cams": chosen(folder, config), "segment": folder / "segment/deeplab" / FINAL}
-    now = {kind: sha256(read_bytes(path, WEIGHTS)).hexdigest() for kind, path in weights.items() if path.exists()}
+    now = {kind: reading.sha256(path, reading.WEIGHTS) for kind, path in weights.items() if path.exists()}
     results = []
     for place in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):
         list_path = _list(place, config)
@@ -156,7 +155,7 @@ def of_these_images(results: list[tuple[Sample, Path]]) -> list[tuple[Sample, Pa
     """Those of images with their results that are of the images that are there now; others are named on stderr."""
     old = [path for sample, path in results if is_of_another_image(path, sample.image)]
     if old:
-        few = f"{', '.join(path.name for path in old[:3])}{' ...' * (len(old) > 3)}"
+        few = some([path.name for path in old], 3)
         print(
             f"Warning: the report leaves out {len(old)} files of {old[0].parent} ({few}): they are of other images "
             "than are there now. The command that wrote them makes them anew",

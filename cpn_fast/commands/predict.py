@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import importlib.util
 import io
 import logging
@@ -413,7 +412,7 @@ def run(
     ids = {path: id_ for id_, path in chosen.items()}
     unreadable: list[str] = []
     blank = 0
-    weights_sha256 = hashlib.sha256(reading.read_bytes(trained.weights, reading.WEIGHTS)).hexdigest()
+    weights_sha256 = reading.sha256(trained.weights, reading.WEIGHTS)
     with owned(out):
         remove_partials(*{out, *((out / id_).parent for id_ in chosen)})
         for image, prediction in track(_readable(trained, list(ids), given, unreadable), "predict", total=len(ids)):

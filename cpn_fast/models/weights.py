@@ -38,7 +38,7 @@ FINAL = "model.safetensors"
 BEST = "best.safetensors"
 """Those with the highest score of ``train.validate_every``."""
 _SHOWN = 5
-NOTE = "cpn_fast"
+_NOTE = "cpn_fast"
 """Key of our entry in a file's metadata."""
 _NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -72,7 +72,7 @@ def _serialised(tensors: Mapping[str, Tensor], config: str = "", training: Mappi
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     said = {"config": config} if training is None else {"config": config, "training": dict(training)}
     note = json.dumps({"sha256": _digest(own, said), **said})
-    return safetensors.torch.save(own, metadata={NOTE: note})
+    return safetensors.torch.save(own, metadata={_NOTE: note})
 
 
 def chosen(run: Path, config: Config) -> Path:
@@ -92,15 +92,16 @@ def chosen(run: Path, config: Config) -> Path:
 
 def training_of(path: Path) -> dict[str, Any]:
     """What ``write_weights`` was told of the training; empty of other files, and of a run's by earlier versions."""
-    found = _note(path).get("training")
+    found = note_of(path).get("training")
     return found if isinstance(found, dict) else {}
 
 
-def _note(path: Path) -> dict[str, Any]:
+def note_of(path: Path) -> dict[str, Any]:
+    """Our entry in a .safetensors file's metadata; empty of files that have none."""
     try:
         reading.require_regular(path, reading.WEIGHTS)
         with safetensors.safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {})[NOTE])
+            found = json.loads((file.metadata() or {})[_NOTE])
     except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -323,7 +324,7 @@ def _read(path: Path) -> Content:
 def _read_safetensors(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            note = (file.metadata() or {}).get(NOTE)
+            note = (file.metadata() or {}).get(_NOTE)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a readable .safetensors file: {error}") from None

@@ -1,4 +1,4 @@
-"""Affinities of neighbouring pixels (Ahn and Kwak, CVPR 2018): pairs, their labels, the loss, and the random walk.
+"""Affinities of neighbouring pixels (Ahn and Kwak, CVPR 2018): pairs, their labels, the loss.
 
 All of it lives on the feature grid at stride 8. A pair is a cell of the inner grid, which leaves out radius - 1 cells
 on the left, on the right and at the bottom, together with a cell below it or right of it that is nearer than radius:
@@ -119,6 +119,3 @@ def affinity_losses(affinities: Tensor, labels: Tensor, radius: int) -> Affinity
     return AffinityLosses(
         mean(attracted, same & (near == 0)), mean(attracted, same & (near > 0)), mean(repelled, known & (near != far))
     )
-
-
-# Random walk

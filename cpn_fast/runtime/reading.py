@@ -8,6 +8,7 @@ own words.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -17,8 +18,8 @@ IMAGE = MASK = 2**30
 """Bytes; 67 million pixels of four channels of 16 bits take 540 MB."""
 SEED = 2**31
 LIST = LABELS = NOTE = 2**30
-OWNER = 2**16
 """Ten million images of 100 bytes a line."""
+OWNER = 2**16
 XML = 2**24
 CONFIG = 2**22
 INDEX = 2**26
@@ -69,6 +70,11 @@ def read_bytes(path: Path, most: int) -> bytes:
     """All that a file had when it was opened: one may grow without end. Raises OSError as ``opened`` does."""
     with opened(path, most) as file:
         return file.read(os.fstat(file.fileno()).st_size)
+
+
+def sha256(path: Path, most: int) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits. Raises OSError as ``read_bytes`` does."""
+    return hashlib.sha256(read_bytes(path, most)).hexdigest()
 
 
 def read_text(path: Path, most: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,7 +143,7 @@ def _drawn(folder: Path, sample: Sample, source: str, config: Config) -> bool:
 def _made_by(config: Config, weights: Path) -> dict[str, Any]:
     return {
         "version": VERSION,
-        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
+        "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         "classes": list(config.classes),
         "model": config.model.model_dump(mode="json"),
         "cam": config.cam.model_dump(mode="json", exclude={"batch", "pixels", "mask_threshold"}),

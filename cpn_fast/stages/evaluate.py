@@ -230,9 +230,3 @@ def _truth(sample: Sample, shape: tuple[int, ...], classes: int) -> np.ndarray:
             f"ground truths with values other than 0 to {classes} and {IGNORE}", f"{sample.id} ({foreign[0]})"
         )
     return truth
-
-
-# Files
-
-
-# Words

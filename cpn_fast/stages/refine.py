@@ -111,7 +111,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
         weights = train.fit(settings, Affinity, part_of=(config, "affinity"))
     made_by = {
         "version": VERSION,
-        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
+        "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         "radius": config.affinity.radius,
         **config.walk.model_dump(mode="json"),
     }
@@ -122,20 +122,13 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
 
 
 def label_digest(folder: Path, sample: Sample) -> str:
-    return hashlib.sha256(reading.read_bytes(folder / "labels" / f"{sample.id}.png", reading.MASK)).hexdigest()
+    return reading.sha256(folder / "labels" / f"{sample.id}.png", reading.MASK)
 
 
 def affinity_config(config: Config) -> Config:
     """The training run of AffinityNet in ``RUN/refine/affinity``, on the labels beside it."""
-    changes = {
-        "name": "affinity",
-        "out": config.run / "refine",
-        "data": config.data.model_copy(update={"shards": None}),
-        "augment": config.affinity.augment,
-        "train": config.affinity.train,
-        "model": config.model.model_copy(update={"stride": 8}),
-    }
-    return config.model_copy(update=changes)
+    training = run_folder.part(config, "affinity", config.run / "refine", config.affinity)
+    return training.model_copy(update={"model": config.model.model_copy(update={"stride": 8})})
 
 
 def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path) -> None:
@@ -245,7 +238,7 @@ def _seeds(config: Config, samples: Sequence[Sample]) -> Path:
     manifest = folder / "made_by.json"
     if not manifest.exists():
         raise UserError(f"{manifest}: expected beside the seeds, which `cpn-fast cam` makes, and not found")
-    expected = seed_sources(samples, hashlib.sha256(reading.read_bytes(manifest, reading.NOTE)).hexdigest())
+    expected = seed_sources(samples, reading.sha256(manifest, reading.NOTE))
     old = [
         id_ for id_, source in expected.items() if seed_source(folder / "seeds" / f"{id_}.npz") not in (None, source)
     ]

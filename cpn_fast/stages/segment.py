@@ -73,8 +73,8 @@ def run(config: Config, masks: Path) -> Path:
     ]
     if old:
         raise UserError(
-            f"{masks}: {len(old)} masks are of other images than are there now ({', '.join(old[:3])}"
-            f"{' ...' * (len(old) > 3)}). Make them anew first, as `cpn-fast cam` and `cpn-fast refine` do"
+            f"{masks}: {len(old)} masks are of other images than are there now ({some(old, 3)}). "
+            "Make them anew first, as `cpn-fast cam` and `cpn-fast refine` do"
         )
     settings = deeplab_config(config)
     rank = distributed.join()
@@ -96,14 +96,7 @@ def run(config: Config, masks: Path) -> Path:
 
 def deeplab_config(config: Config) -> Config:
     """The segmenter's training run, in ``RUN/segment/deeplab``."""
-    changes = {
-        "name": "deeplab",
-        "out": config.run / "segment",
-        "data": config.data.model_copy(update={"shards": None}),
-        "augment": config.segment.augment,
-        "train": config.segment.train,
-    }
-    return config.model_copy(update=changes)
+    return run_folder.part(config, "deeplab", config.run / "segment", config.segment)
 
 
 def segment(config: Config, weights: Path, list_path: Path | None = None) -> Path:
@@ -128,7 +121,7 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     made_by = {
         "version": VERSION,
-        "weights_sha256": hashlib.sha256(reading.read_bytes(weights, reading.WEIGHTS)).hexdigest(),
+        "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
     }
     if rank.first:

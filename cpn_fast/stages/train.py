@@ -21,13 +21,7 @@ from cpn_fast.models.dropout import SharedDropout
 from cpn_fast.models.network import Network
 from cpn_fast.models.pretrained import measure_features, start_from
 from cpn_fast.models.timm_backbone import TimmBackbone
-from cpn_fast.models.weights import (
-    FINAL,
-    chosen,
-    is_whole,
-    to_released_keys,
-    write_weights,
-)
+from cpn_fast.models.weights import FINAL, chosen, is_whole, to_released_keys, write_weights
 from cpn_fast.pipelines.shards import Shards, training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline

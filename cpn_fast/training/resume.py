@@ -160,8 +160,7 @@ def _changed(run: Path, samples: Sequence[Sample], now: dict[str, Any]) -> Chang
             others.append("another list or other tags")
     replaced = [id_ for id_, found in now["contents"].items() if known.get(id_, found) != found]
     if replaced:
-        few = f"{some(replaced)}"
-        others.append(f"{len(replaced)} other images under the same names ({few})")
+        others.append(f"{len(replaced)} other images under the same names ({some(replaced)})")
     return Change(before["images"], added, others)
 
 

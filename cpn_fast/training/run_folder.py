@@ -11,11 +11,8 @@ import yaml
 
 import cpn_fast
 from cpn_fast import config_file, kernels
-from cpn_fast.config import Config
-from cpn_fast.models.weights import (
-    FINAL,
-    _note,
-)
+from cpn_fast.config import Affinity, Config, Segment
+from cpn_fast.models.weights import FINAL, note_of
 from cpn_fast.runtime import precision, reading
 from cpn_fast.runtime.files import remove_partials, replacing, write_json
 from cpn_fast.training import checkpoint
@@ -25,7 +22,7 @@ def own_config(path: Path) -> str | None:
     """The config (YAML) of the run that wrote a .safetensors file or a checkpoint; None of others."""
     if path.suffix != ".safetensors":
         return checkpoint.config_of(path)
-    found = _note(path).get("config")
+    found = note_of(path).get("config")
     return found if isinstance(found, str) and found else None
 
 
@@ -91,6 +88,18 @@ FREE = {"out", "hook", "superpixels.cache", "cam", "evaluate", "crf", "affinity"
 }
 MAY_MOVE = {"data.train_list", "data.shards", "model.weights"}
 """Keys of files and folders whose last name counts alone."""
+
+
+def part(config: Config, name: str, out: Path, section: Affinity | Segment) -> Config:
+    """The config of a training run ``out/name`` that is a stage of ``config``'s, as a section says."""
+    changes = {
+        "name": name,
+        "out": out,
+        "data": config.data.model_copy(update={"shards": None}),
+        "augment": section.augment,
+        "train": section.train,
+    }
+    return config.model_copy(update=changes)
 
 
 def decisive(config: Config) -> dict[str, Any]:

@@ -25,29 +25,19 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_every_stage_says_that_the_disk_is_full_and_goes_on_when_it_is_not(tiny_config) -> None:
-    short = {"batch": 2, "steps": 1, "data_threads": 1}
-    size = {"long_side": [64, 96], "crop": 64}
-    val = "ImageSets/Segmentation/val.txt"
-    path = tiny_config(
-        train=short,
-        data={"train_list": val, "eval_list": val},
-        crf={"workers": 1},
-        affinity={"train": short, "augment": size},
-        segment={"train": short, "augment": size, "scales": [1.0], "crf": None},
-    )
-    settings = config_file.load(path)
+def test_every_stage_says_that_the_disk_is_full_and_goes_on_when_it_is_not(short_chain) -> None:
+    settings = config_file.load(short_chain)
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=True)
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
     with process_pool(1) as pool:  # starts the server of processes, which must not inherit the limit
         pool.submit(int).result()
 
     def refused(work: Callable[[], object]) -> None:
-        before = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
+        before = {file: file.read_bytes() for file in short_chain.parent.rglob("*") if file.is_file()}
         with full_disk(), pytest.raises(UserError, match="make room and give the same command again"):
             work()
         assert all(file.read_bytes() == content for file, content in before.items() if ".lock" not in file.name)
-        assert not list(path.parent.rglob("*.tmp"))
+        assert not list(short_chain.parent.rglob("*.tmp"))
 
     refused(lambda: cache.build(samples, workers=1))
     assert cache.build(samples, workers=1) == len(samples)
@@ -59,5 +49,7 @@ def test_every_stage_says_that_the_disk_is_full_and_goes_on_when_it_is_not(tiny_
     deeplab = segment.run(settings, masks)
     refused(lambda: segment.segment(settings, deeplab))
     segment.segment(settings, deeplab)
-    scores = evaluate.evaluate_cams(samples, seeds, settings.evaluate, settings.classes, list_name=val, workers=1)
+    scores = evaluate.evaluate_cams(
+        samples, seeds, settings.evaluate, settings.classes, list_name=str(settings.data.eval_list), workers=1
+    )
     refused(lambda: evaluation_files.write_evaluation(settings.run / "evaluation", scores))

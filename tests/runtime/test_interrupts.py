@@ -60,18 +60,8 @@ STOPPED_IN = [
 """Functions of stages, in the order in which a chain comes to them."""
 
 
-def test_a_signal_ends_any_other_stage_in_good_order(tiny_config, monkeypatch, capfd) -> None:
-    short = {"batch": 2, "steps": 1, "data_threads": 1}
-    size = {"long_side": [64, 96], "crop": 64}
-    val = "ImageSets/Segmentation/val.txt"
-    path = tiny_config(
-        train=short,
-        data={"train_list": val, "eval_list": val},
-        crf={"workers": 1},
-        affinity={"train": short, "augment": size},
-        segment={"train": short, "augment": size, "scales": [1.0], "crf": None},
-    )
-    monkeypatch.setattr(sys, "argv", ["cpn-fast", "run", str(path)])
+def test_a_signal_ends_any_other_stage_in_good_order(short_chain, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(sys, "argv", ["cpn-fast", "run", str(short_chain)])
     for (module, name), number in zip(STOPPED_IN, itertools.cycle([signal.SIGTERM, signal.SIGINT]), strict=False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"{module}.{name}", lambda *_, number=number, **__: signal.raise_signal(number))
@@ -84,7 +74,7 @@ def test_a_signal_ends_any_other_stage_in_good_order(tiny_config, monkeypatch, c
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    assert not list(path.parent.rglob("*.tmp"))
+    assert not list(short_chain.parent.rglob("*.tmp"))
 
 
 def test_killed_again_and_again_it_ends_bit_equal(tiny_config) -> None:

@@ -83,7 +83,7 @@ def all_found(folder: Path, config: Config) -> list[Found]:
         if list_path is None or not any((place / part).is_dir() for part in ("seeds", "masks")):
             continue
         try:
-            samples = _samples(config, list_path)
+            samples = listed(config, list_path, masks=None)
         except UserError as error:
             print(f"Warning: the report leaves out {place}: {error}", file=sys.stderr)
             continue
@@ -105,12 +105,12 @@ def _list(place: Path, config: Config) -> Path | None:
     return next((path for path in lists if config.list_name(path) == place.name), None)
 
 
-def _samples(config: Config, list_path: Path) -> list[Sample]:
-    """With tags if there are any."""
+def listed(config: Config, list_path: Path, *, masks: bool | None) -> list[Sample]:
+    """With tags if there are any: the segmenter's images need none. ``masks`` as for ``load_samples``."""
     try:
-        return load_samples(config.data, config.classes, list_path, labels=True, masks=None)
+        return load_samples(config.data, config.classes, list_path, labels=True, masks=masks)
     except UserError:
-        return load_samples(config.data, config.classes, list_path, labels=False, masks=None)
+        return load_samples(config.data, config.classes, list_path, labels=False, masks=masks)
 
 
 def _of_seeds(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:

@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from cpn_fast.commands.agreement import LEAST, SURE, Found, Photo, all_found, mask_path, of_these_images
+from cpn_fast.commands.agreement import LEAST, SURE, Found, Photo, all_found, listed, mask_path, of_these_images
 from cpn_fast.commands.predict import CamModel, Model, Segmenter
 from cpn_fast.commands.predict import load as load_model
 from cpn_fast.config import Config, Train
@@ -319,9 +319,9 @@ def _confusion(tree: dict[str, Any]) -> Figure:
 def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, Any]]:
     """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
     source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
-    listed = {sample.id: sample for sample in _listed(config, Path(tree["list"]))}
+    by_id = {sample.id: sample for sample in listed(config, Path(tree["list"]), masks=True)}
     ending = ".png" if threshold is None else ".npz"
-    results = of_these_images([(listed[id_], source / f"{id_}{ending}") for id_ in tree["ids"]])
+    results = of_these_images([(by_id[id_], source / f"{id_}{ending}") for id_ in tree["ids"]])
     samples = [sample for sample, _ in results]
 
     def predicted(sample: Sample) -> np.ndarray:
@@ -352,14 +352,6 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
         for title, own in chosen.items()
         if own
     ]
-
-
-def _listed(config: Config, list_path: Path) -> list[Sample]:
-    """With labels if there are any: the segmenter's images need none, and have no CAMs in the gallery then."""
-    try:
-        return load_samples(config.data, config.classes, list_path, labels=True, masks=True)
-    except UserError:
-        return load_samples(config.data, config.classes, list_path, labels=False, masks=True)
 
 
 def _pictures(sample: Sample, mask: np.ndarray, config: Config, model: Model | None) -> list[dict[str, Any]]:

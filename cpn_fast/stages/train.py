@@ -37,7 +37,7 @@ from cpn_fast.training.metrics import Meter
 from cpn_fast.training.nonfinite import GradientGuard
 from cpn_fast.training.previews import COUNT, Gallery
 from cpn_fast.training.run_folder import differing_keys, open_run, own_config, run_config
-from cpn_fast.training.step import Step, load_optimizer, make_optimizer, set_rate
+from cpn_fast.training.step import Step, load_optimizer, make_optimizer, rate_factor, set_rate
 from cpn_fast.training.validation import Validation
 
 DROPOUT, HIDING = range(2)  # streams of random numbers
@@ -116,7 +116,7 @@ def _fit(
         for step in range(start, steps):
             torch.manual_seed(keyed_seed(train.seed, step, DROPOUT))
             generator.manual_seed(keyed_seed(train.seed, step, HIDING))
-            factor = (1 - step / steps) ** train.power
+            factor = rate_factor(step, steps, train)
             set_rate(optimizer, factor)
             batches = [next(data) for _ in range(train.accumulate)]
             figures = make_step(batches)

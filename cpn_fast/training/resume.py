@@ -22,6 +22,7 @@ from cpn_fast.models.weights import training_of
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import read_note, with_checksum, write_json
 from cpn_fast.training.run_folder import own_config
+from cpn_fast.training.step import rate_factor
 
 
 class Change(NamedTuple):
@@ -103,7 +104,7 @@ def resumed(
     if grown and change is not None:
         remarks.append(f"The list has {change.added} images more than before: they are trained on from here on")
     if before != steps:
-        rate, was = (config.train.lr * _factor(state["step"], end, config.train) for end in (steps, before))
+        rate, was = (config.train.lr * rate_factor(state["step"], end, config.train) for end in (steps, before))
         remarks.append(
             f"Going on after step {state['step']:,}: the run now has {steps:,} steps, before it had {before:,}. The "
             f"learning rate goes on at {rate:.3g}, where it had come to {was:.3g}, and falls to 0 at step {steps:,}"
@@ -113,10 +114,6 @@ def resumed(
 
 def _length(train: Train) -> tuple[int | None, int | None]:
     return train.steps, train.epochs
-
-
-def _factor(step: int, steps: int, train: Train) -> float:
-    return max(0.0, 1 - step / steps) ** train.power
 
 
 # The training list

@@ -207,6 +207,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         group.update(values)
 
 
+def rate_factor(step: int, steps: int, train: Train) -> float:
+    """What ``train.lr`` is multiplied by at a step (from 0) of a training of ``steps``; 0 from its end on."""
+    return max(0.0, 1 - step / steps) ** train.power
+
+
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's own rate times a factor."""
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The data set: lists of image ids, the files behind them, and checks that report every problem in one go."""
+"""The data set: lists of image ids, their files, and checks that report every problem at once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from cpn_fast.runtime.files import read_json, write_json
 from cpn_fast.runtime.progress import track
 
 TABLES = (".csv", ".json", ".npy")
-"""Endings of sources of labels, which may serve as lists."""
+"""Endings of label sources that may serve as lists."""
 LONGEST = 4096
-"""Characters of a line; a path has no more."""
+"""Most characters of a line. No path has more."""
 _ENDINGS = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _PATHS = re.compile(rf"(\S.*?\.(?:{_ENDINGS}))(?:\s+(\S.*\.png))?", re.IGNORECASE)
 
@@ -45,20 +45,22 @@ class Sample:
 
 
 class DatasetError(UserError):
-    """All that is wrong with a data set: one line per kind of problem, with a count and the first few names."""
+    """All problems of a data set: one line per kind of problem, with a count and the first few names."""
 
 
 def load_samples(
     data: Data, classes: Sequence[str], list_path: Path, *, labels: bool, masks: bool | None
 ) -> list[Sample]:
-    """The images of a list (a relative path starts at ``data.root``), in its order.
+    """Return the images of a list, in its order. A relative ``list_path`` starts at ``data.root``.
 
-    A line is an id, or paths as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``, from the root or absolute, with
-    slashes or backslashes. The id of an image in ``data.images`` is its path there without the ending (``dogs/x``), of
-    any other its name. A second path replaces the mask in ``data.masks``. A source of labels is a list of its images.
-    Files are looked up by name and not opened; ``check_files`` does that. ``masks`` None: they are optional.
+    A line is an id, or paths as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``. Paths are absolute or start at
+    the root, with slashes or backslashes. An image in ``data.images`` has its path there without the ending as its id
+    (``dogs/x``). Any other image has its name as its id. A second path replaces the mask in ``data.masks``. A label
+    source is a list of its images.
+    This function looks files up by name. It does not open them; ``check_files`` does. With ``masks=None`` masks are
+    optional.
 
-    Raises DatasetError with everything found: malformed lines, duplicates, missing files, missing labels, no label at
+    Raises DatasetError with every problem: malformed lines, duplicates, missing files, missing labels, or no label at
     all. An image that shows no class is a negative.
     """
     problems: dict[str, list[str]] = defaultdict(list)
@@ -68,7 +70,7 @@ def load_samples(
 
 
 def has_ground_truth(data: Data, classes: Sequence[str], list_path: Path) -> bool:
-    """Whether every image of a list has a mask to score against. Raises DatasetError as ``load_samples``."""
+    """Return whether every image of a list has a mask to score against. Raises DatasetError as ``load_samples``."""
     samples = load_samples(data, classes, list_path, labels=False, masks=None)
     return all(sample.mask is not None for sample in samples)
 
@@ -76,14 +78,14 @@ def has_ground_truth(data: Data, classes: Sequence[str], list_path: Path) -> boo
 def load_checked(
     data: Data, classes: Sequence[str], list_path: Path, *, workers: int, verified: Path | None = None
 ) -> list[Sample]:
-    """As ``load_samples`` with labels and what masks there are, and all files sound as ``check_files`` has it.
+    """Load samples with their labels and optional masks, and check all files as ``check_files`` does.
 
-    Raises DatasetError with everything that either finds.
+    Raises DatasetError with every problem that ``load_samples`` or ``check_files`` finds.
     """
     problems: dict[str, list[str]] = defaultdict(list)
     samples = _find(data, classes, list_path, labels=True, masks=None, problems=problems)
-    there = [sample for sample in samples if sample.image.exists()]
-    _decode(there, workers, len(classes), verified, problems)
+    existing = [sample for sample in samples if sample.image.exists()]
+    _decode(existing, workers, len(classes), verified, problems)
     raise_problems(f"{data.root / list_path} lists {len(samples)} images", problems)
     return samples
 
@@ -98,12 +100,12 @@ def _find(
 ) -> list[Sample]:
     if not data.root.is_dir():
         raise DatasetError(
-            f"data.root: {data.root} is not a folder{_from_here(data.root)}; expected the one that holds "
+            f"data.root: {data.root} is not a folder{_from_here(data.root)}; expected the folder that holds "
             f"{data.images}. Unpack the data set there, or say where it is with --set data.root=FOLDER"
         )
     path = data.root / list_path
     is_table = path.suffix in TABLES or (path.is_dir() and next(path.rglob("*.xml"), None) is not None)
-    names_in = functools.cache(_names_in)  # listing a folder once is quicker than looking for every file in it
+    names_in = functools.cache(_names_in)  # it is faster to list a folder once than to look for every file in it
     by_stem = functools.cache(lambda folder: _images_by_stem(names_in(folder)))
     samples: dict[str, Sample] = {}
     if is_table:
@@ -119,22 +121,22 @@ def _find(
             continue
         id_, image, mask = entry
         if id_ in samples:
-            if is_table:  # a row for each tag
+            if is_table:  # it may have a row for each tag
                 continue
             problems["ids listed more than once"].append(f"line {number} {id_}")
             continue
         if image is None:
-            place = data.root / data.images / id_
-            found = by_stem(place.parent).get(place.name, [])
-            image = place.with_name(found[0] if found else f"{place.name}.jpg")
-            if len(found) > 1:
-                problems["ids with more than one image"].append(f"{id_} ({', '.join(found)})")
+            stem = data.root / data.images / id_
+            matches = by_stem(stem.parent).get(stem.name, [])
+            image = stem.with_name(matches[0] if matches else f"{stem.name}.jpg")
+            if len(matches) > 1:
+                problems["ids with more than one image"].append(f"{id_} ({', '.join(matches)})")
         if image.name not in names_in(image.parent):
             problems[f"images missing in {image.parent}"].append(image.name)
-        there = masks is not False and mask.name in names_in(mask.parent)
-        if masks and not there:
+        has_mask = masks is not False and mask.name in names_in(mask.parent)
+        if masks and not has_mask:
             problems[f"masks missing in {mask.parent}"].append(mask.name)
-        samples[id_] = Sample(id_, image, mask if there else None, None)
+        samples[id_] = Sample(id_, image, mask if has_mask else None, None)
     if not samples:
         problems["list without any id"].append(str(path))
     if labels:
@@ -143,21 +145,21 @@ def _find(
 
 
 def cannot_be_learned(samples: Sequence[Sample], classes: Sequence[str]) -> list[str]:
-    """Sentences on the classes that no image shows, and on those that every image shows, by the samples' labels."""
+    """Return sentences on the classes that no image or every image shows, according to the samples' labels."""
     labels = np.stack([sample.label for sample in samples if sample.label is not None])
     counts = labels.sum(0).tolist()
     never = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     always = [name for name, count in zip(classes, counts, strict=True) if count == len(labels)]
-    found = []
+    sentences = []
     if never:
-        found.append(f"no image shows {some(never)}: add images of them, or drop the class")
+        sentences.append(f"no image shows {some(never)}: add images that do, or drop the class")
     if always:
-        found.append(f"every image shows {some(always)}, which is to be told from nothing: add images without it")
-    return found
+        sentences.append(f"every image shows {some(always)}, so there is no negative: add images without it")
+    return sentences
 
 
 def cannot_be_scored(samples: Sequence[Sample], classes: Sequence[str], *, workers: int) -> list[str]:
-    """A sentence on the classes of which no ground truth has a pixel. Raises UserError for masks as ``read_mask``."""
+    """Return a sentence on the classes that have no pixel in any ground truth. Raises UserError as ``read_mask``."""
     paths = [sample.mask for sample in samples if sample.mask is not None]
     shown = np.zeros(256, bool)
     with ThreadPoolExecutor(workers) as pool:
@@ -173,10 +175,11 @@ def cannot_be_scored(samples: Sequence[Sample], classes: Sequence[str], *, worke
 def check_files(samples: Sequence[Sample], *, workers: int, classes: int, verified: Path | None = None) -> None:
     """Decode every image and mask of ``samples`` in ``workers`` threads.
 
-    A mask must hold only the values 0 to ``classes`` and IGNORE and be as large as its image, turned as its EXIF says.
-    ``verified`` names a file that remembers what passed: it is skipped while its files keep their size and time.
+    A mask must hold only the values 0 to ``classes`` and IGNORE. It must be as large as its image after EXIF rotation.
+    ``verified`` names a file that remembers the samples that passed. A sample is skipped while its files keep their
+    size and time.
 
-    Raises DatasetError with everything found.
+    Raises DatasetError with every problem.
     """
     problems: dict[str, list[str]] = defaultdict(list)
     _decode(samples, workers, classes, verified, problems)
@@ -197,13 +200,13 @@ def _decode(
         results = pool.map(lambda pair: _check(pair[0], classes), todo)
         try:
             progress = track(results, "checking images", total=len(todo))
-            for (_, mark), found in zip(todo, progress, strict=True):
-                if not found:
+            for (_, mark), faults in zip(todo, progress, strict=True):
+                if not faults:
                     passed.add(mark)
-                for kind, name in found:
+                for kind, name in faults:
                     problems[kind].append(name)
         finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the rest
+            pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all samples
             if verified and passed:
                 write_json(verified, sorted(known | passed), indent=0)
 
@@ -219,18 +222,18 @@ def _lines(path: Path, root: Path) -> Iterable[tuple[int, str]]:
     try:
         text = reading.read_text(path, reading.LIST)
     except FileNotFoundError:
-        found = {file for folder in (path.parent, root / "ImageSets/Segmentation") for file in folder.glob("*.txt")}
-        there = sorted(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in found)
-        near = difflib.get_close_matches(path.stem, [Path(name).stem for name in there], n=1)
-        hint = "".join(f"Did you mean {name}? " for name in there if [Path(name).stem] == near)
-        raise DatasetError(f"{path}: no such list. {hint}Lists in {root}: {', '.join(there) or 'none'}") from None
+        files = {file for folder in (path.parent, root / "ImageSets/Segmentation") for file in folder.glob("*.txt")}
+        lists = sorted(str(file.relative_to(root) if file.is_relative_to(root) else file) for file in files)
+        near = difflib.get_close_matches(path.stem, [Path(name).stem for name in lists], n=1)
+        hint = "".join(f"Did you mean {name}? " for name in lists if [Path(name).stem] == near)
+        raise DatasetError(f"{path}: no such list. {hint}Lists in {root}: {', '.join(lists) or 'none'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: not readable as a list of images, which is UTF-8 text: {error}") from None
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
-    """Id, image (None: to be found by the id) and mask; None if the line is neither an id nor paths inside the root."""
+    """Return id, image (None: look it up by the id) and mask, or None if the line has no id and no path in the root."""
     if "\0" in line or len(line) > LONGEST:
         return None
     line = line.replace("\\", "/")
@@ -250,8 +253,8 @@ def _parse(line: str, data: Data) -> tuple[str, Path | None, Path] | None:
 
 
 def _from_root(path: str, root: Path) -> PurePosixPath | None:
-    """A path of a list as one from the root; None if it leaves the root, as a path of another drive or folder does."""
-    if re.match("[A-Za-z]:", path) or (path.startswith("/") and not _inside(path, root) and os.path.exists(path)):  # noqa: PTH110 (of a name too long it says no)
+    """Return a path of a list relative to the root, or None if it leads outside (another drive or folder)."""
+    if re.match("[A-Za-z]:", path) or (path.startswith("/") and not _inside(path, root) and os.path.exists(path)):  # noqa: PTH110 (returns False for a name that is too long)
         return None
     for start in (root.absolute(), root.resolve()):
         if PurePosixPath(path).is_relative_to(start.as_posix()):
@@ -265,13 +268,13 @@ def _inside(path: str, root: Path) -> bool:
 
 
 def _images_by_stem(names: frozenset[str]) -> dict[str, list[str]]:
-    """Name without its ending -> the image files of that name."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Return name without its ending -> the image files of that name."""
+    images: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names):
         stem, dot, ending = name.rpartition(".")
         if dot and f".{ending.lower()}" in IMAGE_SUFFIXES:
-            found[stem].append(name)
-    return found
+            images[stem].append(name)
+    return images
 
 
 def _names_in(folder: Path) -> frozenset[str]:
@@ -292,31 +295,31 @@ def _with_labels(
         problems["label source with problems"].append(str(error))
         labels = error.labels
     except UserError as error:
-        problems["label source that is not usable"].append(str(error))
+        problems["label source that cannot be used"].append(str(error))
         return samples
     problems[f"ids without labels in {path}"] += [id_ for id_ in samples if id_ not in labels]
     if labels and not any(label.any() for label in labels.values()):
-        problems[f"label source in which none of the images shows any of the {len(classes)} classes"].append(str(path))
-    return {id_: Sample(id_, old.image, old.mask, labels.get(id_)) for id_, old in samples.items()}
+        problems[f"label source in which no image shows any of the {len(classes)} classes"].append(str(path))
+    return {id_: Sample(id_, sample.image, sample.mask, labels.get(id_)) for id_, sample in samples.items()}
 
 
-def raise_problems(what: str, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raise DatasetError with kind of problem -> names, if there are any."""
+def raise_problems(subject: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise DatasetError if there are ``problems``: kind of problem -> names."""
     lines = [f"  {len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names]
     if lines:
-        raise DatasetError("\n".join([f"{what}; found", *lines]))
+        raise DatasetError("\n".join([f"{subject}; found", *lines]))
 
 
 # Contents
 
 
 def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
-    """(kind of problem, name) of everything wrong with one image and its mask."""
+    """Return (kind of problem, name) for every problem of one image and its mask."""
     try:
         with opened(sample.image) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             size = image.size[::-1] if turned else image.size
-            image.draft("RGB", (1, 1))  # reads every byte of a JPEG, but computes an eighth of its resolution
+            image.draft("RGB", (1, 1))  # reads every byte of a JPEG, but decodes at an eighth of its resolution
             image.load()
     except UnreadableImage as error:
         return [("images that cannot be decoded", f"{sample.image} ({error.reason})")]
@@ -326,16 +329,16 @@ def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
         mask = read_mask(sample.mask)
     except UserError as error:
         return [("masks that cannot be used", str(error))]
-    found = []
+    faults = []
     if mask.shape[::-1] != size:
         sizes = "{}x{}, image {}x{}".format(*mask.shape[::-1], *size)
-        found.append(("masks of another size than their image", f"{sample.mask} ({sizes})"))
+        faults.append(("masks of another size than their image", f"{sample.mask} ({sizes})"))
     counts = np.bincount(mask.ravel(), minlength=256)
     wrong = [str(value) for value in range(classes + 1, IGNORE) if counts[value]]
     if wrong:
         kind = f"masks with values other than 0 to {classes} and {IGNORE}"
-        found.append((kind, f"{sample.mask} ({', '.join(wrong[:5])})"))
-    return found
+        faults.append((kind, f"{sample.mask} ({', '.join(wrong[:5])})"))
+    return faults
 
 
 def _fingerprint(sample: Sample, classes: int) -> str:
@@ -353,10 +356,10 @@ def _read_verified(path: Path | None) -> set[str]:
     try:
         return set(read_json(path)) if path else set()
     except (OSError, ValueError, TypeError):
-        return set()  # nothing is lost: everything is checked again
+        return set()  # then every file is checked again
 
 
 def tags(sample: Sample) -> np.ndarray:
-    """The labels of a sample that was loaded with them, bool (classes,)."""
+    """Return the labels of a sample, bool (classes,). It must have been loaded with them."""
     assert sample.label is not None
     return sample.label

@@ -1,4 +1,4 @@
-"""Opening image files: JPEG and PNG alone (other decoders of Pillow start programs), no larger than memory can hold."""
+"""Open image files. The formats are few, because some decoders of Pillow start programs, and the size is bounded."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
 
 MAX_PIXELS = 2**26
-"""A file of a few bytes can claim any size; this many take 200 MB as RGB."""
+"""A file of a few bytes can claim any size. As RGB, these pixels take 200 MB."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
-"""Pillow has more decoders than an image needs, and one of them starts Ghostscript. Of several pictures in a file the
-first one counts."""
+"""Formats that are read. Pillow has more decoders, one of which starts Ghostscript. In a file of several pictures only
+the first one counts."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
 
 
 class UnreadableImage(UserError):
-    """An image that could not be opened or decoded, and why."""
+    """An image could not be opened or decoded, for ``reason``."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)  # its arguments, so that it crosses processes
+        super().__init__(path, reason)  # both arguments, so that the error can be pickled
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class UnreadableImage(UserError):
 
 @contextmanager
 def opened(path: Path, content: IO[bytes] | None = None) -> Iterator[ImageFile]:
-    """The image of a file, or of its ``content``. What goes wrong with it in the block becomes an UnreadableImage."""
+    """Open the image of a file, or of its ``content``. Errors inside the block become UnreadableImage."""
     try:
         with (
             content or reading.opened(path, reading.IMAGE) as file,
@@ -57,18 +57,18 @@ def opened(path: Path, content: IO[bytes] | None = None) -> Iterator[ImageFile]:
 
 
 def read_image(path: Path, content: bytes | None = None) -> np.ndarray:
-    """Decode a file, or ``content`` that ``path`` names, as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
+    """Decode a file, or its ``content``, as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
 
-    Of 16 bits the upper 8 are taken. Raises UserError for a missing, truncated or otherwise unreadable file.
+    A 16-bit image keeps the upper 8 bits. Raises UserError for a missing, truncated or otherwise unreadable file.
     """
     with opened(path, None if content is None else io.BytesIO(content)) as image:
         return upright(image)
 
 
 def upright(image: Image.Image) -> np.ndarray:
-    """Pixels of an opened image as ``read_image`` gives them."""
+    """Return the pixels of an opened image as ``read_image`` does."""
     turned = ImageOps.exif_transpose(image)
-    if turned.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
+    if turned.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
     return np.array(turned.convert("RGB"))
 

@@ -1,16 +1,18 @@
 """Image-level labels from VOC XML, psa's ``cls_labels.npy``, CSV or JSON: one bool per class.
 
-- A folder of VOC XML files: every ``object``'s ``name`` counts, the names of its parts do not.
-- ``.npy``: a pickled dict of id -> numbers (K,), 0 or 1. It is read without trusting it: nothing in it can run. irn's
-  whole numbers for ids are read too: 2007000032 is ``2007_000032``.
-- ``.csv``: ``id,names`` with names separated by ``;`` as in ``img_7,cat;dog``. Also read: names in several columns
-  or several rows, names separated by commas in a quoted cell or by spaces where no class name has one, semicolons or
-  tabs in the commas' place, and tables of 0 and 1 whose first row names the classes.
-  Rows of images that are not asked for, such as a header, are skipped.
+- A folder of VOC XML files: the ``name`` of every ``object`` counts. The names of an object's parts do not.
+- ``.npy``: a pickled dict of id -> numbers (K,), 0 or 1. The reader does not trust the pickle: nothing in it can run.
+  It also reads irn's integer ids: 2007000032 is ``2007_000032``.
+- ``.csv``: ``id,names`` with names separated by ``;`` as in ``img_7,cat;dog``. The reader also takes
+  - names in several columns or several rows,
+  - names separated by commas in a quoted cell, or by spaces if no class name has a space,
+  - semicolons or tabs instead of the commas between cells,
+  - tables of 0 and 1 whose first row names the classes.
+  Rows of images that were not asked for are skipped; so is a header.
 - ``.json``: ``{"img_7": ["cat", "dog"]}``.
 
-An image that a source has without a class shows none of them: it is a negative. A file's name or path may stand for its
-id everywhere: ``photos/img_7.jpg``, ``C:\\photos\\img_7.jpg``.
+An image without a class is a negative. A file's name or path may stand for its id everywhere: ``photos/img_7.jpg``,
+``C:\\photos\\img_7.jpg``.
 """
 
 from __future__ import annotations
@@ -37,31 +39,31 @@ from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff")
-"""Endings of image files, in lower case; any case will do."""
+"""Endings of image files in lower case. Upper case is read too."""
 MAX_PICKLE = 256 * 2**20
 """Bytes; COCO's 82,783 images x 80 classes need 30 MB."""
 
 SHOWN = 10
-"""Problems that an error lists; it counts the others, of which there may be as many as names."""
+"""Problems that an error lists. It only counts the others."""
 
 Names = Mapping[str, list[tuple[str, str]]]
-"""id -> (class name, where it was read)."""
+"""id -> (class name, where it was read) for each name."""
 
 
 class LabelError(UserError):
-    """All that is wrong with single labels of a source; ``labels`` has what could be read beside it."""
+    """All problems of single labels in a source. ``labels`` holds the labels that could be read."""
 
     def __init__(self, path: Path, problems: Sequence[str], labels: dict[str, np.ndarray]) -> None:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        listed = "\n".join(f"  {line}" for line in [*problems[:SHOWN], *more])
-        super().__init__(f"{path}: {len(problems)} problem(s) in the labels\n{listed}")
+        lines = "\n".join(f"  {line}" for line in [*problems[:SHOWN], *more])
+        super().__init__(f"{path}: {len(problems)} problem(s) in the labels\n{lines}")
         self.labels = labels
 
 
 def read_labels(path: Path, ids: Collection[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read-only bool arrays (K,) of those ``ids`` that ``path`` has; ids that it lacks are left out.
+    """Return read-only bool arrays (K,) for those ``ids`` that ``path`` has. Other ids are left out.
 
-    Raises LabelError with every problem found among these ids, UserError for a source that cannot be read at all.
+    Raises LabelError with every problem of these ids, and UserError for a source that cannot be read at all.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected labels: a folder of VOC XML, .npy, .csv or .json")
@@ -80,10 +82,10 @@ def read_labels(path: Path, ids: Collection[str], classes: Sequence[str]) -> dic
 
 
 def listed_in(path: Path, images: Collection[str]) -> list[str]:
-    """The images that a source of labels names, as it writes them, each once; of a header no image is called so.
+    """Return the images that a label source names, as it writes them, each once. A header is left out.
 
-    ``images`` are the ids of the image files, by which irn's numbers and headers are told. Raises UserError for a
-    source that cannot be read.
+    ``images`` are the ids of the image files; they tell irn's integers and headers from names of images. Raises
+    UserError for a source that cannot be read.
     """
     try:
         if path.is_dir():
@@ -104,36 +106,37 @@ def listed_in(path: Path, images: Collection[str]) -> list[str]:
 
 
 def class_names(path: Path, images: Collection[str]) -> list[str]:
-    """The class names in a source of labels of some ``images``: a table's columns in their order, else by the alphabet.
+    """Return the class names in a label source of some ``images``.
 
-    Of a .npy, which has none, VOC's if it has 20. Raises UserError for a source that cannot be read.
+    They have the order of a table's columns, in other sources alphabetic order. A .npy has no names: with 20 classes
+    they are VOC's. Raises UserError for other .npy files and for a source that cannot be read.
     """
     if path.suffix == ".npy":
         first: Any = next(iter(_load_npy(path).values()), None)
         first = first.value if isinstance(first, _Array) else first
         if np.shape(first) != (len(VOC_CLASSES),):
             raise UserError(
-                f"{path}: expected VOC's {len(VOC_CLASSES)} classes; of others it has no names: write a CSV"
+                f"{path}: expected VOC's {len(VOC_CLASSES)} classes; a .npy has no names of other classes: write a CSV"
             )
         return list(VOC_CLASSES)
     try:
         if path.is_dir():
-            found: Names = _read_xml_folder(path, images)[0]
+            tags: Names = _read_xml_folder(path, images)[0]
         elif path.suffix == ".json":
-            found = _read_json(path, images)[0]
+            tags = _read_json(path, images)[0]
         else:
             header, row = _first_rows(path, Ids(images))
             columns = [name for name, cell in zip(header, row, strict=False) if name and cell.lower() in _TICKS]
             if columns and len(columns) == sum(map(bool, row)):
                 return columns
-            found = _read_csv(path, images, ())
+            tags = _read_csv(path, images, ())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
-    return sorted({name for names in found.values() for name, _ in names})
+    return sorted({name for names in tags.values() for name, _ in names})
 
 
 def _first_rows(path: Path, match: Ids) -> tuple[list[str], list[str]]:
-    """The cells behind the first one of a header, and of the first row of an image."""
+    """Return the cells after the first one, of the header and of the first row of an image."""
     for separator in (",", ";", "\t"):
         with _csv_text(path) as file:
             header: list[str] = []
@@ -158,11 +161,11 @@ def _csv_text(path: Path) -> io.StringIO:
     return io.StringIO(reading.read_bytes(path, reading.LABELS).decode("utf-8-sig"), newline="")
 
 
-def _encode(path: Path, found: Names, problems: Sequence[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
+def _encode(path: Path, tags: Names, problems: Sequence[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
     column = {name: k for k, name in enumerate(classes)}
     labels = {}
     unknown: dict[str, list[str]] = defaultdict(list)
-    for id_, names in found.items():
+    for id_, names in tags.items():
         label = np.zeros(len(classes), bool)
         for name, place in names:
             if name in column:
@@ -171,7 +174,7 @@ def _encode(path: Path, found: Names, problems: Sequence[str], classes: Sequence
                 unknown[name].append(place)
         label.flags.writeable = False
         labels[id_] = label
-    explained = [_explain_unknown(*item, classes) for item in itertools.islice(unknown.items(), SHOWN)]
+    explained = [_explain_unknown(*entry, classes) for entry in itertools.islice(unknown.items(), SHOWN)]
     problems = [*problems, *explained, *itertools.islice(unknown, SHOWN, None)]
     if problems:
         raise LabelError(path, problems, labels)
@@ -189,8 +192,8 @@ def _explain_unknown(name: str, places: list[str], classes: Sequence[str]) -> st
 
 
 def _read_xml_folder(folder: Path, ids: Iterable[str]) -> tuple[Names, list[str]]:
-    """What was read, and the problems of the rest."""
-    found = {}
+    """Return the names of every readable file, and the problems of the other files."""
+    tags = {}
     problems = []
     match = Ids(ids)
     for id_ in ids:
@@ -198,21 +201,21 @@ def _read_xml_folder(folder: Path, ids: Iterable[str]) -> tuple[Names, list[str]
         path = next((path for path in paths if path.is_file()), paths[0])
         try:
             names = _object_names(reading.read_bytes(path, reading.XML))
-            found[id_] = [(name, f"{path.name} line {line}") for name, line in names]
+            tags[id_] = [(name, f"{path.name} line {line}") for name, line in names]
         except FileNotFoundError:
             continue
         except OSError as error:
             problems.append(f"{path.name}: not readable: {error}")
         except (expat.ExpatError, LookupError, ValueError) as error:
             problems.append(f"{path.name}: not VOC's XML: {error}")
-    return found, problems
+    return tags, problems
 
 
 def _object_names(xml: bytes) -> list[tuple[str, int]]:
-    """Class name and line of every object."""
+    """Return the class name and the line of every object."""
     parser = expat.ParserCreate()
     stack: list[str] = []
-    names: list[tuple[list[str], int]] = []  # pieces: joined once, for an XML may have a million
+    names: list[tuple[list[str], int]] = []  # expat may deliver a name in a million pieces: join them once
 
     def start(tag: str, _: dict[str, str]) -> None:
         stack.append(tag)
@@ -239,14 +242,14 @@ def _object_names(xml: bytes) -> list[tuple[str, int]]:
 
 
 def _read_csv(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names:
-    """With the first of the separators by which any id is found: spreadsheets write what their language has."""
+    """Read a CSV with the first separator that yields an id. Spreadsheets use the separator of their language."""
     separated = (_read_separated(path, separator, ids, classes) for separator in (",", ";", "\t"))
     return next(filter(None, separated), {})
 
 
 def _read_separated(path: Path, separator: str, ids: Collection[str], classes: Sequence[str]) -> Names:
     match = Ids(ids)
-    listed: list[tuple[str, str, list[str]]] = []  # id, place, cells
+    entries: list[tuple[str, str, list[str]]] = []  # id, place, cells
     header: list[str] = []
     with _csv_text(path) as file:
         rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
@@ -254,24 +257,24 @@ def _read_separated(path: Path, separator: str, ids: Collection[str], classes: S
             for number, (key, *cells) in enumerate(filter(None, rows)):
                 cells = [cell.strip() for cell in cells]
                 if (id_ := match(key)) is not None:
-                    listed.append((id_, f"line {rows.line_num}", cells))
+                    entries.append((id_, f"line {rows.line_num}", cells))
                 elif number == 0:
                     header = cells
         except csv.Error as error:
             raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
-    is_table = bool(listed) and _is_table(header, listed[0][2], classes)
-    found: dict[str, list[tuple[str, str]]] = {}
-    for id_, place, cells in listed:
+    is_table = bool(entries) and _is_table(header, entries[0][2], classes)
+    tags: dict[str, list[tuple[str, str]]] = {}
+    for id_, place, cells in entries:
         if is_table:
             names = _ticked(header, cells, classes, f"{path} {place}")
         else:
             names = [name for cell in cells for name in _names(cell, classes)]
-        found.setdefault(id_, []).extend((name, place) for name in names)
-    return found
+        tags.setdefault(id_, []).extend((name, place) for name in names)
+    return tags
 
 
 def _names(cell: str, classes: Sequence[str]) -> list[str]:
-    """The class names in a cell of a CSV."""
+    """Return the class names in a cell of a CSV."""
     if cell in classes:
         return [cell]
     parts = re.split("[;,]", cell)
@@ -284,13 +287,13 @@ _TICKS = {"1": True, "1.0": True, "true": True, "yes": True} | dict.fromkeys(("0
 
 
 def _is_table(header: Sequence[str], row: Sequence[str], classes: Sequence[str]) -> bool:
-    """Whether a header names classes and a row ticks them."""
+    """Return whether the header names classes and the row ticks them."""
     cells = [cell for name, cell in zip(header, row, strict=False) if name in classes]
     return bool(cells) and all(cell.lower() in _TICKS for cell in cells)
 
 
 def _ticked(header: Sequence[str], cells: Sequence[str], classes: Sequence[str], place: str) -> list[str]:
-    """The columns in which a row has a 1, unknown ones too; a column of other values is no column of tags."""
+    """Return the columns in which a row has a 1. An unknown column with other values does not count as tags."""
     names = []
     for name, cell in zip(header, cells, strict=False):
         ticked = _TICKS.get(cell.lower())
@@ -302,20 +305,20 @@ def _ticked(header: Sequence[str], cells: Sequence[str], classes: Sequence[str],
 
 
 def _read_json(path: Path, ids: Collection[str]) -> tuple[Names, list[str]]:
-    """What was read, and the problems of the rest."""
+    """Return the names of every valid entry, and the problems of the other entries."""
     tree = _load_json(path)
     match = Ids(ids)
-    found = {}
+    tags = {}
     problems = []
     for key, names in tree.items():
         id_ = match(key)
         if id_ is None:
             continue
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            found[id_] = [(name, key) for name in names]
+            tags[id_] = [(name, key) for name in names]
         else:
             problems.append(f"{key}: expected a list of class names, found {json.dumps(names):.60}")
-    return found, problems
+    return tags, problems
 
 
 def _load_json(path: Path) -> dict[str, Any]:
@@ -332,21 +335,22 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in pairs:
         if key in tree:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"the key {key} occurs twice")
         tree[key] = value
     return tree
 
 
 class Ids:
-    """Finds the id that a name in a source of labels stands for: the id, a file's name or its path, or irn's number."""
+    """Find the id behind a name in a label source: the id itself, a file's name or path, or irn's integer."""
 
     def __init__(self, ids: Iterable[str]) -> None:
         self.known = set(ids)
 
     def __call__(self, name: object) -> str | None:
-        """None for a name of no id. A path stands for the longest of its ends that is an id, or the one that ends so.
+        """Return the id, or None for an unknown name.
 
-        ``dogs/1`` is not ``cats/1``, whatever other ids there are.
+        A path stands for its longest tail that is an id. Without such a tail it stands for the only id that ends with
+        this path. ``dogs/1`` is never ``cats/1``.
         """
         if isinstance(name, (int, np.integer)) and not isinstance(name, bool):
             return str(name) if str(name) in self.known else self.numbers.get(str(name))
@@ -363,32 +367,32 @@ class Ids:
         return next((end for end in ends if end in self.known), self.ends.get("/".join(parts)))
 
     def file(self, id_: str) -> list[str]:
-        """Names of files of an id: its own, and without its folders if no other id has that name."""
+        """Return possible names of an id's file: the id, and the id without its folders if that is unambiguous."""
         name = id_.rpartition("/")[2]
         return [id_, name] if self.ends.get(name) == id_ else [id_]
 
     @functools.cached_property
     def depth(self) -> int:
-        """Parts of the id with the most."""
+        """Largest number of path parts of an id."""
         return max((id_.count("/") + 1 for id_ in self.known), default=1)
 
     @functools.cached_property
     def ends(self) -> dict[str, str | None]:
-        """Path without its first folders -> id; None where several end so."""
-        parts = ((id_.split("/"), id_) for id_ in self.known)
-        return _unambiguous(("/".join(own[start:]), id_) for own, id_ in parts for start in range(1, len(own)))
+        """Path without its first folders -> id, or None if several ids end with this path."""
+        split = ((id_.split("/"), id_) for id_ in self.known)
+        return _unambiguous(("/".join(parts[start:]), id_) for parts, id_ in split for start in range(1, len(parts)))
 
     @functools.cached_property
     def numbers(self) -> dict[str, str | None]:
-        """An id's digits -> id; None where several have them."""
+        """Digits of an id -> id, or None if several ids have these digits."""
         return _unambiguous((re.sub(r"\D", "", id_), id_) for id_ in self.known)
 
 
 def _unambiguous(pairs: Iterable[tuple[str, str]]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    values: dict[str, str | None] = {}
     for key, value in pairs:
-        found[key] = None if key in found else value
-    return found
+        values[key] = None if key in values else value
+    return values
 
 
 # psa's cls_labels.npy
@@ -405,8 +409,8 @@ def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[st
             continue
         value = content.value if isinstance(content, _Array) else content
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or value.shape != (len(classes),):
-            found = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-            problems.append(f"{id_}: expected an array of {len(classes)} numbers, one per class, found {found}")
+            kind = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+            problems.append(f"{id_}: expected an array of {len(classes)} numbers, one per class, found {kind}")
         elif not np.isin(value, (0, 1)).all():
             problems.append(f"{id_}: expected only 0 and 1, found {value[~np.isin(value, (0, 1))][0]}")
         else:
@@ -434,7 +438,7 @@ def _unpickle_dict(content: bytes) -> dict[Any, Any]:
     if not dtype.hasobject:
         raise ValueError(f"it holds {dtype} numbers")
     start = file.tell()
-    for opcode, argument, _ in pickletools.genops(file):  # finds lengths that go beyond the end
+    for opcode, argument, _ in pickletools.genops(file):  # raises for lengths beyond the end
         if opcode.name in _RESERVING and isinstance(argument, int) and argument > len(content):
             raise ValueError(f"{opcode.name} {argument} in a file of {len(content)} bytes")
     file.seek(start)
@@ -446,7 +450,7 @@ def _unpickle_dict(content: bytes) -> dict[Any, Any]:
 
 
 class _Dtype:
-    """Stands in for numpy.dtype."""
+    """Stand-in for numpy.dtype."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.dtype = np.dtype(code)
@@ -456,7 +460,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray, so that a pickle reserves no more memory than it has bytes."""
+    """Stand-in for numpy.ndarray, so that a pickle reserves no more memory than it has bytes."""
 
     value: Any = None
 
@@ -470,12 +474,12 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _latin1(text: str, _: str) -> bytes:
-    """Pickle protocol 2 writes bytes as a call of _codecs.encode(text, "latin1")."""
+    """Stand-in for _codecs.encode(text, "latin1"), which pickle protocol 2 calls for bytes."""
     return text.encode("latin1")
 
 
 _RESERVING = ("PUT", "BINPUT", "LONG_BINPUT", "FRAME")
-"""Opcodes for whose argument the unpickler reserves memory before it reads on."""
+"""Opcodes whose argument makes the unpickler reserve memory before it reads on."""
 _STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,

@@ -17,11 +17,11 @@ from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import replacing
 
 IGNORE = 255
-"""Mask value of pixels that belong to no class and are not scored."""
+"""Mask value of pixels without a class. They are not scored."""
 
 
 def _voc_palette() -> np.ndarray:
-    """Bits 0, 3, 6 of a value are red's highest bits, 1, 4, 7 green's, 2, 5 blue's."""
+    """Return VOC's palette: bits 0, 3, 6 of a value are red's highest bits, bits 1, 4, 7 green's, bits 2, 5 blue's."""
     value = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -36,7 +36,7 @@ PALETTE = _voc_palette()
 def write_mask(path: Path, mask: np.ndarray, source: str = "") -> None:
     """Write uint8 (H, W) as an 8-bit PNG with VOC's palette, atomically and without loss.
 
-    ``source``, what it was made of, becomes a text chunk (``png.source_of``).
+    ``source`` is the mask's provenance. It becomes a text chunk (``png.source_of``).
     """
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise ValueError(f"{path}: a mask is uint8 (H, W), found {mask.dtype}{mask.shape}")
@@ -50,33 +50,34 @@ def write_mask(path: Path, mask: np.ndarray, source: str = "") -> None:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Values of a mask PNG, uint8 (H, W): palette indices, gray levels of 8 or 16 bits, or RGB in VOC's very colours.
+    """Read the class values of a mask PNG, uint8 (H, W).
 
-    Raises UserError for anything from which class values cannot be told exactly.
+    They are palette indices, gray levels of 8 or 16 bits, or RGB in VOC's exact colours. Raises UserError for a file
+    whose class values are not certain.
     """
     try:
         with opened(path) as picture:
             if picture.format != "PNG":
                 raise UserError(f"{path}: a mask must be PNG, found {picture.format}, which may change class values")
-            if not is_whole_png(reading.read_bytes(path, reading.MASK)):  # Pillow compares no checksum of pixels
-                raise UserError(f"{path}: not readable as a PNG: damaged, its checksums do not fit")
-            # Pillow stretches 2- and 4-bit gray levels to 0..255, which would turn class 1 into 85 or 17.
+            if not is_whole_png(reading.read_bytes(path, reading.MASK)):  # Pillow checks no checksum of pixels
+                raise UserError(f"{path}: not readable as a PNG: damaged, checksums do not fit")
+            # Pillow stretches 2- and 4-bit gray levels to 0..255: class 1 would become 85 or 17.
             if picture.mode == "P" or (picture.mode == "L" and picture.tile[0].args == "L"):
                 return np.array(picture)
             if picture.tile and picture.tile[0].args == "I;16B":
                 return _from_16_bits(path, np.array(picture))
             if picture.mode == "RGB":
                 return _from_colours(path, np.array(picture))
-            found = picture.mode
+            mode = picture.mode
     except UnreadableImage as error:
         if not path.exists():
             raise UserError(f"{path}: no such mask") from None
         raise UserError(f"{path}: not readable as a PNG: {error.reason}") from None
-    raise UserError(f"{path}: mask of PNG mode {found}: save it with a palette or as 8-bit grayscale class values")
+    raise UserError(f"{path}: mask of PNG mode {mode}: save it with a palette or as 8-bit grayscale class values")
 
 
 def mask_source(path: Path) -> str | None:
-    """What a mask says it was made of; None without that. Raises UserError for a file that cannot be read."""
+    """Return the provenance in a mask, or None without it. Raises UserError for a file that cannot be read."""
     try:
         return source_of(reading.read_bytes(path, reading.MASK))
     except OSError as error:
@@ -84,19 +85,20 @@ def mask_source(path: Path) -> str | None:
 
 
 def is_of_another_image(path: Path, image: Path) -> bool:
-    """Whether a seed or a mask says that it was made of another image than is there now; others' files say nothing.
+    """Return whether a seed or a mask was made from another image than the current one, by its provenance.
 
-    Raises UserError for a mask or an image that cannot be read.
+    False without provenance, as in files of other programs. Raises UserError for a mask or an image that cannot be
+    read.
     """
-    found = marked_image(seed_source(path) if path.suffix == ".npz" else mask_source(path))
-    return found is not None and found != image_digest(image)
+    digest = marked_image(seed_source(path) if path.suffix == ".npz" else mask_source(path))
+    return digest is not None and digest != image_digest(image)
 
 
 def _from_16_bits(path: Path, values: np.ndarray) -> np.ndarray:
     if values.max(initial=0) > IGNORE:
         raise UserError(
             f"{path}: a 16-bit mask with the value {values.max()}, expected 0 to 254 for classes and {IGNORE} for "
-            "pixels of none: give the classes values in the order of the config's classes, from 1"
+            "pixels without a class: number the classes from 1, in the order of the config's classes"
         )
     return values.astype(np.uint8)
 

@@ -16,19 +16,19 @@ from cpn_fast.data.masks import IGNORE, PALETTE, read_mask
 from cpn_fast.data.seeds import read_seed
 from cpn_fast.runtime.files import replacing
 
-# Grays start at 80: most of VOC's colours are dark and would vanish in shadows.
+# Grays start at 80: most of VOC's colours are dark and would not show in shadows.
 TINTS = np.rint(0.45 * (80 + np.arange(256)[:, None, None] * (175 / 255)) + 0.55 * PALETTE).astype(np.uint8)
-"""uint8 (256, 256, 3): RGB of a gray level under the colour of a mask value."""
+"""uint8 (256, 256, 3): RGB of each gray level under the colour of each mask value."""
 
 GAP, LINE, SQUARE = 8, 24, 12
-"""Pixels between things, of a line of text, and of a legend's squares."""
+"""Pixels: gap between elements, height of a text line, side of a legend's squares."""
 NARROWEST, ENLARGED, LONGEST = 240, 2048, 16_384
-"""Sides of an overlay in pixels: the width that its legend needs, the longest of a small image, the longest of any."""
+"""Pixels of an overlay: smallest width, for the legend; longest side after enlargement; longest side of all."""
 FONT = ImageFont.load_default(13)
 
 
 def tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image, uint8 RGB (H, W, 3), with the regions of mask, uint8 (H, W), in their colours and a line between."""
+    """Return the image, uint8 RGB (H, W, 3), with each region of mask, uint8 (H, W), in its colour and outlined."""
     regions = _tint(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), mask)
     picture = np.where(mask[..., None] > 0, regions, image)
     highest = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
@@ -37,11 +37,11 @@ def tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """The tinted image and, below it, a legend of the classes in the mask, for which it gets white margins if need be.
+    """Return the tinted image, uint8 RGB, with a legend of the mask's classes below.
 
     image: uint8 RGB (H, W, 3); mask: uint8 (H, W), 0 background, i + 1 for ``classes[i]``. A picture narrower than
-    240 pixels is enlarged by a whole factor, up to a long side of 2,048; one longer than 16,384 is made smaller, for
-    JPEG ends at 65,500. Returns uint8 RGB.
+    240 pixels is enlarged by an integer factor, up to a long side of 2,048, then gets white margins for the legend.
+    A picture longer than 16,384 pixels is made smaller: JPEG allows 65,500.
     """
     sides = image.shape[1], image.shape[0]
     factor = max(1, min(-(-NARROWEST // sides[0]), ENLARGED // max(sides)))
@@ -56,7 +56,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> np.n
 
 
 def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """The image, uint8 RGB (H, W, 3), under a heat map of cam, (H, W) in [0, 1]; where it is 0 the image stays."""
+    """Return the image, uint8 RGB (H, W, 3), under a heat map of cam, (H, W) in [0, 1]. Pixels of cam 0 stay."""
     heat = cv2.applyColorMap(np.rint(cam * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
     share = 0.6 * np.minimum(cam * 2, 1)[..., None]
     return np.rint(image * (1 - share) + heat * share).astype(np.uint8)
@@ -70,17 +70,17 @@ class GalleryRow:
     values: Sequence[int]
     """Mask values to explain beside the title."""
     pictures: Mapping[str, np.ndarray]
-    """Column's heading -> uint8 RGB."""
+    """Column heading -> uint8 RGB."""
 
 
 def gallery(rows: Sequence[GalleryRow], classes: Sequence[str], *, cell: tuple[int, int] = (240, 180)) -> np.ndarray:
-    """Contact sheet, uint8 RGB: a row of pictures for each image, under its title and class names.
+    """Return a contact sheet, uint8 RGB: a row of pictures for each image, under its title and class names.
 
-    Columns stand in the order of their first appearance; a row may lack some. cell: (width, height) in pixels into
-    which every picture is fitted.
+    Columns have the order of their first appearance. A row may lack columns. cell: (width, height) in pixels; every
+    picture is fitted into it.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row.pictures))
-    lefts = [GAP + place * (cell[0] + GAP) for place in range(len(columns))]
+    lefts = [GAP + column * (cell[0] + GAP) for column in range(len(columns))]
     width = lefts[-1] + cell[0] + GAP
     heading = Image.new("RGB", (width, LINE), "white")
     for left, name in zip(lefts, columns, strict=True):
@@ -106,19 +106,18 @@ def write_gallery(
     *,
     cell: tuple[int, int] = (240, 180),
 ) -> None:
-    """Picture of images and ground truths beside each run's CAMs (maximum over classes) and masks, then other masks.
+    """Write a gallery: image, ground truth, CAMs (maximum over classes) and masks of each run, then other masks.
 
-    path: its ending says the format; samples: with ``mask``; runs: name -> folder of the stage ``cam``, with ``seeds``
+    path: its ending gives the format; samples: with ``mask``; runs: name -> folder of the stage ``cam``, with ``seeds``
     and ``masks``; masks: name -> folder of masks; cell: as for ``gallery``.
     """
-
     rows = []
     for sample in samples:
         if sample.mask is None:
             raise ValueError(f"{sample.id}: a gallery needs samples with ground truth")
         image = read_image(sample.image)
         shown = {"ground truth": read_mask(sample.mask)}
-        pictures = {"image": image, "ground truth": image}  # in the columns' order; masks are drawn at the end
+        pictures = {"image": image, "ground truth": image}  # fixes the order of columns; the loop's end draws masks
         for name, folder in runs.items():
             cam = read_seed(folder / "seeds" / f"{sample.id}.npz").cam.max(0, initial=0)
             shown[f"{name}: mask"] = read_mask(folder / "masks" / f"{sample.id}.png")
@@ -135,17 +134,17 @@ def _tint(gray: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _fitted(picture: np.ndarray, cell: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of a picture that fills a cell one way."""
+    """Return width and height of a picture that is scaled to fit into a cell."""
     scale = min(cell[0] / picture.shape[1], cell[1] / picture.shape[0])
     return max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
 
 
-def _paste(place: np.ndarray, picture: np.ndarray) -> None:
-    """Fit a picture into the middle of a place, in place."""
-    width, height = _fitted(picture, (place.shape[1], place.shape[0]))
-    left, top = (place.shape[1] - width) // 2, (place.shape[0] - height) // 2
+def _paste(canvas: np.ndarray, picture: np.ndarray) -> None:
+    """Scale a picture to fit and write it into the middle of ``canvas``."""
+    width, height = _fitted(picture, (canvas.shape[1], canvas.shape[0]))
+    left, top = (canvas.shape[1] - width) // 2, (canvas.shape[0] - height) // 2
     smooth = cv2.INTER_AREA if width < picture.shape[1] else cv2.INTER_LINEAR
-    place[top : top + height, left : left + width] = cv2.resize(picture, (width, height), interpolation=smooth)
+    canvas[top : top + height, left : left + width] = cv2.resize(picture, (width, height), interpolation=smooth)
 
 
 def _present(*masks: np.ndarray) -> list[int]:
@@ -153,22 +152,22 @@ def _present(*masks: np.ndarray) -> list[int]:
 
 
 def _caption(title: str, values: Sequence[int], classes: Sequence[str], width: int) -> np.ndarray:
-    """White strip with a title and, for each mask value, a square of its colour and its class's name; lines wrap."""
+    """Return a white strip with a title and a legend: a coloured square and a class name per value. Lines wrap."""
     left, line = GAP, 0
     if title:
         left += round(FONT.getlength(title)) + 3 * GAP
-    places = []
+    entries = []
     for value in values:
         name = classes[value - 1] if value <= len(classes) else f"value {value}"
-        room = SQUARE + GAP // 2 + round(FONT.getlength(name))
-        if left > GAP and left + room > width - GAP:
+        needed = SQUARE + GAP // 2 + round(FONT.getlength(name))
+        if left > GAP and left + needed > width - GAP:
             left, line = GAP, line + 1
-        places.append((left, line * LINE + LINE // 2, value, name))
-        left += room + 2 * GAP
+        entries.append((left, line * LINE + LINE // 2, value, name))
+        left += needed + 2 * GAP
     strip = Image.new("RGB", (width, (line + 1) * LINE), "white")
     draw = ImageDraw.Draw(strip)
     draw.text((GAP, LINE // 2), title, fill="black", font=FONT, anchor="lm")
-    for left, middle, value, name in places:
+    for left, middle, value, name in entries:
         corners = (left, middle - SQUARE // 2, left + SQUARE - 1, middle + SQUARE // 2 - 1)
         draw.rectangle(corners, fill=tuple(_tint(np.array(128), np.array(value)).tolist()))
         draw.text((left + SQUARE + GAP // 2, middle), name, fill="black", font=FONT, anchor="lm")

@@ -1,4 +1,4 @@
-"""PNG files as results: whole or damaged, and what they were made of. Nothing is decoded here."""
+"""PNG files as results: whether they are whole, and their provenance. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def can_be_kept(path: Path, source: str) -> bool:
-    """Whether a PNG of an earlier start is there, whole, and made of ``source``; a damaged one is named on stderr."""
+    """Return whether a PNG exists, is whole and was made from ``source``. A damaged file is named on stderr."""
     try:
         content = reading.read_bytes(path, reading.MASK)
     except OSError:
@@ -24,7 +24,7 @@ def can_be_kept(path: Path, source: str) -> bool:
 
 
 def source_of(content: bytes) -> str | None:
-    """What a PNG's text chunk ``source`` says of what it was made of; None without one."""
+    """Return the provenance in a PNG: its text chunk ``source``, or None without one."""
     name = b"tEXtsource\0"
     at = content.find(name, 0, content.find(b"IDAT") + 1)
     if at < 4:
@@ -34,11 +34,11 @@ def source_of(content: bytes) -> str | None:
 
 
 def is_whole_png(content: bytes) -> bool:
-    """Whether a PNG has all its chunks, the last included, and they their checksums. Nothing is decoded."""
+    """Return whether a PNG has all its chunks, up to the last, with correct checksums. Nothing is decoded."""
     at, name = len(SIGNATURE), b""
     if not content.startswith(SIGNATURE):
         return False
-    while at + 12 <= len(content) and name != b"IEND":  # a chunk: its content's length, a name, the content, a CRC
+    while at + 12 <= len(content) and name != b"IEND":  # a chunk: length of content, name, content, CRC
         (length,) = struct.unpack_from(">I", content, at)
         end = at + 8 + length
         name = content[at + 4 : at + 8]

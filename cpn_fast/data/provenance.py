@@ -1,9 +1,9 @@
-"""What a result was made of, and whether that is still so: every result carries the digest of its sources.
+"""Provenance: every result carries the digest of its sources, so that a stage knows whether they have changed.
 
-An image's is of all of its content. A seed follows from its image, its tags, the weights and the settings; a CRF's mask
-from seed and image; a label map from two such masks; and so on. Whoever wants to keep a file of an earlier start
-compares the digest in it (``source`` of an ``.npz`` or a PNG) with the one that it would have now. Whoever reads what
-another stage made can tell from the ``mark`` whether it is of the image that is there now.
+An image's digest covers its whole content. A seed follows from its image, its tags, the weights and the settings; a CRF
+mask from seed and image; a label map from two CRF masks; and so on. A stage keeps a file of an earlier start if the
+digest in the file (``source`` of an ``.npz`` or a PNG) is the one that the stage would write now. A stage that reads
+another stage's file learns from its ``mark`` whether it was made from the current image.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from cpn_fast.data.images import UnreadableImage
 from cpn_fast.runtime import reading
 
 CHUNK = 2**20  # bytes
-SETTLED = 2  # seconds after which a second change of a file shows in its times, on every file system
+SETTLED = 2  # seconds; on every file system a later change of a file shows in its times
 
 VERSION = 1
-"""Raised when a stage comes to make other results of the same sources."""
+"""Increase it when a stage makes other results from the same sources."""
 
 _known: dict[str, tuple[tuple[int, ...], str]] = {}
 
 
 def image_digest(path: Path) -> str:
-    """Digest of all bytes of an image file, 32 hexadecimal digits; files of one content have one digest, anywhere.
+    """Return the digest of all bytes of an image file, 32 hexadecimal digits.
 
-    Put it into what says of what a result was made: another image under the same name has another digest, and the same
-    image under another path or with another time has this one. A process reads a file once, and again only when the
-    file's size, times or inode have changed. The 10,582 images of VOC's training list, of 100 kB each, take 1.1 s
-    on one core where they are in memory (0.4 s of it to read them), and 0.1 s when asked for again.
+    It depends on the content alone: another image under the same name has another digest; the same image under another
+    path or with another time has the same digest. A process reads a file again only when its size, times or inode have
+    changed. The 10,582 images of VOC's training list, of 100 kB each, take 1.1 s on one core if they are in memory
+    (0.4 s of it to read them), and 0.1 s the second time.
 
-    May be called from threads. Raises UnreadableImage, which names the file, for one that is missing, is no regular
-    file, or cannot be read.
+    Threads may call it. Raises UnreadableImage, which names the file, if it is missing, not a regular file, or cannot
+    be read.
     """
     key = os.fspath(path)
     try:
@@ -60,13 +60,13 @@ def image_digest(path: Path) -> str:
 
 
 def image_digests(paths: Sequence[Path]) -> list[str]:
-    """``image_digest`` of each, in threads: where files are far, waiting for them is most of it."""
+    """Return ``image_digest`` of each path. Uses threads, because remote files are mostly waiting."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(image_digest, paths))
 
 
 def archive_digest(path: Path) -> str:
-    """Digest of what is in an ``.npz``, from the checksums in its directory: its members are not read.
+    """Return the digest of an ``.npz``'s content, from the checksums in its directory. Its members are not read.
 
     Raises OSError or zipfile.BadZipFile.
     """
@@ -75,19 +75,19 @@ def archive_digest(path: Path) -> str:
 
 
 def combined(*parts: object) -> str:
-    """Digest of plain values, 32 hexadecimal digits."""
+    """Return the digest of plain values, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def mark(image: str, *others: object) -> str:
-    """What a result of one image carries: a digest of all that it follows from, and behind a space the image's own."""
+    """Return the provenance of one image's result: the digest of all its sources, a space, and the image's digest."""
     return f"{combined(image, *others)} {image}"
 
 
 def marked_image(source: str | None) -> str | None:
-    """The image's digest in a ``mark``; None of what is none, as of a file that others wrote."""
+    """Return the image's digest in a ``mark``, or None if ``source`` is not a mark, as in files of other programs."""
     return source.rpartition(" ")[2] if source and " " in source else None
 
 
-def _state(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev

@@ -1,4 +1,4 @@
-"""Scores of seeds and masks: confusion counts, at every background threshold from one look at each pixel."""
+"""Scores of seeds and masks: confusion counts, for seeds at every background threshold in one pass over the pixels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Kind = Literal["held-out", "fixed", "oracle", "masks"]
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of K foreground classes and, at index 0, the background; leading axes, if any, are thresholds.
+    """Scores of K foreground classes and, at index 0, the background. Leading axes, if any, are thresholds.
 
-    A class that is neither in the ground truth nor predicted has no IoU (NaN) and does not enter means; the released
-    scripts add 1e-10 to the union instead, which counts such a class as 0. Likewise the precision of a class never
-    predicted and the recall of one not in the ground truth.
+    A class that is neither in the ground truth nor predicted has no IoU: it is NaN and does not enter means. The
+    released scripts add 1e-10 to the union instead, which counts this class as 0. A class that is never predicted has
+    no precision (NaN), and a class that is not in the ground truth has no recall (NaN).
     """
 
     confusion: np.ndarray
@@ -76,7 +76,7 @@ class Scores:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """Share of pixels predicted right."""
+        """Share of correctly predicted pixels."""
         return _ratio(self._hits.sum(-1), self.confusion.sum((-2, -1)))
 
     @property
@@ -92,12 +92,12 @@ SUMMARY = {
     "mean_recall": "mean recall",
     "accuracy": "pixel accuracy",
 }
-"""The single figures of ``Scores``, in words."""
+"""Attribute of ``Scores`` with a single figure -> its name in tables."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Scores at one threshold, or of masks."""
+    """Scores at one threshold, or scores of masks."""
 
     kind: Kind
     threshold: float | None
@@ -116,7 +116,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was scored, on what, and how well."""
+    """Scores of a folder of seeds or masks, with its list and classes."""
 
     source: Path
     """Folder of the seeds or masks."""
@@ -126,20 +126,20 @@ class Evaluation:
     classes: tuple[str, ...]
     """Foreground names."""
     results: tuple[Result, ...]
-    """Of seeds: held-out and fixed if given, then oracle. Of masks: one."""
+    """Seeds: held-out and fixed if given, then oracle. Masks: one result."""
     curve: Curve | None = None
-    """Of seeds."""
+    """Only for seeds."""
     path: Path | None = None
-    """Its evaluation.json, once written."""
+    """The evaluation.json, once written."""
 
     @property
     def oracle(self) -> Scores:
-        """Scores at the best threshold on this very ground truth."""
+        """Scores at the best threshold on this ground truth."""
         return self._scores("oracle")
 
     @property
     def fixed(self) -> Scores:
-        """Scores at a threshold chosen without this ground truth: the held-out one, else the config's."""
+        """Scores at a threshold chosen without this ground truth: the held-out one, or else the config's."""
         return self._scores("held-out", "fixed")
 
     def _scores(self, *kinds: Kind) -> Scores:
@@ -150,12 +150,12 @@ class Evaluation:
 
 
 class ThresholdSweep:
-    """Confusion counts at every background threshold from one look at each pixel.
+    """Confusion counts at every background threshold in one pass over the pixels.
 
-    Against a constant background score only a pixel's best foreground class can win, and it does at every
-    threshold below its score. So pixels are counted by how many thresholds that is, best class and true class;
-    sums over the first give each threshold's counts. Equal to one argmax over [threshold, scores of all classes] per
-    threshold in float32, where the first of equals, the background, wins.
+    Against a constant background score only a pixel's best foreground class can win, and it wins at every threshold
+    below its score. So pixels are counted by the number of these thresholds, best class and true class. Sums over the
+    number give each threshold's counts. The result equals one argmax over [threshold, scores of all classes] per
+    threshold in float32, where the background wins a tie because it comes first.
     """
 
     def __init__(self, thresholds: np.ndarray, classes: int) -> None:
@@ -168,9 +168,11 @@ class ThresholdSweep:
         self._lock = threading.Lock()
 
     def add(self, seed: Seed, truth: np.ndarray) -> None:
-        """Count an image. truth: uint8 (H, W), values 0 to classes or IGNORE. Threads may call this at once."""
+        """Count an image. truth: uint8 (H, W), values 0 to classes or IGNORE. Threads may call it concurrently."""
         present, columns = len(seed.classes), self._classes + 2
-        true = np.minimum(truth, self._classes + 1).astype(np.intp)  # ignored pixels go to a last column, not kept
+        true = np.minimum(truth, self._classes + 1).astype(
+            np.intp
+        )  # ignored pixels go to a last column that is dropped
         totals = np.bincount(true.ravel(), minlength=columns)
         if present:
             below = np.searchsorted(self._thresholds, seed.cam.max(0))
@@ -189,7 +191,7 @@ class ThresholdSweep:
 
 
 def confusion(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
-    """int64 (K + 1, K + 1) by [true, predicted] of two uint8 masks of one shape; truth may hold IGNORE."""
+    """Return int64 (K + 1, K + 1), [true, predicted], of two uint8 masks of one shape. truth may hold IGNORE."""
     counted = truth != IGNORE
     key = truth[counted].astype(np.intp) * (classes + 1) + prediction[counted]
     return np.bincount(key, minlength=(classes + 1) ** 2).reshape(classes + 1, classes + 1)
@@ -200,6 +202,6 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not NaN."""
+    """Return the mean over the last axis without NaN."""
     known = ~np.isnan(values)
     return _ratio(np.where(known, values, 0).sum(-1), known.sum(-1))

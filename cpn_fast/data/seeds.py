@@ -1,14 +1,15 @@
-"""CAM seeds: one ``.npz`` per image, read without pickle, and exporters to the forms of the released code.
+"""CAM seeds: one ``.npz`` per image, read without pickle, and exporters to the formats of the released code.
 
 A file ``<id>.npz`` holds arrays:
 
 - ``classes`` uint8 (k,): indices of the present foreground classes, ascending, from 0;
 - ``cam`` uint16 (k, H, W): their scores on the unit scale times 65535;
-- ``source`` uint8 (65,), where the stage ``cam`` wrote it: as text, what it was made of (``provenance.mark``);
-- ``probabilities`` float32 (classes,), likewise: what the network gives each class, tagged or not.
+- ``source`` uint8 (65,), only from the stage ``cam``: the provenance as text (``provenance.mark``);
+- ``probabilities`` float32 (classes,), only from the stage ``cam``: the network's probability of each class, tagged or
+  not.
 
-Fixed point errs by at most 1 / 131070 (7.7e-6) everywhere; float16 files, 7 % smaller, by up to 2.4e-4 near 1.
-500 x 375 pixels take about 230 kB a class.
+Fixed point has an error of at most 1 / 131070 (7.7e-6) everywhere. float16 would make files 7 % smaller, with an error
+of up to 2.4e-4 near 1. 500 x 375 pixels take about 230 kB a class.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ STEPS = 65535
 
 
 LARGEST = 2**30
-"""Bytes of an array: zeros of a small file may become many. So many hold 8 classes of the largest image."""
+"""Most bytes of an array: a small file can expand to many zeros. It is enough for 8 classes of the largest image."""
 
 
 @dataclass(frozen=True)
 class Seed:
-    """CAMs of the classes that an image is tagged with."""
+    """CAMs of the classes of an image's tags."""
 
     classes: np.ndarray
     """int64 (k,): foreground indices 0 to K - 1, ascending; k may be 0."""
@@ -48,7 +49,10 @@ class Seed:
     """float32 (k, H, W) in [0, 1]."""
 
     def mask(self, threshold: float) -> np.ndarray:
-        """uint8 (H, W): i + 1 for the best class i (the lower of equals) if its score exceeds ``threshold``, else 0."""
+        """Return uint8 (H, W): i + 1 if the score of the best class i exceeds ``threshold``, else 0.
+
+        Of equal classes the lowest is the best.
+        """
         if not len(self.classes):
             return np.zeros(self.cam.shape[1:], np.uint8)
         best = (self.classes[self.cam.argmax(0)] + 1).astype(np.uint8)
@@ -57,9 +61,9 @@ class Seed:
 
 
 def unit_scale(cam: Tensor) -> Tensor:
-    """CAMs summed over scales and flips, (k, H, W), to [0, 1] per class: the released min-max rule, clamped at 0.
+    """Scale CAMs, summed over scales and flips, (k, H, W), to [0, 1] per class: the released min-max rule.
 
-    A pixel within 1e-5 of its class's minimum scores 0, so a constant map is all background.
+    CAMs are clamped at 0. A pixel within 1e-5 of its class's minimum scores 0, so a constant map is all background.
     """
     cam = cam.clamp(min=0)
     low = cam.amin((-2, -1), keepdim=True)
@@ -68,9 +72,9 @@ def unit_scale(cam: Tensor) -> Tensor:
 
 
 def write_seed(path: Path, seed: Seed, source: str = "", probabilities: np.ndarray | None = None) -> None:
-    """Write a seed atomically, with what it was made of and the probability of every class, (classes,) in [0, 1].
+    """Write a seed atomically, with its provenance and the probability of every class, (classes,) in [0, 1].
 
-    Raises ValueError for classes or scores that the format does not hold.
+    Raises ValueError for classes or scores that the format cannot hold.
     """
     classes, cam = seed.classes, seed.cam
     if cam.ndim != 3 or classes.shape != cam.shape[:1]:
@@ -89,12 +93,12 @@ def write_seed(path: Path, seed: Seed, source: str = "", probabilities: np.ndarr
 
 
 def read_seed(path: Path) -> Seed:
-    """Read what ``write_seed`` wrote. Raises UserError for a missing, damaged or foreign file."""
+    """Read a seed that ``write_seed`` wrote. Raises UserError for a missing, damaged or foreign file."""
     try:
         with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
             classes, cam = _member(archive, "classes"), _member(archive, "cam")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes them") from None
+        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes seeds") from None
     except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(_not_a_seed(path, str(error))) from None
     kinds = [classes.dtype, cam.dtype]
@@ -107,7 +111,7 @@ def read_seed(path: Path) -> Seed:
 
 
 def seed_source(path: Path) -> str | None:
-    """What a seed says it was made of; None if it is damaged or says nothing."""
+    """Return the provenance in a seed, or None if the file is damaged or has none."""
     try:
         with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
             return _member(archive, "source").tobytes().decode()
@@ -116,7 +120,7 @@ def seed_source(path: Path) -> str | None:
 
 
 def seed_probabilities(path: Path) -> np.ndarray | None:
-    """The probability of every class, float32 (classes,), without reading scores; None of files that do not say it.
+    """Read the probability of every class, float32 (classes,), without the scores. None if the file has none.
 
     Raises UserError for a missing or damaged file.
     """
@@ -124,59 +128,62 @@ def seed_probabilities(path: Path) -> np.ndarray | None:
         with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
             if "probabilities.npy" not in archive.namelist():
                 return None
-            found = _member(archive, "probabilities")
+            probabilities = _member(archive, "probabilities")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes them") from None
+        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes seeds") from None
     except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(_not_a_seed(path, str(error))) from None
-    if found.dtype != np.float32 or found.ndim != 1:
-        raise UserError(_not_a_seed(path, f"probabilities {found.dtype}{found.shape}, expected float32 (classes,)"))
-    return found
+    if probabilities.dtype != np.float32 or probabilities.ndim != 1:
+        kind = f"{probabilities.dtype}{probabilities.shape}"
+        raise UserError(_not_a_seed(path, f"probabilities {kind}, expected float32 (classes,)"))
+    return probabilities
 
 
 def seed_digest(path: Path) -> str:
-    """The identity of a seed's content, without reading it. Raises UserError for a missing or damaged file."""
+    """Return a digest of a seed's content without reading it. Raises UserError for a missing or damaged file."""
     try:
         return archive_digest(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes them") from None
+        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes seeds") from None
     except Exception as error:
         raise UserError(_not_a_seed(path, str(error))) from None
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of an ``.npz``. Unlike np.load, reserves memory for what is there and not for what a header claims."""
+    """Read an array of an ``.npz``. Unlike np.load, reserve memory for the actual bytes, not for the header's claim."""
     with archive.open(f"{name}.npy") as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError(f"{name} is of a newer format")
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        content = file.read(LARGEST + 1)  # to the end, where checksums are compared
+        content = file.read(LARGEST + 1)  # up to the end: only there zipfile checks the checksum
     if len(content) > LARGEST:
         raise ValueError(f"{name} has more than {LARGEST} bytes")
     return np.frombuffer(content, dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def export_seeds(folder: Path, destination: Path, form: str) -> int:
-    """Write every seed of ``folder`` to ``destination/<id>.npy`` as another code base reads it; returns the count.
+    """Write every seed of ``folder`` to ``destination/<id>.npy`` in the ``form`` of another code base.
+
+    Returns the number of seeds.
 
     - ``cpn``: dict of class index -> float32 (H, W), halved as CPN's ``infer_cam.py`` saves it;
-    - ``seam``: the same dict on the unit scale;
+    - ``seam``: dict of class index -> float32 (H, W) on the unit scale;
     - ``irn``: dict of ``keys`` (int64 tensor), ``cam`` (float32 tensor on the stride-4 grid) and ``high_res``
       (float32 array), divided by each class's maximum + 1e-5.
 
-    These are pickles by nature: other tools read them with ``allow_pickle=True``, nothing here reads them.
+    These files are pickles: other tools read them with ``allow_pickle=True``. cpn-fast never reads them.
     """
     if form not in _FORMS:
         raise UserError(f"unknown form {form!r}: give one of {', '.join(_FORMS)}")
     paths = sorted(folder.rglob("*.npz"))
     if not paths:
-        raise UserError(f"{folder}: no CAM seeds (*.npz) there; `cpn-fast cam` writes them")
+        raise UserError(f"{folder}: no CAM seeds (*.npz) there; `cpn-fast cam` writes seeds")
     with owned(destination):
-        places = [(destination / path.relative_to(folder)).with_suffix(".npy") for path in paths]
-        remove_partials(*{destination, *(place.parent for place in places)})
-        for path, place in track(list(zip(paths, places, strict=True)), f"exporting to {form}", total=len(paths)):
+        targets = [(destination / path.relative_to(folder)).with_suffix(".npy") for path in paths]
+        remove_partials(*{destination, *(target.parent for target in targets)})
+        for path, target in track(list(zip(paths, targets, strict=True)), f"exporting to {form}", total=len(paths)):
             seed = read_seed(path)
-            with replacing(place) as file:
+            with replacing(target) as file:
                 np.save(file, np.array(_FORMS[form](seed)), allow_pickle=True)
     return len(paths)
 
@@ -190,7 +197,7 @@ def _cpn(seed: Seed) -> dict[Any, Any]:
 
 
 def _irn(seed: Seed) -> dict[Any, Any]:
-    import torch  # here alone: reading seeds must not wait for it
+    import torch  # not at the top: reading seeds must not wait for it
 
     high = torch.from_numpy(seed.cam)
     high = high / (high.amax((-2, -1), keepdim=True) + 1e-5)

@@ -98,7 +98,7 @@ def test_a_class_on_every_image_and_one_without_ground_truth_are_pointed_out(
     settings = config_file.load(tiny_config(), ["classes=[thing]", f"data.labels={tags}", f"data.masks={masks}"])
     finding = doctor.data(settings)
     assert finding.state == "slow"
-    assert "every image shows thing, which is to be told from nothing: add images without it" in finding.found
+    assert "every image shows thing, so there is no negative: add images without it" in finding.found
     assert f"no ground truth of {len(ids)} images has a pixel of any class" in finding.found
     with pytest.raises(UserError, match=r"masks: no ground truth of the 12 images has a pixel of any class \(thing\)"):
         evaluate.run(settings, cams=tmp_path / "seeds", masks=None, list_path=None, threshold_from=None)

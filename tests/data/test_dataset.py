@@ -181,7 +181,7 @@ def test_images_without_a_class_are_negatives_but_not_all_of_them(data):
     (data.root / "labels.csv").write_text("a,cat\nb,\nc\n")
     assert [sample.label.any() for sample in load(data, "a\nb\nc\n", labels=True)] == [True, False, False]
     (data.root / "labels.csv").write_text("a,\nb,\n")
-    assert "none of the images shows any of the 2 classes" in refused(data, "a\nb\n", labels=True)
+    assert "no image shows any of the 2 classes" in refused(data, "a\nb\n", labels=True)
 
 
 @pytest.mark.parametrize("form", ["WEBP", "TIFF"])

@@ -181,7 +181,7 @@ def test_json(tmp_path):
         ('{"a": "cat", "b": [1]}', 'a: expected a list of class names, found "cat"'),
         ('{"a": "cat", "b": [1]}', "2 problem(s)"),
         ('{"a": ["cta"]}', "a: 'cta' is not a class; did you mean cat?"),
-        ('{"a": [], "a": ["cat"]}', "a is there twice"),
+        ('{"a": [], "a": ["cat"]}', "the key a occurs twice"),
         ("{", "not readable as JSON"),
         ("[" * 100_000, "not readable as JSON"),
     ],

@@ -22,7 +22,7 @@ test: setup
 	$(MAKE) docs
 
 types: setup
-	$(BIN)/mypy -p cpn_fast
+	$(BIN)/mypy cpn_fast bench tests
 
 # The pages as a site, in site/. A broken link is an error.
 docs: setup

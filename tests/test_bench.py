@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ def test_benches_run_in_order_each_within_its_limit_and_all_within_theirs(monkey
         clock.return_value += took
         return run_all.Outcome("done" if took < limit else "out of time", "", took)
 
-    monkeypatch.setattr(run_all.time, "perf_counter", clock)
+    monkeypatch.setattr(time, "perf_counter", clock)
     monkeypatch.setattr(run_all, "run", run)
     limits = {"a": 30.0, "b": 60.0, "c": 50.0, "d": 100.0, "e": 10.0}
     outcomes = run_all.run_in_turn({name: Path(f"{name}.py") for name in needed}, [], limits, 150)
@@ -159,7 +160,7 @@ def test_calls_that_warm_up_are_not_timed() -> None:
     def run() -> None:
         clock.return_value += next(seconds)
 
-    with mock.patch.object(timing.time, "perf_counter", clock):
+    with mock.patch.object(time, "perf_counter", clock):
         times = timing.call_times(run, torch.device("cpu"), budget=5.0)
     assert times.repeats == 3  # the compiling call is outside; three fill the budget
     assert (times.low, times.median, times.high) == pytest.approx((1.4, 2.0, 2.6))
@@ -194,7 +195,7 @@ def pretended_gpu(monkeypatch) -> SimpleNamespace:
         synchronize=lambda _: None,
         OutOfMemoryError=torch.cuda.OutOfMemoryError,
     )
-    monkeypatch.setattr(timing.torch, "cuda", fake)
+    monkeypatch.setattr(torch, "cuda", fake)
     monkeypatch.setattr(timing, "overwriting", lambda _: None)
     return seen
 
@@ -389,7 +390,7 @@ class ThinLayers:
     Module = torch.nn.Module
 
     @staticmethod
-    def Conv2d(inputs: int, outputs: int, *sizes: int, **options: Any) -> torch.nn.Conv2d:
+    def Conv2d(inputs: int, outputs: int, *sizes: Any, **options: Any) -> torch.nn.Conv2d:
         return torch.nn.Conv2d(3 if inputs == 3 else inputs // 16, outputs // 16, *sizes, **options)
 
     @staticmethod

@@ -250,8 +250,8 @@ def test_results_of_a_list_are_called_as_no_others(tmp_path) -> None:
     for name in ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt", "a/test.txt", "b/test.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    tree = {"name": "x", "data": {"root": str(tmp_path), "eval_list": "a/test.txt"}, "train": {"steps": 1}}
-    tree["data"]["train_list"] = "ImageSets/Segmentation/train.txt"
+    data = {"root": str(tmp_path), "train_list": "ImageSets/Segmentation/train.txt", "eval_list": "a/test.txt"}
+    tree = {"name": "x", "data": data, "train": {"steps": 1}}
     settings = config_file.parse(tree, "test")
 
     def named(path: str) -> str:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from cpn_fast.cli import app
 from cpn_fast.commands import demo
+from cpn_fast.commands.demo_data import generate
 
 
 def test_the_demo_leaves_runs_that_can_be_looked_at_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +18,7 @@ def test_the_demo_leaves_runs_that_can_be_looked_at_and_used(tmp_path: Path, mon
     )
     whole = demo._config
     monkeypatch.setattr(demo, "_config", lambda name, out, *overrides: whole(name, out, *overrides, *short))
-    monkeypatch.setattr(demo, "generate", partial(demo.generate, train=8, val=2))
+    monkeypatch.setattr(demo, "generate", partial(generate, train=8, val=2))
 
     def cpn_fast(*arguments: object) -> str:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from cpn_fast.commands import doctor
 from cpn_fast.data.masks import read_mask, write_mask
 from cpn_fast.data.seeds import Seed, write_seed
 from cpn_fast.kernels import Choice
+from cpn_fast.runtime import precision
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import evaluate
 
@@ -64,7 +66,7 @@ def test_what_the_operations_run_on_is_told_and_why() -> None:
     with pytest.MonkeyPatch.context() as patch:
         pretended_gpu(patch)
         patch.setattr(kernels, "backends", lambda device, dtype: choices)
-        patch.setattr(doctor.precision, "default", lambda device: "bf16")
+        patch.setattr(precision, "default", lambda device: "bf16")
         finding = doctor.operations()
     assert finding.state == "slow"
     assert "tiled for pixel_correlation; triton for region_pooling, because triton needs a GPU" in finding.found
@@ -116,8 +118,8 @@ def test_lists_that_later_stages_need_are_looked_for(tiny_config) -> None:
 
 
 def test_a_full_disk_is_pointed_out_before_the_run(monkeypatch, tmp_path: Path) -> None:
-    usage = doctor.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage._replace(free=2**30))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**30))
     assert doctor.disk(tmp_path / "not yet there").state == "slow"
     with pytest.raises(OSError):
         doctor.disk(Path("/proc/here"))

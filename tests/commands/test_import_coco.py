@@ -307,7 +307,7 @@ def test_many_objects_of_a_large_image_are_drawn_one_at_a_time() -> None:
 
 def test_an_outline_of_endless_length_is_refused_by_its_annotation() -> None:
     image = import_coco.Image(id=1, file_name="x.jpg", height=4000, width=4000)
-    zigzag = [z for k in range(3000) for z in (0, k, 3999, k)]
+    zigzag = [float(z) for k in range(3000) for z in (0, k, 3999, k)]
     object_ = import_coco.Object(id=7, image_id=1, category_id=1, segmentation=[zigzag])
     with pytest.raises(ValueError, match=r"annotation 7 of x\.jpg: an outline is 2\d,\d{3},\d{3} pixels long"):
         import_coco.mask_of(image, [object_], {1: 1})

@@ -205,7 +205,7 @@ def test_photos_without_scores_are_ordered_by_how_their_tags_and_the_network_agr
     assert [photo.sample.id for photo in found.photos] == [samples[k].id for k in (2, 3, 1, 0)]
     assert found.photos[0].agreement == pytest.approx(0.7)
     assert found.photos[-1].doubt == f"{settings.classes[absent]} is no tag; the network gives it 80%"
-    tagged, missed = (sum(sample.label for sample in own) for own in (samples, samples[1:2]))
+    tagged, missed = (np.sum([sample.label for sample in some], axis=0) for some in (samples, samples[1:2]))
     assert [count.tagged for count in found.classes] == tagged.tolist()
     assert [count.missed for count in found.classes] == missed.tolist()
     assert [count.found for count in found.classes] == (tagged - missed).tolist()

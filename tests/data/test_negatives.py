@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,8 +66,8 @@ def gradient(method: Method, head: str) -> float:
 @pytest.mark.parametrize("labels", [[[1, 0], [0, 0]], [[0, 0], [0, 0]]])
 @pytest.mark.parametrize("name", ["cam", "seam", "cpn", "paper"])
 def test_losses_and_gradients_are_finite_with_negatives(name: str, labels: list[list[int]]) -> None:
-    plain = {"model": {"backbone": "narrow", "pcm": False, "prcm": False}, "cam": {"map": "raw"}}
-    sections = {"cam": plain, "paper": {"loss": PAPER}}.get(name, {})
+    plain: dict[str, Any] = {"model": {"backbone": "narrow", "pcm": False, "prcm": False}, "cam": {"map": "raw"}}
+    sections: dict[str, Any] = {"cam": plain, "paper": {"loss": PAPER}}.get(name, {})
     found, method = losses_of(settings("cpn" if name == "paper" else name, **sections), labels)
     assert all(torch.isfinite(value) for value in found.parts.values())
     gradients = [parameter.grad for parameter in method.network.parameters() if parameter.grad is not None]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from cpn_fast.data import provenance
 from cpn_fast.data.provenance import image_digest
+from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
 
 
@@ -43,8 +45,8 @@ def test_is_read_once_and_again_when_it_changed(tmp_path: Path, monkeypatch) -> 
     path.write_bytes(b"a" * 1000)
     other.write_bytes(b"b" * 1000)
     reads = []
-    opened = provenance.reading.opened
-    monkeypatch.setattr(provenance.reading, "opened", lambda *given: reads.append(given) or opened(*given))
+    opened = reading.opened
+    monkeypatch.setattr(reading, "opened", lambda *given: reads.append(given) or opened(*given))
     first = image_digest(path)
     assert (image_digest(path), len(reads)) == (first, 1)
     shutil.copystat(path, other)  # of the same size, with the same time of change, as `cp -p` and `rsync -t` leave it
@@ -85,6 +87,6 @@ def test_errors_while_reading_name_the_file(tmp_path: Path, monkeypatch) -> None
         def update(self, chunk: bytes) -> None:
             raise OSError(5, "Input/output error")  # as read() raises it: without a name
 
-    monkeypatch.setattr(provenance.hashlib, "sha256", Broken)
+    monkeypatch.setattr(hashlib, "sha256", Broken)
     with pytest.raises(UserError, match=r"x\.jpg.*Input/output error"):
         image_digest(path)

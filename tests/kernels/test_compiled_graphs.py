@@ -28,7 +28,7 @@ from cpn_fast.training.step import Step, make_optimizer
 REFINED = ["pixel_correlation", "region_pooling", "region_correlation"]
 LOSSES = ["complementary_losses", "background_suppression"]
 # Method, changes of the config, operators in the network's graph and in that of the losses.
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "cam": ({"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}, [], []),
     "seam": ({"method": "seam", "model": {"prcm": False}}, REFINED[:1], LOSSES[1:]),
     "seam_prcm": ({"method": "seam"}, REFINED, LOSSES[1:]),

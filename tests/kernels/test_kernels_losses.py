@@ -171,7 +171,7 @@ def test_what_is_not_finite_reaches_background_suppression_as_in_eager(
     leaf = with_flaw(refined[0], at[:2] if whole else at, flaw)
     results = []
     for backend in ("tiled", "eager"):
-        loss = kernels.background_suppression(leaf, labels, size=(7, 9), share=share, backend=backend)  # type: ignore[arg-type]
+        loss = kernels.background_suppression(leaf, labels, size=(7, 9), share=share, backend=backend)
         results.append([x.isfinite().all() for x in (loss, torch.autograd.grad(loss, leaf)[0])])
     assert results[0] == results[1]
 
@@ -277,7 +277,8 @@ def test_registered_operators_pass_opcheck() -> None:
 )
 def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
     cam = torch.zeros(3, 1, 3, 4, 4)
-    arguments = {"cam": cam, "refined": cam, "visible": torch.zeros(1), "labels": torch.zeros(1, 2), "size": (8, 8)}
+    arguments: dict[str, Any] = {"cam": cam, "refined": cam}
+    arguments |= {"visible": torch.zeros(1), "labels": torch.zeros(1, 2), "size": (8, 8)}
     with pytest.raises((ValueError, TypeError), match=message):
         kernels.complementary_losses(**(arguments | change))
 

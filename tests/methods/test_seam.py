@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -79,7 +81,7 @@ def test_losses_and_gradients_are_those_of_the_plain_formula(labels, share) -> N
             torch.testing.assert_close(
                 a if a is not None else zero,
                 b if b is not None else zero,
-                msg=lambda text, name=name: f"{name}: {text}",
+                msg=partial("{}: {}".format, name),
             )
 
 

@@ -35,4 +35,8 @@ def test_features_of_other_backbones_at_stride_8(backbone) -> None:
 def test_the_backbone_is_trained_too() -> None:
     network = build_affinity_net(Model(backbone="narrow"))
     network(torch.randn(1, 3, 33, 33)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.backbone.last.parameters() if p.ndim > 1)
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0
+        for p in network.get_submodule("backbone.last").parameters()
+        if p.ndim > 1
+    )

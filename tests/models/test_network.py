@@ -13,8 +13,8 @@ from cpn_fast.training.step import make_optimizer
 
 def network(**options) -> Network:
     torch.manual_seed(0)
-    options = Model(backbone="narrow", **options)
-    return Network(build_backbone(options), 3, options)
+    model = Model(backbone="narrow", **options)
+    return Network(build_backbone(model), 3, model)
 
 
 def released(**model):
@@ -87,7 +87,7 @@ def test_printed_norm_and_sum_follow_equations_9_and_10() -> None:
     cam, embedding = torch.rand(1, 2, 2, 2).double(), torch.randn(1, 3, 2, 2).double()
     g = embedding.flatten(2)[0]
     expected = torch.zeros(2, 4, dtype=torch.float64)
-    total = 1e-5
+    total = torch.tensor(1e-5, dtype=torch.float64)
     for i in range(4):
         for j in range(4):
             product = torch.dot(g[:, i], g[:, j])

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,8 @@ def test_shards_are_plain_webdataset(folder: Path, shards: Shards, loose: list[S
     pipeline = Pipeline(12, 1, None)
     with pipeline:
         tars = sorted(map(str, folder.glob("*.tar")))
-        pipeline.set_outputs(*fn.readers.webdataset(paths=tars, ext=["jpg", "superpixels.png"]))
+        files: Any = fn.readers.webdataset(paths=tars, ext=["jpg", "superpixels.png"])
+        pipeline.set_outputs(*files)
     images, maps = pipeline.run()
     by_id = {sample.id: sample for sample in loose}
     assert len(tars) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -24,7 +25,7 @@ KERNEL = Superpixels(count=12, engine="kernel", iterations=2)
 
 def install(monkeypatch: pytest.MonkeyPatch, *, fast_slic: bool, gpu: bool) -> None:
     """Pretend that fast-slic and a GPU are there or not."""
-    monkeypatch.setattr(superpixels.importlib.util, "find_spec", lambda _: object() if fast_slic else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if fast_slic else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
 
 

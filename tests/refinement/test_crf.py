@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def seeds(tmp_path):
 def test_masks_are_written_in_processes_and_finished_ones_kept(seeds, tmp_path) -> None:
     samples, folder = seeds
     masks = tmp_path / "masks"
-    options = {"sources": {"a": "1", "b": "1", "c": "1"}, "parameters": "seam-labels", "workers": 2}
+    options: dict[str, Any] = {"sources": {"a": "1", "b": "1", "c": "1"}, "parameters": "seam-labels", "workers": 2}
     alphas = {masks: 4.0, tmp_path / "high": 24.0}
     crf.write_label_maps(samples, folder, alphas, **options)
     paths = [masks / f"{sample.id}.png" for sample in samples]
@@ -193,11 +194,14 @@ def test_so_many_crfs_run_at_a_time_as_memory_has_room_for_and_a_larger_one_runs
 
 
 def test_a_crf_that_fails_gives_its_room_back() -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
     room = crf.Room(1)
     with ThreadPoolExecutor(1) as pool:
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
-                room.submit(pool, 9, 2, lambda: 1 / 0).result()
+                room.submit(pool, 9, 2, broken).result()
 
 
 def test_the_memory_that_is_available_is_the_machine_s_or_less() -> None:

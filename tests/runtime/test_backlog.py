@@ -21,7 +21,8 @@ class Job(Future):
 
 
 def test_the_oldest_jobs_are_waited_for_and_at_the_end_all() -> None:
-    waited, finished = [], []
+    waited: list[int] = []
+    finished: list[int] = []
     with Backlog(2, lambda: finished.append(len(waited))) as backlog:
         for number in range(4):
             backlog.add(Job(waited, number))

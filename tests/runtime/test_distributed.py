@@ -87,7 +87,7 @@ def stages(path: Path, weights: Path, deeplab: Path) -> dict[str, list[str]]:
     record("labels", refine, "write_mask", lambda path, *_: [path.stem] if path.parent.name == "labels" else [])
     record("walks", refine, "_write_mask", lambda path, *_: [path.stem])
     record("segmented", segment, "_write", lambda _, sample, *__: [sample.id])
-    crf.process_pool = ThreadPoolExecutor  # these processes may not start others
+    vars(crf)["process_pool"] = ThreadPoolExecutor  # these processes may not start others
     names = settings.data.train_list
     samples = load_samples(settings.data, settings.classes, names, labels=False, masks=False)
     SuperpixelCache(settings.superpixel_cache, settings.superpixels).build(samples, workers=1)
@@ -129,8 +129,8 @@ def test_two_processes_share_every_stage(tiny_config, tmp_path) -> None:
         assert np.array_equal(a.cam, b.cam)
         assert np.array_equal(a.classes, b.classes)
     for path in (tmp_path / "alone").rglob("*.png"):
-        a, b = (np.asarray(Image.open(str(path).replace("alone", name))) for name in ("alone", "together"))
-        assert (a == b).mean() > (0.99 if "refine/masks" in str(path) else 0.9999), path
+        one, two = (np.asarray(Image.open(str(path).replace("alone", name))) for name in ("alone", "together"))
+        assert np.mean(one == two) > (0.99 if "refine/masks" in str(path) else 0.9999), path
     found = []
     for name in ("alone", "together"):
         scores = [json.loads(path.read_text()) for path in sorted((tmp_path / name).rglob("evaluation.json"))]

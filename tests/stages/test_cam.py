@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,8 +106,9 @@ class Painter(torch.nn.Module):
         return Cams(-maps, maps)
 
 
-def summed(batch: ScaledBatch, labels: torch.Tensor, painter: Painter | None = None, **options) -> list[torch.Tensor]:
-    return inference.summed_cams(painter or Painter(), batch, labels, config.Cam(**options)).cams
+def summed(batch: ScaledBatch, labels: torch.Tensor, network: Any = None, **options) -> list[torch.Tensor]:
+    network = network or Painter()
+    return inference.summed_cams(network, batch, labels, config.Cam(**options)).cams
 
 
 def test_scales_and_flips_are_summed_in_place() -> None:

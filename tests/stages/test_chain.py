@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from cpn_fast.stages import chain
 from cpn_fast.training import hook
 
 SHORT = {"train": {"batch": 2, "steps": 2, "data_threads": 1}, "augment": {"crop": 64}}
-CHAIN = {
+CHAIN: dict[str, Any] = {
     "train": {"batch": 2, "steps": 2, "data_threads": 1},
     "data": {"train_list": "ImageSets/Segmentation/val.txt", "eval_list": "ImageSets/Segmentation/val.txt"},
     "cam": {"scales": [1.0]},

@@ -4,7 +4,9 @@ import math
 import re
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,9 +145,11 @@ def test_inference_has_the_precision_of_its_own_training(tiny_config) -> None:
     """Not that of CPN's, which the run's key ``train`` is about."""
     seen = []
 
-    def network(images: torch.Tensor) -> torch.Tensor:
+    def forward(images: torch.Tensor) -> torch.Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
         return images
+
+    network: Any = forward
 
     batch = ScaledBatch([0], (8, 8), [torch.zeros(1, 3, 8, 8)])
     for own, other in (("bf16", "fp32"), ("fp32", "bf16")):
@@ -225,7 +229,7 @@ def test_every_convolution_trains_and_the_head_ten_times_as_fast() -> None:
     tree = {"name": "x", "data": {"root": "there"}, "train": {"steps": 1}, "model": {"backbone": "mobilenet_v2"}}
     settings = config_file.parse(tree, "test")
     network = build_deeplab(settings).train()
-    assert not network.backbone.features[0][1].training
+    assert not network.get_submodule("backbone.features.0.1").training
     assert network.bn_fov.training
     groups = make_optimizer(network, settings.segment.train, torch.device("cpu")).param_groups
     assert [group["base_lr"] for group in groups] == pytest.approx([0.001, 0.01, 0.02])
@@ -251,12 +255,10 @@ def test_logits_are_averaged_over_scales_and_flips() -> None:
     image = F.interpolate(torch.randn(1, 3, 5, 4), (40, 32), mode="bilinear", align_corners=True)
     scales = [image, F.interpolate(image, (79, 63), mode="bilinear", align_corners=True)]
 
-    class Painter(torch.nn.Module):
-        def forward(self, images):
-            return images
-
+    same: Any = torch.nn.Identity()
+    summed: Any = partial(torch.cumsum, dim=3)
     for pixels in (10**6, 10):
-        found = segment.mean_logits(Painter(), ScaledBatch([0], (40, 32), scales), flip=True, pixels=pixels)
+        found = segment.mean_logits(same, ScaledBatch([0], (40, 32), scales), flip=True, pixels=pixels)
         torch.testing.assert_close(found, image, atol=0.05, rtol=0)
-    biased = segment.mean_logits(lambda x: x.cumsum(3), ScaledBatch([0], (40, 32), scales[:1]), flip=True, pixels=10)
+    biased = segment.mean_logits(summed, ScaledBatch([0], (40, 32), scales[:1]), flip=True, pixels=10)
     torch.testing.assert_close(biased, (image.cumsum(3) + image.flip(3).cumsum(3).flip(3)) / 2)

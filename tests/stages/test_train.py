@@ -23,6 +23,7 @@ from cpn_fast.models import pretrained
 from cpn_fast.models.affinity_net import build_affinity_net
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.models.dropout import SharedDropout2d
+from cpn_fast.models.weights import FINAL
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import train
@@ -56,13 +57,13 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny
     class Killed(Exception):
         pass
 
-    real = train.checkpoint.write
+    real = checkpoint.write
 
     def write_then_die(*args, **kwargs):
         real(*args, **kwargs)
         raise Killed
 
-    monkeypatch.setattr(train.checkpoint, "write", write_then_die)
+    monkeypatch.setattr(checkpoint, "write", write_then_die)
     with pytest.raises(Killed):
         train.run(broken)
     monkeypatch.undo()
@@ -80,7 +81,7 @@ def test_a_continued_run_lets_the_checkpoint_go(tiny_config, monkeypatch) -> Non
     """Its weights are 0.4 GB beside the network's own."""
     train.run(config_file.load(tiny_config()))
     settings = config_file.load(tiny_config())
-    (settings.run / train.FINAL).unlink()
+    (settings.run / FINAL).unlink()
     (settings.run / "checkpoints" / "step-00000006.pt").unlink()
     read, write, kept = checkpoint.newest, checkpoint.write, []
 

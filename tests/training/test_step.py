@@ -7,6 +7,7 @@ import shutil
 import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_a_checkpoint_brings_momentum_and_no_settings(tiny_config) -> None:
     settings = config_file.load(tiny_config(**PLAIN))
     parameters = [parameter for parameter in PlainCam(settings).network.parameters() if parameter.requires_grad]
     old = torch.optim.SGD([{"params": parameters, "base_lr": 7.0}], lr=7.0, momentum=0.5)
-    sum(parameter.sum() for parameter in parameters).backward()
+    torch.stack([parameter.sum() for parameter in parameters]).sum().backward()
     old.step()
     new = torch.optim.SGD([{"params": parameters, "lr": torch.tensor(1.0), "base_lr": 1.0}], momentum=0.9, fused=True)
     rate = new.param_groups[0]["lr"]
@@ -330,7 +331,7 @@ class Event:
         self.waited = True
 
 
-def meter_of(settings: config.Config, ids: list[str], steps_per_epoch: int, mode: str = "skip") -> Meter:
+def meter_of(settings: config.Config, ids: list[str], steps_per_epoch: int, mode: Any = "skip") -> Meter:
     settings.run.mkdir(parents=True)
     return Meter(settings, len(ids), GradientGuard(settings.run, ids, mode, ALONE), 0, steps_per_epoch)
 
@@ -404,7 +405,8 @@ def test_waiting_is_the_devices_and_not_the_hosts(tiny_config) -> None:
     settings = config_file.load(tiny_config())
     with meter_of(settings, ["x", "y"], 100) as meter:
         for step, idle in enumerate((0.0, 3.0), 1):
-            meter.waits = [Wait(60.0, (Mark(100.0), Mark(100.0 + idle)))]
+            marks: Any = (Mark(100.0), Mark(100.0 + idle))
+            meter.waits = [Wait(60.0, marks)]
             meter.began -= 0.5  # seconds before now
             meter.add(step, 0.1, figures_of(1.0, 1.0), batches(1), ends_line=True)
             meter.read(step, wait=True)
@@ -428,7 +430,7 @@ def test_on_a_cpu_waiting_is_the_time_in_the_pipeline(tiny_config) -> None:
 
 def test_figures_are_read_late_and_belong_to_their_steps(tiny_config) -> None:
     settings = config_file.load(tiny_config(train={"batch": 2}))
-    events = []
+    events: list[Any] = []
     with meter_of(settings, ["x", "y"], 100) as meter:
         for step in range(1, 8):
             values = torch.tensor([float(step), float("inf") if step == 4 else 1.0, 1.0])

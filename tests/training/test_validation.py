@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from cpn_fast import config, config_file
 from cpn_fast.commands import report
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.data.seeds import seed_probabilities
+from cpn_fast.models.network import Network
 from cpn_fast.models.weights import BEST, read_weights, training_of
+from cpn_fast.runtime import distributed
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import cam, chain, evaluate, train
 from cpn_fast.training import checkpoint, validation
@@ -25,7 +28,7 @@ from cpn_fast.training.metrics import mean_average_precision
 
 VAL = "ImageSets/Segmentation/val.txt"
 PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw", "scales": [1.0]}}
-VALIDATED = {**PLAIN, "data": {"eval_list": VAL}, "train": {"validate_every": 2, "checkpoint_every": 1}}
+VALIDATED: dict[str, Any] = {**PLAIN, "data": {"eval_list": VAL}, "train": {"validate_every": 2, "checkpoint_every": 1}}
 
 
 def scores(settings: config.Config, name: str = "validation_mIoU") -> dict[int, float]:
@@ -86,7 +89,7 @@ def test_validation_changes_no_weights_and_a_killed_run_ends_with_the_same_best(
 
     real = validation.Validation.after
 
-    def die_after_the_fourth(self: validation.Validation, step: int, network: torch.nn.Module) -> dict[str, float]:
+    def die_after_the_fourth(self: validation.Validation, step: int, network: Network) -> dict[str, float]:
         found = real(self, step, network)
         if step == 4:  # its best weights may be there, and the last checkpoint is of step 3
             raise Killed
@@ -140,7 +143,7 @@ def test_run_takes_the_best_weights(tiny_config, monkeypatch) -> None:
         taken.append(weights)
         raise UserError("far enough")
 
-    monkeypatch.setattr(chain.cam, "run", seeds_of)
+    monkeypatch.setattr(cam, "run", seeds_of)
     monkeypatch.setattr(chain, "check", lambda *_: None)
     path = tiny_config(**VALIDATED | {"train": {**VALIDATED["train"], "use_weights": "best"}})
     with pytest.raises(UserError, match="far enough"):
@@ -165,7 +168,7 @@ def test_other_images_choose_the_best_anew(tiny_config, capsys) -> None:
 def test_only_a_part_of_a_long_list_is_looked_at(tiny_config, monkeypatch) -> None:
     monkeypatch.setattr(validation, "MOST", 3)
     settings = config_file.load(tiny_config(**VALIDATED))
-    found = validation.Validation(settings, [], train.distributed.join(), begins=True).samples
+    found = validation.Validation(settings, [], distributed.join(), begins=True).samples
     assert [sample.id for sample in found] == ["val_0000", "val_0002", "val_0003"]
 
 

@@ -1,4 +1,4 @@
-"""Jobs in the background, of which few wait at a time."""
+"""Background jobs with a bounded queue."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Backlog:
-    """Holds at most ``most`` unfinished jobs of a pool, which bounds the memory of what they are to write.
+    """Hold at most ``most`` unfinished jobs of a pool, so that their results take bounded memory.
 
-    A context: its end waits for all of them. The first error of a job is raised here.
+    A context manager: its end waits for all jobs. It raises the first error of a job.
     """
 
     def __init__(self, most: int, finished: Callable[[], object] = lambda: None) -> None:
@@ -28,7 +28,7 @@ class Backlog:
             self._wait(0)
 
     def add(self, job: Future[Any]) -> None:
-        """Take a job over, and wait for the oldest ones if there are too many."""
+        """Add a job, and wait for the oldest jobs if there are more than ``most``."""
         self.jobs.append(job)
         self._wait(self.most)
 

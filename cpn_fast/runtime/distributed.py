@@ -1,7 +1,7 @@
-"""Which of torchrun's processes this is, what its share is, and how the processes agree.
+"""The processes of torchrun: the rank of this one, its share of the work, and their communication.
 
-Without torchrun there is one process, which has everything and waits for nobody; torch is then imported for ``device``
-alone, as scoring does without it.
+Without torchrun there is one process. It has all the work and waits for no other. Then only ``device`` imports torch,
+because scoring does not need it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUT = timedelta(hours=2)
-"""The longest that processes wait for one that is still at work. A lost one ends the wait at once."""
+"""Longest wait for a process that still works. The wait ends at once if that process is lost."""
 MEETING = timedelta(minutes=10)
-"""The longest that processes wait for one that has not begun, as machines of a cluster begin apart."""
+"""Longest wait for a process that has not started: the machines of a cluster start at different times."""
 SAID_AFTER = 10.0
-"""Seconds of a meeting after which it is said who is missing."""
+"""Seconds of a meeting after which the missing processes are named."""
 
 Item = TypeVar("Item")
 
@@ -39,7 +39,7 @@ Item = TypeVar("Item")
 class Rank(NamedTuple):
     number: int
     world: int
-    """How many processes there are, on all machines."""
+    """Number of processes on all machines."""
     local: int
     """Number among the processes of this machine."""
 
@@ -50,7 +50,7 @@ class Rank(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """A GPU of this process's own, or the CPU. Raises UserError if there are fewer GPUs here than processes."""
+        """This process's GPU, or the CPU. Raises UserError if this machine has fewer GPUs than processes."""
         import torch
 
         if not torch.cuda.is_available():
@@ -58,7 +58,7 @@ class Rank(NamedTuple):
         if self.local >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun started process {self.local + 1} on this machine, which has {torch.cuda.device_count()} "
-                "GPU(s): give --nproc-per-node as many or fewer"
+                "GPU(s): set --nproc-per-node to this number or a lower one"
             )
         device = torch.device("cuda", self.local)
         torch.cuda.set_device(device)
@@ -66,7 +66,7 @@ class Rank(NamedTuple):
 
     @property
     def cores(self) -> int:
-        """CPU cores for this process: those that this machine, or its container, leaves to each of its processes."""
+        """CPU cores for this process: an equal share of the machine's or container's cores."""
         cores = len(os.sched_getaffinity(0))
         with suppress(OSError, ValueError):  # "max 100000" without a limit
             quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -74,15 +74,15 @@ class Rank(NamedTuple):
         return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Every ``world``-th item. No two processes have one in common, so give all of them the same list."""
+        """Return every ``world``-th item. Shares are disjoint if all processes give the same list."""
         return items[self.number :: self.world]
 
     def wait(self) -> None:
-        """Return once all processes are here."""
+        """Return when all processes have called it."""
         self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
-        """Each process's (picklable) value, in the order of ranks; all must call it."""
+        """Return each process's (picklable) value in the order of ranks. All processes must call it."""
         if self.world == 1:
             return [value]
         from torch import distributed
@@ -92,7 +92,7 @@ class Rank(NamedTuple):
         return values
 
     def sum(self, counts: np.ndarray) -> np.ndarray:
-        """Sum over the processes of an array that has one shape and dtype in all; all must call it."""
+        """Sum an array over the processes. All must call it, with the same shape and dtype."""
         if self.world == 1:
             return counts
         import torch
@@ -104,8 +104,8 @@ class Rank(NamedTuple):
 
 @functools.cache
 def join() -> Rank:
-    """This process's rank; the first call meets the other processes: by NCCL for GPU tensors, by Gloo for the rest."""
-    number, world, local = (int(os.environ.get(name, alone)) for name, alone in _ENVIRONMENT.items())
+    """Return this process's rank. The first call connects the processes: NCCL for GPU tensors, else Gloo."""
+    number, world, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items())
     rank = Rank(number, world, local)
     if world > 1:
         from torch import distributed
@@ -116,9 +116,9 @@ def join() -> Rank:
         except RuntimeError as error:
             if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 raise
-            # torch 2.13's torchrun keeps its store over a restart, with the addresses of processes that are gone.
+            # torch 2.13's torchrun keeps its store across a restart, with the addresses of dead processes.
             raise UserError(
-                f"the processes that torchrun started again did not meet ({error}): start torchrun with "
+                f"the processes that torchrun restarted did not meet ({error}): start torchrun with "
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/scaling.md, A lost worker)"
             ) from None
         atexit.register(distributed.destroy_process_group)
@@ -126,7 +126,7 @@ def join() -> Rank:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether it says that a process which this one was waiting for, or talking to, is gone."""
+    """Return whether the error means that another process is gone while this one waited for it."""
     if not isinstance(error, RuntimeError) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
     from torch import distributed
@@ -135,38 +135,38 @@ def lost_another(error: BaseException) -> bool:
 
 
 def tell_torchrun(message: str, *, cause: bool = True) -> None:
-    """Have torchrun end with the message, for its own lines come after all that a process prints.
+    """Make torchrun end with the message, because torchrun prints its own lines after the lines of a process.
 
-    It shows what a process left in the file that it named, and ends with the earliest, in whole seconds. ``cause`` is
-    false for a process that ends because another one did, which must not be taken for the earliest.
+    torchrun gives each process a file for its error, and ends with the error of the earliest time, in whole seconds.
+    ``cause`` is false for a process that ends because another one ended: its error must not be the earliest.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    about = {"py_callstack": message, "timestamp": str(int(time.time()) - cause)}
-    with suppress(OSError):  # it is printed already
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
+    details = {"py_callstack": message, "timestamp": str(int(time.time()) - cause)}
+    with suppress(OSError):  # the message is printed already
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
 class _Meeting:
-    """The processes' meeting, in a thread: torch's own waiting cannot be interrupted, and does not say for whom."""
+    """The processes' meeting, in a thread: torch's own wait cannot be interrupted and names no missing process."""
 
     def __init__(self, rank: Rank, backend: str) -> None:
         self.rank, self.backend = rank, backend
         self.missing: list[int] = [] if rank.first else [0]
         self.error: BaseException | None = None
         self.given_up = False
-        self.place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self.address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def wait(self) -> None:
-        """Return when all are here. Signals are acted on meanwhile. Raises UserError when MEETING is over."""
-        began, said = time.monotonic(), False
+        """Return when all processes have met. Signals work meanwhile. Raises UserError when MEETING is over."""
+        start, said = time.monotonic(), False
         self.thread.start()
         try:
             while self.thread.is_alive():
                 self.thread.join(0.1)
-                waited = time.monotonic() - began
+                waited = time.monotonic() - start
                 if waited > SAID_AFTER and not said and self.missing:
                     print(f"Waiting for {self._who()}", file=sys.stderr, flush=True)
                     said = True
@@ -183,8 +183,8 @@ class _Meeting:
         try:
             store = _store(self.rank)
             store.set(f"here/{self.rank.number}", "")
-            others = range(self.rank.world)
-            while missing := [number for number in others if not store.check([f"here/{number}"])]:
+            numbers = range(self.rank.world)
+            while missing := [number for number in numbers if not store.check([f"here/{number}"])]:
                 self.missing = missing
                 time.sleep(0.1)
                 if self.given_up:
@@ -195,30 +195,30 @@ class _Meeting:
                 self.backend, store=group, rank=self.rank.number, world_size=self.rank.world, timeout=TIMEOUT
             )
             _on_cpu()
-        except distributed.DistNetworkError as error:  # no connection, though it is tried until MEETING is over
+        except distributed.DistNetworkError as error:  # no connection until MEETING was over
             self.error = UserError(f"{self._lost()}. torch says: {error}")
         except BaseException as error:
             self.error = error
 
     def _who(self) -> str:
         numbers = ", ".join(map(str, self.missing[:8])) + (", ..." if len(self.missing) > 8 else "")
-        here = f"process {self.rank.number} is at {self.place}"
+        here = f"process {self.rank.number} is at {self.address}"
         return f"process {numbers or 'unknown'} of {self.rank.world}, numbered from 0; {here}"
 
     def _lost(self) -> str:
         return (
             f"after {MEETING.total_seconds() / 60:g} minutes still waiting for {self._who()} (MASTER_ADDR and "
-            "MASTER_PORT). See what the missing ones say, and start all of them again"
+            "MASTER_PORT). Read the output of the missing processes, and start all processes again"
         )
 
 
 def _store(rank: Rank) -> Any:
-    """What all processes write into and read from: torchrun's, or without it one that process 0 keeps."""
+    """Return the key-value store of all processes: torchrun's, or else one that process 0 holds."""
     from torch import distributed
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        met = distributed.rendezvous("env://", rank.number, rank.world, timeout=MEETING)  # type: ignore[attr-defined]
-        store, *_ = next(met)
+        meetings = distributed.rendezvous("env://", rank.number, rank.world, timeout=MEETING)  # type: ignore[attr-defined]
+        store, *_ = next(meetings)
     else:
         try:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -227,8 +227,8 @@ def _store(rank: Rank) -> Any:
                 f"WORLD_SIZE is {rank.world}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet: set "
                 "both, start with torchrun, or unset WORLD_SIZE"
             ) from None
-        kept = {"wait_for_workers": False, "multi_tenant": True}
-        store = distributed.TCPStore(host, port, None, rank.first, MEETING, **kept)  # type: ignore[attr-defined]
+        options = {"wait_for_workers": False, "multi_tenant": True}
+        store = distributed.TCPStore(host, port, None, rank.first, MEETING, **options)  # type: ignore[attr-defined]
     store.set_timeout(TIMEOUT)
     return store
 
@@ -238,7 +238,7 @@ _ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 @functools.cache
 def _on_cpu() -> Any:
-    """The Gloo group, in which waiting occupies no GPU."""
+    """Return the Gloo group: waiting in it does not occupy a GPU."""
     from torch import distributed
 
     return distributed.new_group(backend="gloo", timeout=TIMEOUT)

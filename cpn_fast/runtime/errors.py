@@ -1,4 +1,7 @@
-"""The exception for what a user can put right, which the command line prints without a traceback; and full memory."""
+"""The exception for errors that a user can fix, and detection of full memory.
+
+The command line prints a UserError without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that a GPU's or the machine's memory is full; torch, DALI and NumPy each say it in their way."""
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return isinstance(error, MemoryError) or "out of memory" in said.lower() or "DefaultCPUAllocator" in said
+    """Return whether the error means full memory, of a GPU or the machine. It knows torch's, DALI's and NumPy's."""
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or "out of memory" in message.lower() or "DefaultCPUAllocator" in message
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and an ellipsis if there are more."""
+    """Return the first names, with an ellipsis if there are more."""
     return ", ".join(names[:most]) + " ..." * (len(names) > most)

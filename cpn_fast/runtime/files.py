@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and folders whose files all have one origin."""
+"""Write files whole or not at all, and keep folders whose files all have one origin."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes ``path``'s place, once on disk, when the block ends well, and vanishes when not.
+    """Yield a binary file that replaces ``path`` when the block succeeds, once it is on disk. An error removes it.
 
-    Until then it is ``.NAME.tmp`` and locked: what a killed process left of it is written over, and who wants to write
-    the same file waits. Raises UserError, which names the file, for whatever the system refuses.
+    Until then it is ``.NAME.tmp`` and locked. It overwrites a file that a killed process left there. Another process
+    that writes the same file waits. Raises UserError, which names the file, for every error of the system.
     """
     partial = _partial(path)
     with named(path, partial, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(lock_when_free(partial, path), "wb") as file:  # closing it ends the lock
+        with os.fdopen(lock_when_free(partial, path), "wb") as file:  # its close ends the lock
             try:
                 os.ftruncate(file.fileno(), 0)
                 yield file
@@ -43,11 +43,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def create(path: Path, content: bytes) -> None:
-    """Write a file that must not be there yet; one of this very content is left, for a killed command is given again.
+    """Write a file that must not exist. A file with the same content is fine, because a killed command is repeated.
 
-    Raises UserError for one of other content, and as ``replacing`` does.
+    Raises UserError for a file with other content, and as ``replacing`` does.
     """
-    with replacing(path) as file:  # while it is held nobody else creates it
+    with replacing(path) as file:  # its lock keeps other processes from creating the file
         if path.exists() and not _holds(path, content):
             raise UserError(f"{path}: exists already; remove it or choose another name")
         file.write(content)
@@ -62,9 +62,9 @@ def _holds(path: Path, content: bytes) -> bool:
 
 @contextmanager
 def named(path: Path, *aliases: Path) -> Iterator[None]:
-    """What the system refuses in the block becomes a UserError that names ``path``, the file being written.
+    """Turn the system's errors in the block into a UserError that names ``path``, the file that is written.
 
-    An error that has a file's name already keeps it, unless that is an alias of ``path``.
+    An error that already names a file keeps this name, unless it is one of the ``aliases`` of ``path``.
     """
     try:
         yield
@@ -80,7 +80,10 @@ def named(path: Path, *aliases: Path) -> Iterator[None]:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error: this one, or of a disk the one that it followed, for writers of libraries raise their own."""
+    """Return the system's error: ``error`` itself, or the disk's error behind it. None if there is none.
+
+    Libraries raise their own exceptions after a disk's error.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error
     cause: BaseException | None = error
@@ -92,31 +95,31 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def refusal(error: OSError) -> str:
-    """What the system refused, and what to do."""
+    """Return the system's reason, and what to do."""
     reason = "the disk is full" if error.errno in _FULL else error.strerror or type(error).__name__
-    remedy = "make room and" if error.errno in _FULL else "when that is mended,"
-    return f"{reason}. What was complete stays as it was: {remedy} give the same command again"
+    remedy = "make room and" if error.errno in _FULL else "fix this and"
+    return f"{reason}. Complete files are unchanged: {remedy} give the same command again"
 
 
 def _partial(path: Path) -> Path:
-    """Where ``path`` is while it is written. A name that leaves no room for more is shortened."""
+    """Return the temporary path of ``path``. A name near the file system's limit becomes a hash."""
     name = path.name if len(os.fsencode(path.name)) < 250 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
     return path.with_name(f".{name}.tmp")
 
 
 def read_json(path: Path) -> Any:
-    """Raises OSError or ValueError, and nothing else."""
+    """Read a JSON file and check its checksum, if it has one. Raises only OSError or ValueError."""
     try:
         tree = json.loads(reading.read_bytes(path, reading.NOTE))
         if isinstance(tree, dict) and "checksum" in tree and tree.pop("checksum") != _checksum(tree):
-            raise ValueError("its checksum does not fit: it was damaged, or edited without removing that key")
+            raise ValueError("its checksum does not fit: it was damaged, or edited without removing the key checksum")
     except RecursionError:
-        raise ValueError("brackets within brackets without end") from None
+        raise ValueError("its brackets are nested too deeply") from None
     return tree
 
 
 def with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
-    """What is written of a result in JSON: ``read_json`` compares its last key and leaves it out."""
+    """Return the tree with a last key ``checksum``, which ``read_json`` checks and removes."""
     return {**tree, "checksum": _checksum(json.loads(json.dumps(tree)))}
 
 
@@ -125,7 +128,7 @@ def _checksum(tree: dict[str, Any]) -> str:
 
 
 def read_note(path: Path) -> Any:
-    """What a JSON file remembers; None of a file that is missing or damaged, for it remembers nothing."""
+    """Read a JSON file, or return None if it is missing or damaged."""
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -133,14 +136,14 @@ def read_note(path: Path) -> Any:
 
 
 def write_json(path: Path, tree: Any, *, indent: int | None = None) -> None:
-    """Raises UserError if the disk is full. Names of files need not be text: what is none is escaped."""
+    """Write a JSON file. Undecodable bytes in names of files are escaped. Raises UserError if the disk is full."""
     text = json.dumps(tree, ensure_ascii=False, indent=indent) + "\n"
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to the first that is torn (a killed run's last one) or damaged."""
+    """Return the lines of a metrics.jsonl before the first incomplete (a killed run's last) or damaged one."""
     lines: list[dict[str, Any]] = []
     for text in reading.read_bytes(path, reading.NOTE).splitlines() if path.exists() else ():
         try:
@@ -152,24 +155,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def remove_partials(*folders: Path) -> None:
-    """Remove what killed processes left half-written, and the folder's lock; those of a live one stay."""
+    """Remove the temporary files and the locks of killed processes. Those of a live process stay."""
     for folder in folders:
-        for left in (*folder.glob(".*.tmp"), *folder.glob(LOCK)):
-            descriptor = lock(left)
+        for path in (*folder.glob(".*.tmp"), *folder.glob(LOCK)):
+            descriptor = lock(path)
             if descriptor is not None:
-                left.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 os.close(descriptor)
 
 
 def claim(
     folder: Path, made_by: dict[str, Any], own: Sequence[str] = ("**/*.png",), *, free: Sequence[str] = ()
 ) -> str:
-    """Make a folder whose files all come of ``made_by`` (plain values), removing its ``own`` when they come of another.
+    """Make a folder whose files all come from ``made_by`` (plain values), and remove stale files.
 
-    ``own``: patterns of what a stage writes there; nothing else is ever removed. ``made_by.json`` remembers what it
-    was, and what has changed since is said on stderr; ``free`` keys may change and nothing is removed. Returns a digest
-    of ``made_by`` for what is made of these files in turn. Whoever calls it owns the folder (``owned``). Raises
-    UserError if such files are there without that record.
+    ``own``: patterns of the files that the stage writes there. Only these are ever removed, when ``made_by`` differs
+    from ``made_by.json``, which keeps the values of the last call. The changed keys are named on stderr. A change of
+    ``free`` keys removes nothing. Returns a digest of ``made_by``, for results that are made from these files. The
+    caller must own the folder (``owned``). Raises UserError if the folder has such files without ``made_by.json``.
     """
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
@@ -178,20 +181,20 @@ def claim(
     if before != now:
         known = before if isinstance(before, dict) else {}
         changed = sorted(key for key in (known.keys() | now.keys()) - {*free} if known.get(key) != now.get(key))
-        found = [path for pattern in own for path in sorted(folder.glob(pattern)) if path != manifest and changed]
-        if found and not manifest.exists():
+        stale = [path for pattern in own for path in sorted(folder.glob(pattern)) if path != manifest and changed]
+        if stale and not manifest.exists():
             raise UserError(
-                f"{folder}: holds {found[0].name}, but no made_by.json, so it is not known to be cpn-fast's and would "
-                "be lost: move or delete it"
+                f"{folder}: holds {stale[0].name}, but no made_by.json. The file may not be cpn-fast's, and would be "
+                "lost: move or delete it"
             )
-        if found and isinstance(before, dict):
-            print(f"{folder} is made anew, for these have changed: {', '.join(changed)}", file=sys.stderr)
-        for path in found:
+        if stale and isinstance(before, dict):
+            print(f"{folder} is made anew, because these have changed: {', '.join(changed)}", file=sys.stderr)
+        for path in stale:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        with replacing(manifest) as file:  # last: until then it says whose the rest is
+        with replacing(manifest) as file:  # last: until then the old one describes the files that are left
             file.write(text)
-    remove_partials(*(Path(place) for place, _, _ in os.walk(folder)))  # ids may hold folders
+    remove_partials(*(Path(subfolder) for subfolder, _, _ in os.walk(folder)))  # ids may hold folders
     return hashlib.sha256(text).hexdigest()

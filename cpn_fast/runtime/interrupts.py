@@ -1,7 +1,7 @@
-"""Stopping in good order: SIGTERM (as schedulers send it) and Ctrl-C.
+"""Stop a command cleanly at SIGTERM (from schedulers) and Ctrl-C.
 
-Files appear whole or not at all, so a stage may be left at any moment, and is; training alone notes the signal and ends
-its step first.
+Files appear whole or not at all, so a stage stops at any moment. Only training notes the signal and finishes its step
+first.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ EXIT_CODE = 75
 
 
 class Stopped(BaseException):
-    """A stage stopped because it was asked to, and left everything in order; no error that a block might catch."""
+    """A signal stopped a stage, and its files are in order. It is not an Exception, so that no block catches it."""
 
 
 @contextmanager
 def acted_on() -> Iterator[None]:
-    """Within the block signals raise Stopped, but where they are ``noted``."""
+    """Make signals raise Stopped within the block, except where they are ``noted``."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("stopped; finished files are kept")
@@ -33,9 +33,10 @@ def acted_on() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Within the block signals only make the function that it gives return True; a second Ctrl-C acts at once.
+    """Yield a function that returns whether a signal has come. Within the block signals do nothing else.
 
-    Outside the main thread, where Python delivers no signals, it always returns False.
+    But a second Ctrl-C raises KeyboardInterrupt. Outside the main thread, where Python delivers no signals, the
+    function always returns False.
     """
     received: list[int] = []
 
@@ -53,9 +54,9 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)

@@ -1,8 +1,8 @@
-"""One owner at a time: of a folder that a command writes into, and of a file while it is written.
+"""Locks: one owner at a time of a folder that a command writes into, and of a file while it is written.
 
-A lock is the kernel's (``flock`` on a hidden file), so it ends with the process that holds it, however that ends: a
-dead owner need not be found out. NFS (version 4) passes it on to the server, for all hosts; there it ends with the
-process too, and that of a host that died when the server's lease runs out (90 seconds by default).
+A lock is the kernel's (``flock`` on a hidden file). It ends with the process that holds it, however the process ends,
+so a dead owner leaves no lock. NFS (version 4) passes the lock to the server, for all hosts. There too it ends with
+the process; after the death of a host it ends with the server's lease (90 seconds by default).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 SAID_AFTER, SAID_EVERY = 3.0, 60.0
-"""Seconds until somebody who waits says so, and between two times."""
+"""Seconds until a waiting process says so, and seconds between two such messages."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: dict[str, list[int]] = {}
-"""This process's locks of folders: path -> descriptor, once for each time that it was taken."""
+"""This process's locks of folders: path -> its descriptor, repeated for each time that it was taken."""
 
 
 @contextmanager
 def owned(folder: Path, rank: Rank | None = None, *, part: str = "", waits: bool = False) -> Iterator[None]:
-    """Own a folder, or by its name a ``part`` of one, in the block: no other process does so at the same time.
+    """Own a folder, or a named ``part`` of it, in the block. No other process owns it at the same time.
 
-    If another has it, a process that owns nothing yet raises UserError, which says who that is. One that ``waits``, and
-    one that owns something already (a stage of ``run``, whose work should not be lost), waits for it and says for what.
-    The same process may own a folder several times over. With ``rank`` all of torchrun's processes must call it; the
-    first owns it for all. Raises UserError where files cannot be locked.
+    If another process owns it, raises UserError, which names the owner. But a process waits, and says for what, if
+    ``waits`` is true or if it already owns a folder: it may be a stage of ``run``, whose work should not be lost.
+    A process may own a folder several times over. With ``rank`` all of torchrun's processes must call it; the first
+    one owns the folder for all. Raises UserError if the file system cannot lock files.
     """
     path, problem = folder / (f".{part}{LOCK}" if part else LOCK), ""
     with ExitStack() as stack:
@@ -63,9 +63,10 @@ def owned(folder: Path, rank: Rank | None = None, *, part: str = "", waits: bool
 
 
 def lock(path: Path) -> int | None:
-    """A descriptor of ``path``, made if need be, that holds its lock until it is closed; None if another holds it.
+    """Lock ``path``, which is created if necessary, and return a descriptor. None if another process has the lock.
 
-    Whoever holds it may rename or remove the file. Raises UserError where files cannot be locked.
+    The lock lasts until the descriptor is closed. Its holder may rename or remove the file. Raises UserError if the
+    file system cannot lock files.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -73,7 +74,7 @@ def lock(path: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):
                 return descriptor
-            os.close(descriptor)  # its owner took it away in between: again
+            os.close(descriptor)  # its owner removed or renamed the file in between: try again
         except BlockingIOError:
             os.close(descriptor)
             return None
@@ -82,39 +83,39 @@ def lock(path: Path) -> int | None:
             if error.errno not in _NO_LOCKS:
                 raise OSError(error.errno, error.strerror, str(path)) from None
             raise UserError(
-                f"{path}: this file system cannot lock files ({error.strerror}), so that two commands could write here "
-                "at once and spoil each other's. Mount it with locks (Lustre: -o flock), or write to another one"
+                f"{path}: this file system cannot lock files ({error.strerror}), so two commands could write here at "
+                "once and spoil each other's files. Mount it with locks (Lustre: -o flock), or write to another one"
             ) from None
 
 
-def lock_when_free(path: Path, what: Path) -> int:
-    """As ``lock``, but waits for another that holds it, and says on standard error for what."""
-    began = said = time.monotonic()
+def lock_when_free(path: Path, resource: Path) -> int:
+    """Lock ``path`` as ``lock`` does, but wait for another holder, and name the ``resource`` on standard error."""
+    start = said = time.monotonic()
     while (descriptor := lock(path)) is None:
         now = time.monotonic()
-        if now - began >= SAID_AFTER and (said == began or now - said >= SAID_EVERY):
-            print(f"Waiting for {what}: it is in use by {_owner(path)}", file=sys.stderr, flush=True)
+        if now - start >= SAID_AFTER and (said == start or now - said >= SAID_EVERY):
+            print(f"Waiting for {resource}: it is in use by {_owner(path)}", file=sys.stderr, flush=True)
             said = now
         time.sleep(0.1)
     return descriptor
 
 
 @contextmanager
-def _hold(path: Path, what: Path, *, waits: bool) -> Iterator[None]:
+def _hold(path: Path, resource: Path, *, waits: bool) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     key = os.path.realpath(path)
     descriptors = _held.get(key, [])
     if descriptors:
         descriptor = descriptors[0]
     else:
-        found = lock_when_free(path, what) if waits else lock(path)
-        if found is None:
+        taken = lock_when_free(path, resource) if waits else lock(path)
+        if taken is None:
             raise UserError(
-                f"{what}: in use by {_owner(path)}. Two at once would spoil each other's files: wait for its end, or "
-                "stop it and give this command again"
+                f"{resource}: in use by {_owner(path)}. Two commands at once would spoil each other's files: wait for "
+                "its end, or stop it and give this command again"
             )
-        descriptor = found
-        with suppress(OSError):  # without it the owner is not named, but owns it
+        descriptor = taken
+        with suppress(OSError):  # a lock without a note still holds; only the owner's name is missing
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(_self()).encode())
     _held.setdefault(key, []).append(descriptor)
@@ -138,7 +139,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _self() -> dict[str, str]:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a container's user may have no name
         user = str(os.getuid())
     since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -146,7 +147,7 @@ def _self() -> dict[str, str]:
 
 
 def _owner(path: Path) -> str:
-    """Who holds a lock, in words."""
+    """Describe the holder of a lock."""
     try:
         note = json.loads(reading.read_bytes(path, reading.OWNER))
         words = "`{command}` (process {pid} of {user} on {host}, since {since})".format(**note)
@@ -156,7 +157,7 @@ def _owner(path: Path) -> str:
 
 
 def _forget() -> None:
-    """In a forked process: it would hold the locks as long as it lives."""
+    """Close the locks in a forked process, which otherwise would hold them as long as it lives."""
     for descriptors in _held.values():
         os.close(descriptors[0])
     _held.clear()

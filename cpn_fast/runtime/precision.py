@@ -1,4 +1,4 @@
-"""In what precision a network's forward pass runs on a device."""
+"""The precision of a network's forward pass on a device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
-"""The flags of CPUs (x86, ARM) that multiply in a precision themselves; any one of them will do."""
+"""Flags of CPUs (x86, ARM) that multiply natively in a precision. One of them is enough."""
 
 
 def autocast(precision: str | None, device: torch.device) -> Any:
-    """The forward pass's autocast; None is bf16 where the device computes it itself, elsewhere fp32.
+    """Return the forward pass's autocast. None means bf16 if the device computes it natively, else fp32.
 
-    Warns once on stderr where a precision that was asked for is emulated.
+    Warns once on stderr if the requested precision is emulated.
     """
     chosen = precision or default(device)
     if chosen == "fp32":
@@ -31,18 +31,21 @@ def autocast(precision: str | None, device: torch.device) -> Any:
 
 
 def dtype(precision: str | None, device: torch.device) -> torch.dtype:
-    """In what products run under ``autocast``."""
+    """Return the dtype of products under ``autocast``."""
     return DTYPES[precision or default(device)]
 
 
 def default(device: torch.device) -> str:
-    """``bf16`` or ``fp32``: what null stands for on a device."""
+    """Return ``bf16`` or ``fp32``: the precision that null means on a device."""
     return "bf16" if computes("bf16", device) else "fp32"
 
 
 @lru_cache
 def computes(precision: str, device: torch.device) -> bool:
-    """Whether a device computes ``bf16`` or ``fp16`` itself: CUDA from sm_80 (fp16: always), CPUs by their flags."""
+    """Return whether a device computes ``bf16`` or ``fp16`` natively.
+
+    CUDA computes bf16 from sm_80 on and fp16 always. CPUs tell it by their flags.
+    """
     if device.type == "cuda":
         return precision == "fp16" or torch.cuda.get_device_capability(device) >= (8, 0)
     return CPU_INFO.exists() and not NATIVE[precision].isdisjoint(CPU_INFO.read_text().split())
@@ -50,9 +53,9 @@ def computes(precision: str, device: torch.device) -> bool:
 
 @lru_cache
 def _warn(precision: str, device: torch.device) -> None:
-    place = "GPU" if device.type == "cuda" else "CPU"
+    processor = "GPU" if device.type == "cuda" else "CPU"
     print(
-        f"Warning: precision {precision} is emulated on this {place} and many times slower than fp32: set the key "
-        "precision (of train, affinity.train, segment.train) to fp32, or to null for the fastest that is native",
+        f"Warning: precision {precision} is emulated on this {processor} and many times slower than fp32: set the key "
+        "precision (of train, affinity.train, segment.train) to fp32, or to null for the fastest native precision",
         file=sys.stderr,
     )

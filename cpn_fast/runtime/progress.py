@@ -1,11 +1,11 @@
-"""What a command says while it works and when it is done: to people, to logs, or to programs.
+"""Reports of a command while it works and at its end: for people, logs, or programs.
 
-Standard output is for results; progress goes to standard error: bars on a terminal, elsewhere a line a minute. In mode
-``json`` standard output holds JSON alone, one object a line, and everything else is printed to standard error:
+Standard output is for results. Progress goes to standard error: bars on a terminal, elsewhere a line a minute. In mode
+``json`` standard output holds only JSON, one object a line, and everything else goes to standard error:
 
-- ``{"event": "progress", "stage": "cam", "done": 3, "total": 10, "note": ""}``, at most one a second and stage, its
-  first and last included;
-- ``{"event": "command", "command": "cpn-fast train ..."}`` for each that ``reproduce --commands`` prints;
+- ``{"event": "progress", "stage": "cam", "done": 3, "total": 10, "note": ""}``, at most one a second for each stage,
+  and always its first and its last;
+- ``{"event": "command", "command": "cpn-fast train ..."}`` for each command that ``reproduce --commands`` prints;
 - at the end ``{"event": "done", "command": ...}`` with files and figures, or ``error`` or ``stopped`` with ``message``.
 """
 
@@ -33,15 +33,15 @@ from cpn_fast.runtime import terminal
 
 Mode = Literal["text", "quiet", "json"]
 EVERY: dict[Mode, float] = {"text": 60.0, "json": 1.0}
-"""Seconds between two lines of a stage."""
+"""Seconds between two lines of a stage, by mode."""
 Item = TypeVar("Item")
 
 _mode: Mode = "text"
-_programs: IO[str] | None = None  # standard output, while it is theirs alone
+_programs: IO[str] | None = None  # the real standard output in mode json
 
 
 def use(mode: Mode) -> None:
-    """Report so from now on."""
+    """Set the mode of all later reports."""
     global _mode, _programs
     if _programs is not None:
         sys.stdout, _programs = _programs, None
@@ -51,13 +51,13 @@ def use(mode: Mode) -> None:
 
 
 def tell(event: str, **content: Any) -> None:
-    """Tell a program something, if one listens."""
+    """Write an event for programs, in mode ``json`` only."""
     if _programs is not None:
         print(json.dumps({"event": event, **content}, default=str), file=_programs, flush=True)
 
 
 class Progress:
-    """How far a stage is, as a context manager. Under torchrun the first process reports, for itself."""
+    """Progress of a stage, as a context manager. Under torchrun only the first process reports, for itself."""
 
     def __init__(self, stage: str, total: int, done: int = 0) -> None:
         self.stage, self.total, self.done, self.note = stage, total, done, ""
@@ -81,7 +81,7 @@ class Progress:
             self._bars.add_task(self.stage, total=self.total, completed=self.done, note="")
             self._bars.start()
             self._within.callback(self._bars.stop)
-            self._within.enter_context(terminal.escaping())  # rich has put streams of its own before ours
+            self._within.enter_context(terminal.escaping())  # rich has replaced our escaping streams
         elif _mode == "json":
             self._line()
         return self
@@ -92,7 +92,7 @@ class Progress:
             self._line()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """``count`` more are done; a ``note`` stands beside the bar until the next one."""
+        """Add ``count`` finished items. A ``note`` stays beside the bar until the next note."""
         self.done += count
         self.note = self.note if note is None else note
         if self._bars is not None:
@@ -111,7 +111,10 @@ class Progress:
 
 
 def track(items: Iterable[Item], stage: str, total: int) -> Iterator[Item]:
-    """The items, each done when the next one is asked for; silent if there are none."""
+    """Yield the items and report progress. An item counts as done when the next one is requested.
+
+    Without items it reports nothing.
+    """
     if total == 0:
         yield from items
         return

@@ -1,6 +1,6 @@
-"""What reaches a terminal: names of files and classes are shown as they are, and never act on it.
+"""Output to a terminal: names of files and classes appear as they are, and never control it.
 
-Data sets come from anywhere. A name may hold sequences that wipe or retitle a terminal, or what rich would take for
+Data sets come from anywhere. A name may hold sequences that clear or retitle a terminal, or text that looks like rich's
 markup. So everything that commands print goes through ``escaping``, and every table through ``console``.
 """
 
@@ -16,28 +16,28 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-# C0 without tab and line feed, DEL, C1, marks and overrides of direction, line separators, undecodable bytes.
+# C0 except tab and line feed, DEL, C1, marks and overrides of direction, line separators, undecodable bytes.
 _ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(text: str) -> str:
-    """The text with characters that act on a terminal escaped, as in ``\\x1b``."""
+    """Return the text with every character that controls a terminal escaped, as in ``\\x1b``."""
     return _ACTING.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def plotted(text: str) -> str:
-    """The text for matplotlib, which takes what stands between dollar signs for a formula."""
+    """Return the text for matplotlib, with escaped dollar signs, which would enclose a formula."""
     return shown(text).replace("$", r"\$")
 
 
 def command_line(*words: object, overrides: Sequence[str] = ()) -> str:
-    """A command of ours as a shell takes it."""
+    """Return a cpn-fast command, quoted for a shell."""
     settings = (part for override in overrides for part in ("--set", override))
     return shlex.join(["cpn-fast", *map(str, words), *settings])
 
 
 class _Escaping:
-    """A text stream that shows what is written to it. All else is the stream's own."""
+    """A text stream that writes ``shown`` text. Everything else is the wrapped stream's."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
@@ -55,13 +55,13 @@ class _Escaping:
 
 @contextmanager
 def escaping() -> Iterator[None]:
-    """Standard output and standard error show what is printed, in the block."""
-    before = sys.stdout, sys.stderr
+    """Escape everything that is printed to standard output and standard error in the block."""
+    streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Escaping(sys.stdout), _Escaping(sys.stderr)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = streams
 
 
 class _Console(Console):
@@ -70,7 +70,10 @@ class _Console(Console):
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Rich's console of standard output or error. Its own sequences pass; strings hold no markup and no emoji codes."""
+    """Return rich's console of standard output or error.
+
+    Rich's own sequences pass. Markup and emoji codes in strings have no effect.
+    """
     stream = sys.stderr if stderr else sys.stdout
     file = stream.stream if isinstance(stream, _Escaping) else stream
     return _Console(file=file, markup=False, emoji=False, highlight=False)

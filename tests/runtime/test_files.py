@@ -161,7 +161,7 @@ def test_a_claimed_folder_loses_its_own_files_alone(tmp_path: Path, capsys) -> N
     assert claim(tmp_path, {"alpha": 1}) == first
     assert (tmp_path / "deep/b.png").exists()
     assert claim(tmp_path, {"alpha": 2}) != first
-    assert "made anew, for these have changed: alpha" in capsys.readouterr().err
+    assert "made anew, because these have changed: alpha" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png"))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -154,7 +154,7 @@ def test_other_settings_of_its_training_make_affinity_net_anew(seeded, capsys) -
     with pytest.raises(UserError, match=r"affinity\.train\.steps is 2, but .* has made 3 steps"):
         run(steps=2)
     after = run(steps=3, lr=0.02)
-    assert "affinity is made anew, for these have changed: train.lr" in capsys.readouterr().err
+    assert "affinity is made anew, because these have changed: train.lr" in capsys.readouterr().err
     assert after[weights][1] != before[weights][1]
     assert {name for name in before if name.startswith(("crf", "labels")) and after[name] != before[name]} == set()
 

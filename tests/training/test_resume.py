@@ -77,7 +77,7 @@ def test_a_finished_run_with_more_steps_goes_on_and_says_at_which_rate(tiny_conf
     assert training_of(final) == {"step": 12}
     assert [line["step"] for line in lines(settings.run)] == [2, 4, 6, 8, 10, 12]
     assert lines(settings.run)[3]["lr"] == pytest.approx(0.01 * (1 - 7 / 12) ** 0.9)
-    assert "made anew, for these have changed: weights_sha256" in typed("cam", path, *longer)
+    assert "made anew, because these have changed: weights_sha256" in typed("cam", path, *longer)
     assert not (read_seed(seed).cam == before).all()
 
     stamp = final.stat().st_mtime_ns

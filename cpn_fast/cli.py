@@ -360,7 +360,7 @@ def import_coco(
         print(f"{made.negatives} of them show no object and are negatives")
     then = None
     if made.classes == import_coco.coco_classes():
-        then = command_line("doctor", "configs/import_coco.yaml", overrides=[f"data.root={destination}"])
+        then = command_line("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
     else:
         print(f"A config for them has, beside its section train:\n\n{import_coco.config_lines(made, destination)}")
     _done("import-coco", then=then, list=destination / made.list, classes=made.classes)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ def test_from_a_json_to_a_trained_network_and_its_scores(source: Path, tmp_path:
     cpn_fast("train", path, "--set", "superpixels.count=20")
     cpn_fast("cam", path, "--checkpoint", tmp_path / "runs/coco/model.safetensors", "--set", "cam.scales=[1.0]")
     assert "mIoU" in cpn_fast("evaluate", path, "--cams", tmp_path / "runs/coco/cams/part/seeds")
+
+
+def test_after_an_import_of_cocos_classes_the_next_command_names_a_config_that_exists(
+    source: Path, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    ids = [*range(1, 80), 90]
+    categories = [{"id": id_, "name": name} for id_, name in zip(ids, import_coco.coco_classes(), strict=True)]
+    source.write_text(json.dumps({**tree, "categories": categories}))
+    arguments = ["import-coco", source, tmp_path / "photos", tmp_path / "data"]
+    said = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False).output
+    named = re.search(r"Next: cpn-fast doctor (\S+) --set data.root=", said)
+    assert named, said
+    assert (Path(__file__).parents[2] / named[1]).is_file()
 
 
 def test_masks_have_the_categories_in_their_order_small_objects_on_top_and_crowds_ignored(

@@ -1,4 +1,4 @@
-"""The command line: ``cpn-fast COMMAND CONFIG``. Each command is one stage."""
+"""The command line: one function for each command of ``cpn-fast``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ListFile = Annotated[
     Path | None, typer.Option("--list", help="A list of images instead of data.eval_list.", show_default=False)
 ]
 
-# Stages are imported in their commands, after the config is read: neither --help nor a misspelt key waits for torch.
+# Commands import their stages after they read the config, so neither --help nor a misspelt key waits for torch.
 
 
 def _settings(config: Path, overrides: list[str]) -> Config:
@@ -53,9 +53,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    quiet: Annotated[bool, typer.Option("--quiet", help="No bars: errors, results and where they are.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show no progress, only errors, results and their paths.")
+    ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Standard output for programs: one JSON object a line; the rest to stderr.")
+        bool, typer.Option("--json", help="Write one JSON object a line to stdout, for programs; the rest to stderr.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
@@ -63,7 +65,7 @@ def options(
 ) -> None:
     """Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds."""
     if quiet and json:
-        raise UserError("--quiet and --json exclude each other: choose one")
+        raise UserError("--quiet and --json exclude each other: give only one of them")
     progress.use("json" if json else "quiet" if quiet else "text")
 
 
@@ -71,24 +73,26 @@ def options(
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Your photos.", show_default=False)],
     tags: Annotated[
-        Path | None, typer.Option(help="What each shows: CSV, JSON, VOC's XML ...; else looked for in FOLDER.")
+        Path | None, typer.Option(help="Tags of the photos: CSV, JSON, VOC's XML ... Without it, looks in FOLDER.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the config and lists; FOLDER's name and -cpn.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the config and lists. By default FOLDER's name and -cpn.")
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="Pretrained weights of MobileNetV2 or ResNet38d.")] = None,
 ) -> None:
     """Write a config for a folder of tagged photos that trains on this machine in about an hour."""
     from cpn_fast.commands import init
 
-    made = init.run(folder.expanduser(), tags and tags.expanduser(), out, weights)
-    for line in made.remarks:
+    started = init.run(folder.expanduser(), tags and tags.expanduser(), out, weights)
+    for line in started.remarks:
         print(line)
-    print(f"The config is {made.config}. Once doctor finds it sound: {command_line('run', made.config)}")
-    _done("init", then=command_line("doctor", made.config), config=made.config)
+    print(f"The config is {started.config}. When doctor finds no fault: {command_line('run', started.config)}")
+    _done("init", then=command_line("doctor", started.config), config=started.config)
 
 
 @app.command()
 def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
-    """Fill the superpixel cache for the training list; what is there already is kept."""
+    """Fill the superpixel cache for the training list. Finished superpixels are kept."""
     from cpn_fast.data.dataset import load_samples
     from cpn_fast.pipelines.superpixels import SuperpixelCache
 
@@ -106,7 +110,7 @@ def shards(
     destination: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Pack the training list (images, tags, superpixels) into WebDataset shards, which train reads with data.shards."""
+    """Pack the training list (images, tags, superpixels) into WebDataset shards. train reads them with data.shards."""
     from cpn_fast.data.dataset import load_samples
     from cpn_fast.pipelines.shards import pack
     from cpn_fast.pipelines.superpixels import SuperpixelCache
@@ -116,15 +120,15 @@ def shards(
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
     cached = settings.superpixels.mode == "cached"
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels) if cached else None
-    made = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
-    print(f"{len(samples)} samples are in {destination}, {made} shards were made")
+    packed = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
+    print(f"{len(samples)} samples are in {destination}, {packed} shards were made")
     with_shards = [*overrides, f"data.shards={destination.absolute()}"]
     _done("shards", then=command_line("train", config, overrides=with_shards), shards=destination)
 
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Train, or continue a run that was interrupted."""
+    """Train, or continue an interrupted run."""
 
     settings = _settings(config, overrides)
     from cpn_fast.stages import train
@@ -135,8 +139,8 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     metrics = weights.parent / "metrics.jsonl"
     print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
     if best := best_of(settings.run):
-        taken = f"the {settings.train.use_weights} weights (train.use_weights)"
-        print(f"The best validation: {best}. Later stages take {taken}")
+        used = f"the {settings.train.use_weights} weights (train.use_weights)"
+        print(f"The best validation: {best}. Later stages use {used}")
     then = command_line("cam", config, "--checkpoint", weights, overrides=overrides)
     _done("train", then=then, weights=weights, metrics=metrics)
 
@@ -145,7 +149,7 @@ def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 def cam(
     config: ConfigFile,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Trained weights instead of the run's own: a file or another run's folder.")
+        Path | None, typer.Option(help="Other trained weights than the run's: a file or another run's folder.")
     ] = None,
     list_file: ListFile = None,
     overrides: Overrides = [],  # noqa: B006
@@ -163,12 +167,12 @@ def cam(
         weights = chosen(weights, settings)
     folder = cam.run(settings, weights, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
-    print("  overlays: each image under its mask, with the names of its classes. Look at these")
-    print("  masks: PNGs whose values 1, 2, ... are the config's classes in their order, and 0 is background")
-    print("  seeds: scores of the tagged classes, for refine and for scoring")
-    listed = ("--list", list_file) if list_file else ()
+    print("  overlays: each image under its mask, with the names of its classes. Look at these first")
+    print("  masks: PNGs. 0 is background, and 1, 2, ... are the classes in the config's order")
+    print("  seeds: scores of the tagged classes, for refine and evaluate")
+    list_option = ("--list", list_file) if list_file else ()
     then = _scored(settings, list_file or settings.data.eval_list) and command_line(
-        "evaluate", config, "--cams", folder / "seeds", *listed, overrides=overrides
+        "evaluate", config, "--cams", folder / "seeds", *list_option, overrides=overrides
     )
     _done("cam", then=then or _reported(settings), **{name: folder / name for name in ("seeds", "masks", "overlays")})
 
@@ -180,21 +184,21 @@ def evaluate(
     masks: Annotated[Path | None, typer.Option(help="A folder of mask PNGs.", show_default=False)] = None,
     list_file: ListFile = None,
     threshold_from: Annotated[
-        Path | None, typer.Option(help="evaluation.json whose best threshold is used here.", show_default=False)
+        Path | None, typer.Option(help="Use the best threshold of this evaluation.json.", show_default=False)
     ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Score seeds (every background threshold at once) or masks against the ground truth."""
+    """Score seeds (at every background threshold) or masks against the ground truth."""
 
     settings = _settings(config, overrides)
     from cpn_fast.stages import evaluate
 
-    found = evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
+    evaluation = evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
     figures = [
-        {"kind": kind, "threshold": threshold, "mean_iou": float(scores.mean_iou)}
-        for kind, threshold, scores in ((result.kind, result.threshold, result.scores) for result in found.results)
+        {"kind": result.kind, "threshold": result.threshold, "mean_iou": float(result.scores.mean_iou)}
+        for result in evaluation.results
     ]
-    _done("evaluate", then=command_line("report", settings.run), evaluation=found.path, results=figures)
+    _done("evaluate", then=command_line("report", settings.run), evaluation=evaluation.path, results=figures)
 
 
 @app.command()
@@ -204,7 +208,7 @@ def information(
     list_file: ListFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Count the seeds that the sum of a complementary pair's CAMs adds over the plain CAM, by size of patch."""
+    """Count the seeds that the sum of a pair's CAMs adds over the plain CAM, for several sizes of patches."""
 
     settings = _settings(config, overrides)
     from cpn_fast.commands import information
@@ -228,35 +232,35 @@ def predict(
     tags: Annotated[
         str | None,
         typer.Option(
-            help="What the images show, as in 'dog;person', or a file of each one's tags; else the model finds out."
+            help="Classes of all images, as in 'dog;person', or a file of tags. Without it the model finds them."
         ),
     ] = None,
     annotations: Annotated[
         list[str], typer.Option(help="Also write coco, coco-polygons, label-studio or cvat. Repeatable.")
     ] = [],  # noqa: B006
 ) -> None:
-    """Segment images with a trained model: overlay, palette mask and JSON of classes for each."""
+    """Segment images with a trained model. Writes an overlay, a palette mask and JSON of classes for each image."""
     from cpn_fast.commands import predict
 
-    given: list[str] | Path | None = None
+    tags_or_file: list[str] | Path | None = None
     if tags is not None:
         names = [name.strip() for name in re.split("[;,]", tags) if name.strip()]
-        given = Path(tags).expanduser() if Path(tags).expanduser().exists() else names
-    made = predict.run(model, images, out, given, annotations)
-    few = some([str(path) for path in made.left_out])
-    print(f"Overlays, masks and JSON of {made.images} images are in {out}")
-    print(f"Left out: {len(made.left_out)} files that are no images{f' ({few})' if few else ''}")
-    for line in (*made.remarks, *(f"Annotations are in {path}" for path in made.annotations)):
+        tags_or_file = Path(tags).expanduser() if Path(tags).expanduser().exists() else names
+    predicted = predict.run(model, images, out, tags_or_file, annotations)
+    some_names = some([str(path) for path in predicted.left_out])
+    print(f"Overlays, masks and JSON of {predicted.images} images are in {out}")
+    print(f"Left out: {len(predicted.left_out)} files that are not images{f' ({some_names})' if some_names else ''}")
+    for line in (*predicted.remarks, *(f"Annotations are in {path}" for path in predicted.annotations)):
         print(line)
-    if made.unreadable:
-        listed = "\n".join(f"  {name}" for name in made.unreadable)
-        raise UserError(f"{len(made.unreadable)} images cannot be read, the others are done:\n{listed}")
-    _done("predict", folder=out, images=made.images, annotations=made.annotations)
+    if predicted.unreadable:
+        lines = "\n".join(f"  {name}" for name in predicted.unreadable)
+        raise UserError(f"{len(predicted.unreadable)} images cannot be read, the others are done:\n{lines}")
+    _done("predict", folder=out, images=predicted.images, annotations=predicted.annotations)
 
 
 @app.command()
 def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Refine the training list's seeds to pseudo-masks: CRF, AffinityNet, random walk. Finished parts are kept."""
+    """Refine the training list's seeds into pseudo-masks: CRF, AffinityNet, random walk. Finished parts are kept."""
 
     settings = _settings(config, overrides)
     from cpn_fast.stages import refine
@@ -279,17 +283,18 @@ def segment(
         Path | None, typer.Option("--list", help="Images to segment instead of segment.eval_list.", show_default=False)
     ] = None,
     submission: Annotated[
-        Path | None, typer.Option(help="Also pack the masks, .tar.gz, for VOC's evaluation server.", show_default=False)
+        Path | None,
+        typer.Option(help="Also pack the masks into this .tar.gz for VOC's evaluation server.", show_default=False),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Train the DeepLab segmenter on pseudo-masks of the training list, then segment another list. No tags needed."""
+    """Train the DeepLab segmenter on the training list's pseudo-masks, then segment another list, without tags."""
     from cpn_fast.data.dataset import load_samples
 
     settings = _settings(config, overrides)
-    listed = list_file or settings.segment.eval_list
-    # Before training, which takes hours:
-    load_samples(settings.data, settings.classes, listed, labels=False, masks=False)
+    list_path = list_file or settings.segment.eval_list
+    # The list is checked before training, which takes hours.
+    load_samples(settings.data, settings.classes, list_path, labels=False, masks=False)
     from cpn_fast.stages import segment
 
     if submission:
@@ -301,15 +306,15 @@ def segment(
     if submission:
         packed = segment.write_submission(settings, best, submission, list_file)
         print(f"{packed} masks are packed in {submission}")
-    then = _scored(settings, listed) and command_line(
-        "evaluate", config, "--masks", best, "--list", listed, overrides=overrides
+    then = _scored(settings, list_path) and command_line(
+        "evaluate", config, "--masks", best, "--list", list_path, overrides=overrides
     )
     _done("segment", then=then or _reported(settings), weights=weights, masks=best)
 
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """All stages: train, cam, refine, segment, with scores. Finished work is skipped, interrupted work continued."""
+    """Run all stages with scores: train, cam, refine, segment. Skips finished work and continues interrupted work."""
 
     settings = _settings(config, overrides)
     from cpn_fast.stages import chain
@@ -322,13 +327,13 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(metavar="NAME", help="table1, table2, table3, table4, table5, fig6 or fig7.")],
-    config: Annotated[Path, typer.Option(help="CPN's config, of which the runs are variants.", show_default=False)],
+    config: Annotated[Path, typer.Option(help="CPN's config. The runs change some of its keys.", show_default=False)],
     commands: Annotated[
-        bool, typer.Option("--commands", help="Only print a command for each run, to spread over a cluster.")
+        bool, typer.Option("--commands", help="Only print one command for each run, for a cluster.")
     ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Train whatever a table or figure of the paper needs and is not there yet, and print it beside the paper's."""
+    """Train the missing runs of a table or figure of the paper, and print the results beside the paper's."""
     from cpn_fast.commands import reproduce
 
     if commands:
@@ -345,32 +350,34 @@ def reproduce(
 @app.command()
 def import_coco(
     instances: Annotated[
-        Path, typer.Argument(metavar="JSON", help="Such as instances_train2014.json.", show_default=False)
+        Path, typer.Argument(metavar="JSON", help="For example instances_train2014.json.", show_default=False)
     ],
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder of its images; it is linked to.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder of its images. Links to it, no copies.")],
     destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="The data set's folder.")],
 ) -> None:
-    """Make tags, masks and a list of COCO's instances JSON, or of another data set's in that form."""
+    """Make tags, masks and a list from COCO's instances JSON, or from another JSON of the same form."""
     from cpn_fast.commands import import_coco
 
     with owned(destination):
-        made = import_coco.run(instances, images, destination)
-    print(f"{made.images} images of {len(made.classes)} classes are listed in {destination / made.list}")
-    if made.negatives:
-        print(f"{made.negatives} of them show no object and are negatives")
+        imported = import_coco.run(instances, images, destination)
+    list_path = destination / imported.list
+    print(f"{imported.images} images of {len(imported.classes)} classes are listed in {list_path}")
+    if imported.negatives:
+        print(f"{imported.negatives} of them show no object and are negatives")
     then = None
-    if made.classes == import_coco.coco_classes():
+    if imported.classes == import_coco.coco_classes():
         then = command_line("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
     else:
-        print(f"A config for them has, beside its section train:\n\n{import_coco.config_lines(made, destination)}")
-    _done("import-coco", then=then, list=destination / made.list, classes=made.classes)
+        lines = import_coco.config_lines(imported, destination)
+        print(f"A config for this data set needs these keys, and a section train:\n\n{lines}")
+    _done("import-coco", then=then, list=list_path, classes=imported.classes)
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Weights; for .pt2 and .onnx a run's folder.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Weights, or for .pt2 and .onnx a run's folder.")],
     destination: Annotated[
-        Path, typer.Argument(metavar="DESTINATION", help="A new file: .safetensors or .pth, or .pt2 or .onnx.")
+        Path, typer.Argument(metavar="DESTINATION", help="A new file: .safetensors, .pth, .pt2 or .onnx.")
     ],
 ) -> None:
     """Convert weights (.params, .pth, .safetensors), or write a run or its segmenter for torch.export or as ONNX."""
@@ -398,7 +405,7 @@ def convert(
 def export(
     seeds: Annotated[Path, typer.Argument(metavar="SEEDS", help="A folder of seeds (.npz).")],
     destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="A folder for the .npy files.")],
-    form: Annotated[str, typer.Option(help="cpn, seam or irn: the released code that is to read them.")],
+    form: Annotated[str, typer.Option(help="The released code that will read the seeds: cpn, seam or irn.")],
 ) -> None:
     """Write seeds in the form that released code reads."""
     from cpn_fast.data.seeds import export_seeds
@@ -409,10 +416,10 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/voc.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, for example runs/voc.")],
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Write a run's report: one HTML page with curves, scores and pictures. --set data.root=FOLDER if images moved."""
+    """Write a run's report: one HTML page with curves, scores and pictures. Moved images: --set data.root=FOLDER."""
     from cpn_fast.commands import report
 
     page, then = report.run(run, overrides)
@@ -423,16 +430,16 @@ def report(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="Checks its data, weights and disk too.")
+        Path | None, typer.Argument(metavar="CONFIG", help="Also check this config's data, weights and disk.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Check Python, torch, the GPU, Triton, DALI and the rest, and say how to mend what does not work."""
+    """Check Python, torch, the GPU, Triton, DALI and other parts, and say how to fix what does not work."""
     from cpn_fast.commands import doctor
 
     sound = doctor.run(None if config is None else _settings(config, overrides))
-    following = command_line("demo") if config is None else command_line("run", config, overrides=overrides)
-    _done("doctor", then=following if sound else None, sound=sound)
+    then = command_line("demo") if config is None else command_line("run", config, overrides=overrides)
+    _done("doctor", then=then if sound else None, sound=sound)
     if not sound:
         raise typer.Exit(1)
 
@@ -450,28 +457,28 @@ def demo(
 
 
 def _scored(settings: Config, list_path: Path) -> bool:
-    """Whether results of a list can be scored."""
+    """Return whether there is ground truth to score a list's results."""
     from cpn_fast.data.dataset import has_ground_truth
 
     return has_ground_truth(settings.data, settings.classes, list_path)
 
 
 def _reported(settings: Config) -> str | None:
-    """The command that shows a run, if it was trained: seeds may be of another's weights."""
+    """Return the command that reports a run. None for an untrained run: its seeds may be of another run's weights."""
     return command_line("report", settings.run) if (settings.run / "config.yaml").is_file() else None
 
 
 def _done(command: str, *, then: str | None = None, **made: object) -> None:
-    """The last word of a command: what to run next, and for programs what it made."""
+    """Print the command to run next, and tell programs what this command made."""
     if then:
         print(f"Next: {then}")
     progress.tell("done", command=command, **made, **({"next": then} if then else {}))
 
 
 def main() -> None:
-    """Entry point: what a user can mend is printed without a traceback, with exit code 1; a stop on demand has 75.
+    """Run the command line. A UserError is printed without a traceback, with exit code 1. A stop on demand has 75.
 
-    Of torchrun's processes, the first alone writes to standard output; every one may write errors.
+    Under torchrun only the first process writes to standard output. Every process may write errors.
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
@@ -489,17 +496,17 @@ def _run() -> None:
             app()
     except UserError as error:
         _fail(str(error))
-    except OSError as error:  # the last net: those who write or read name the file
+    except OSError as error:  # a last resort: readers and writers name their file themselves
         _fail(f"{os.fsdecode(error.filename) if error.filename else 'a file'}: {refusal(error)}")
     except (MemoryError, RuntimeError) as error:
         if distributed.lost_another(error):
-            _fail(f"this process ends, for another one did; that one says why ({_first_line(error)})", cause=False)
+            _fail(f"this process ends, because another one ended and says why ({_first_line(error)})", cause=False)
         if not is_out_of_memory(error):
             raise
         reason = _first_line(error) or "no more can be allocated"
         _fail(
-            f"the memory is full ({reason}). Lower what is computed at a time: the key batch (of train, "
-            "affinity.train, segment.train or cam) or cam.pixels; or set train.checkpoint_activations=true"
+            f"the memory is full ({reason}). Lower the key batch (of train, affinity.train, segment.train or cam) or "
+            "cam.pixels, or set train.checkpoint_activations=true"
         )
     except Stopped as stopped:
         message = f"{stopped}. The same command goes on from there."

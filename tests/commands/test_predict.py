@@ -126,7 +126,7 @@ def test_photos_of_any_kind_and_folders_of_them_are_segmented(small_run: Path, s
     result = CliRunner().invoke(app, [*arguments, "--tags", "fish"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "JSON of 8 images" in result.output
-    assert "Left out: 1 files that are no images" in result.output
+    assert "Left out: 1 files that are not images" in result.output
     assert "notes.txt" in result.output
     shapes = {path.name.removesuffix("_mask.png"): read_mask(path).shape for path in out.glob("*_mask.png")}
     full = photo.size[::-1]
@@ -323,7 +323,7 @@ def test_folders_keep_their_names_hidden_files_are_passed_over_and_bad_ones_name
     assert "cut.jpg" in message
     assert "empty.png (empty file)" in message
     assert "JSON of 3 images" in result.output
-    assert "Left out: 1 files that are no images" in result.output
+    assert "Left out: 1 files that are not images" in result.output
     assert "notes.txt" in result.output
     assert {path.relative_to(out).as_posix() for path in out.rglob("*_mask.png")} == {
         "a/0_mask.png",

@@ -1,8 +1,8 @@
-"""One YAML per experiment, validated strictly: every key is documented where it is defined, here.
+"""Every key of a config, its bounds, its default and what it means. An unknown key is an error.
 
-Where the paper and the released code differ, the key's docstring gives both values. Defaults are the released
-ones (``configs/voc.yaml``), but for 200 superpixels, cached once per image, and the paper's best sizes of grids;
-``configs/voc_paper.yaml`` sets the paper's.
+Where the paper and the released code differ, the key's docstring gives both values. Defaults are the released values
+(``configs/voc.yaml``), except for 200 superpixels, cached once per image, and the paper's best sizes of grids.
+``configs/voc_paper.yaml`` sets the paper's values.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
-# Every number has both bounds, the outer ones where memory, time or float32 end: what cannot be carried out is refused
+# Every number has a lower and an upper bound, where memory, time or float32 end. So a value that cannot work is refused
 # with its key before anything starts.
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-"""Of a term of the loss."""
+"""Weight of a loss term."""
 Rate = Annotated[float, Field(gt=0, le=1e30)]
-"""Of learning; at 1e30 fp32 still holds twenty times it."""
+"""Learning rate. Biases of new layers take 20 times it, which fp32 still holds at 1e30."""
 Exponent = Annotated[float, Field(gt=0, le=10_000)]
 Factor = Annotated[float, Field(ge=0.01, le=16)]
-"""Of an image's sides."""
+"""Factor of an image's sides."""
 Side = Annotated[int, Field(ge=1, le=16_384)]
-"""In pixels."""
+"""Side in pixels."""
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Group = Annotated[int, Field(ge=1, le=65_536)]
-"""Images or batches that are taken together."""
+"""Number of images or batches that are processed together."""
 Workers = Annotated[int, Field(ge=1, le=1024)]
-"""Threads or processes."""
+"""Number of threads or processes."""
 Level = Annotated[float, Field(ge=0, le=255)]
 Rgb = tuple[Level, Level, Level]
 Spread = Annotated[float, Field(ge=0.01, le=1000)]
@@ -53,14 +53,14 @@ def _number_or_auto(value: Any) -> Any:
 
 BACKBONES = ("resnet38d", "mobilenet_v2", "narrow")
 TIMM = "timm:"
-"""Before the name of a model of timm, as in ``timm:resnet50``."""
+"""Prefix of the name of a timm model, as in ``timm:resnet50``."""
 PACKAGE = "package:"
-"""Before the name of an installed Python package that holds a file of weights."""
+"""Prefix of the name of an installed Python package that holds a file of weights."""
 
 
 def _names_a_function(name: str) -> str:
-    place, _, function = name.rpartition(":")
-    if not place or not function.isidentifier():
+    module, _, function = name.rpartition(":")
+    if not module or not function.isidentifier():
         raise ValueError(f"expected package.module:function or FILE.py:function, found {name!r}")
     return name
 
@@ -82,30 +82,30 @@ class Section(pydantic.BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _home(cls, value: Any) -> Any:
-        """``~`` is the home folder, as in a shell, which leaves it alone in KEY=~/VALUE."""
+        """Expand ``~`` to the home folder. A shell does not expand it in KEY=~/VALUE."""
         return value.expanduser() if isinstance(value, Path) else value
 
 
 class Data(Section):
-    """Where the images, lists, labels and masks are. Relative paths start at ``root``."""
+    """Paths of the images, lists, labels and masks. Relative paths start at ``root``."""
 
     root: Path
     """Folder in VOC's layout (the one that holds JPEGImages)."""
     images: Path = Path("JPEGImages")
-    """Folder of the images; an id ``x`` is ``x.jpg``."""
+    """Folder of the images. The image of id ``x`` is ``x.jpg``."""
     masks: Path = Path("SegmentationClass")
-    """Folder of the ground-truth palette PNGs: scores need them, and ``train`` only looks whether they are sound."""
+    """Folder of the ground-truth palette PNGs. Scores need them; ``train`` only checks that they are valid."""
     labels: Path = Path("Annotations")
     """Image-level labels: a folder of VOC XML files, psa's ``cls_labels.npy``, or CSV/JSON of id -> class names. An
     image without a class is a negative."""
     train_list: Path = Path("Annotations")
     """Images to train on: a list of ids, of paths, or of psa's ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``; or a
-    source of labels, which stands for its images. Left out, it is ``labels``: all tagged images."""
+    source of labels, which stands for its images. Default: ``labels``, that is all tagged images."""
     eval_list: Path = Path("Annotations")
-    """Images that get seeds and scores; ``--list`` names others. Left out: ``train_list``."""
+    """Images that get seeds and scores. ``--list`` names others. Default: ``train_list``."""
     shards: Path | None = None
-    """Folder that ``cpn-fast shards`` packed the training list into: ``train`` reads images, tags and superpixels there
-    and no other file of the data set. Null reads loose files."""
+    """Folder into which ``cpn-fast shards`` packed the training list. ``train`` reads images, tags and superpixels from
+    it, and no other file of the data set. Null reads loose files."""
 
     @model_validator(mode="before")
     @classmethod
@@ -117,10 +117,10 @@ class Data(Section):
 
 
 class Superpixels(Section):
-    """SLIC superpixels; docs/superpixels.md says what they are and compares the engines."""
+    """SLIC superpixels. docs/superpixels.md explains them and compares the engines."""
 
     count: Annotated[int, Field(ge=1, le=32_000)] = 200
-    """Superpixels asked for per image. Paper 200; released 300, of which skimage 0.17 made about 140 to 190."""
+    """Superpixels asked for per image. Paper 200; released 300, from which skimage 0.17 made about 140 to 190."""
     compactness: Annotated[float, Field(gt=0, le=10_000)] = 10.0
     """Weight of distance against colour. fast-slic's integers overflow from about 16,000 on."""
     iterations: Annotated[int, Field(ge=1, le=1000)] = 10
@@ -128,10 +128,10 @@ class Superpixels(Section):
     mode: Literal["cached", "online"] = "cached"
     """``cached``: once per image, moved with the image. ``online`` (paper and released): on every augmented crop."""
     engine: Literal["auto", "fast-slic", "kernel"] = "auto"
-    """``kernel``: ours, for a GPU; slow on a CPU. ``fast-slic``: another package, on the CPU. ``auto``: the kernel on a
-    GPU and where fast-slic is not installed, else fast-slic. The two make different superpixels."""
+    """``kernel``: our kernel, for a GPU; slow on a CPU. ``fast-slic``: a package, on the CPU. ``auto``: the kernel on a
+    GPU and where fast-slic is not installed, otherwise fast-slic. The two make different superpixels."""
     cache: Path = Path("superpixels")
-    """Cache folder; relative paths start at ``out``, so that runs share it."""
+    """Cache folder. Relative paths start at ``out``, so runs share the cache."""
 
 
 class Augment(Section):
@@ -140,9 +140,9 @@ class Augment(Section):
     long_side: tuple[Side, Side] = (448, 768)
     """The long side is resized to a whole number drawn from this closed range."""
     scale: tuple[Factor, Factor] | None = None
-    """Both sides are multiplied by a factor drawn from this range instead (``segment``: 0.5 to 1.5)."""
+    """Replaces ``long_side``: both sides are multiplied by a factor drawn from this range (``segment``: 0.5 to 1.5)."""
     crop: Side = 448
-    """Side of the square crop; smaller images are padded with 0 (the mean colour) at a random offset."""
+    """Side of the square crop. Smaller images are padded with 0 (the mean colour) at a random offset."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     brightness: Share = 0.3
@@ -152,7 +152,7 @@ class Augment(Section):
     saturation: Share = 0.3
     """Factor from U[1 - x, 1 + x]."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Turn of the colour wheel from U[-x, x], as a share of the full circle."""
+    """Rotation of the hue from U[-x, x], as a share of the full circle."""
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> Self:
@@ -176,9 +176,9 @@ class Patches(Section):
     share: Literal["pixels", "patches"] = "pixels"
     """What lambda counts as visible. Paper ``patches``; released ``pixels`` for superpixels, ``patches`` for grids."""
     fill: Rgb | None = None
-    """RGB (0 to 255) of hidden pixels; null is the normalisation's mean (released). Paper: the training set's mean."""
+    """RGB (0 to 255) of hidden pixels. Null: the normalisation's mean (released). Paper: the training set's mean."""
     grid_sizes: tuple[Side, ...] = (56, 112)
-    """Sides of grid cells in pixels, one drawn per image. Paper's best 56, 112; released 224, 448."""
+    """Sides of grid cells in pixels; one is drawn per image. Paper's best 56, 112; released 224, 448."""
 
     @model_validator(mode="after")
     def _has_grid_sizes(self) -> Self:
@@ -194,14 +194,14 @@ class Model(Section):
     """``resnet38d`` (paper), ``mobilenet_v2`` (small), ``narrow`` (the demo's), or ``timm:NAME``, a convolutional model
     of timm as in ``timm:resnet50`` (needs ``pip install timm torchvision``)."""
     stride: Literal[8, 16] = 8
-    """Output stride of the backbone: 8 (paper and released), or 16 with mobilenet_v2 and timm's, four times cheaper."""
+    """Output stride of the backbone: 8 (paper and released), or 16 with mobilenet_v2 and timm, four times cheaper."""
     weights: Path | None = None
-    """Pretrained weights: a file (.safetensors, .pth or MXNet .params), ``package:NAME`` for the one file of weights in
-    an installed Python package, or ``timm`` for what timm downloads for ``timm:NAME``. Null: random weights."""
+    """Pretrained weights: a file (.safetensors, .pth or MXNet .params), ``package:NAME`` for the only file of weights
+    in an installed Python package, or ``timm`` for timm's download for ``timm:NAME``. Null: random weights."""
     mean: Rgb | None = None
-    """RGB (0 to 255) subtracted from the input; null is what the backbone's usual weights were trained with."""
+    """RGB (0 to 255) subtracted from the input. Null: the mean that the backbone's usual weights were trained with."""
     std: tuple[Spread, Spread, Spread] | None = None
-    """RGB (0 to 255) that divides the input; null as for ``mean``."""
+    """RGB (0 to 255) that divides the input. Null: as for ``mean``."""
     pcm: bool = True
     """Pixel correlation module (eqs. 8 to 10)."""
     prcm: bool = True
@@ -209,15 +209,15 @@ class Model(Section):
     pcm_norm: Literal["l2", "l1-squared"] = "l2"
     """Norm that divides an embedding in eq. 10. Paper (as printed) ``l1-squared``; released ``l2``."""
     pcm_sum: Literal["column", "all"] = "column"
-    """What an affinity is divided by in eq. 9. Paper (as printed) ``all`` pairs; released each target's ``column``."""
+    """Sum that divides an affinity in eq. 9. Paper (as printed) ``all`` pairs; released each target's ``column``."""
     prcm_relu: bool = True
     """ReLU on keys and queries of eq. 11. Paper (linear) false; released true."""
     prcm_scale: Literal["classes", "one"] = "classes"
     """Factor before eq. 11's softmax. Paper ``one``; released ``classes``: (classes + 1) ** -0.5."""
     prcm_keys: Literal["transposed", "reread"] = "reread"
-    """Layout of phi(Z). Paper ``transposed``; released ``reread``: its memory read as if it had been transposed."""
+    """Layout of phi(Z). Paper ``transposed``; released ``reread``: the memory is read as if it had been transposed."""
     mask_absent: bool = False
-    """Zero the classes that an image is not tagged with before PCM and PRCM. Paper true; released false."""
+    """Zero the maps of classes that are not tags of the image before PCM and PRCM. Paper true; released false."""
 
 
 class Loss(Section):
@@ -226,34 +226,38 @@ class Loss(Section):
     tcp: Weight = 1.0
     """Weight of the triplet consistency term on raw CAMs (eq. 14)."""
     tcp_refined: Weight = 1.0
-    """Weight of the same on refined CAMs."""
+    """Weight of the triplet consistency term on refined CAMs."""
     cpcr: Weight = 1.0
     """Weight of cross regularisation (eq. 15)."""
     background_suppression: Weight = 1.0
-    """Weight of the mean of the refined map's lowest 25 % pixels. Paper 0; released 1."""
+    """Weight of the mean of the refined map's lowest 25 % of pixels. Paper 0; released 1."""
     detach_refined_pair: bool = False
-    """Stop the gradient of the pair in the refined eq. 14. Paper true; released false."""
+    """Stop the pair's gradient in eq. 14 on refined maps. Paper true; released false."""
     cpcr_target: Literal["difference", "one-hot"] = "one-hot"
-    """Paper ``difference`` Y_o - lambda Y_h; released keeps only each pixel's largest channel, ``one-hot``."""
+    """Target of eq. 15. Paper ``difference``: Y_o - lambda Y_h. Released ``one-hot``: only each pixel's largest channel
+    of it."""
     normalise: Literal["max", "min-max"] = "min-max"
-    """CAMs enter the terms divided by their ``max`` (paper), or stretched from their minimum too (released)."""
+    """Normalisation of the CAMs in the terms. Paper ``max``: divided by their maximum. Released ``min-max``: from their
+    minimum to their maximum."""
     background: Literal["before-lambda", "after-lambda"] = "after-lambda"
-    """1 - max(foreground) (eq. 16) taken before (paper) or after (released) a branch is scaled by its lambda."""
+    """When 1 - max(foreground) (eq. 16) is taken: before (paper) or after (released) a branch is scaled by its
+    lambda."""
     refined_background: Literal["own", "recomputed"] = "recomputed"
-    """Background of refined maps: their ``own`` channel (paper) or eq. 16 again (released)."""
+    """Background of refined maps. Paper ``own``: their background channel. Released ``recomputed``: eq. 16 again."""
     hard_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the largest eq. 15 (SEAM: ECR) errors that count (OHEM); 1 is the plain mean. Both 0.2."""
+    """Share of the errors of eq. 15 (SEAM: ECR) that count, the largest ones (OHEM). 1 is the plain mean. Paper and
+    released 0.2."""
     hard_over: Literal["image", "batch"] = "image"
     """Errors compete within a mini-``batch`` (paper) or an ``image`` (released). With negatives, ``batch`` needs
-    ``background: before-lambda``: after lambda, their errors are all 1 and would win."""
+    ``background: before-lambda``. After lambda, all errors of a negative are 1 and would win."""
 
 
 class Seam(Section):
-    """Equivariant regularisation between two scales; read by method ``seam``, as are three keys of ``loss``:
+    """Equivariant regularisation between two scales, for method ``seam``. The method also reads three keys of ``loss``:
     ``background_suppression``, ``normalise`` and ``hard_share``."""
 
     scale: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Sides of the second view as a share of the first's. Both 0.3."""
+    """Sides of the second view as a share of the first view's. Paper and released 0.3."""
     er: Weight = 1.0
     """Weight of the difference between the raw CAMs of the scales (ER)."""
     ecr: Weight = 1.0
@@ -264,60 +268,60 @@ class Train(Section):
     """Optimiser, schedule and loop."""
 
     batch: Images = 4
-    """Images per forward pass (three views each for CPN). ``auto``: as many as a GPU's memory takes, up to 256 a GPU,
-    tried out when the run starts and kept in its config.yaml. ``lr``, epochs and steps stay as given."""
+    """Images per forward pass (three views each for CPN). ``auto``: as many as a GPU's memory holds, up to 256 a GPU.
+    The run tries this at its start and keeps it in its config.yaml. ``lr``, epochs and steps stay as given."""
     accumulate: Group = 1
-    """Batches per optimiser step; their gradients are averaged."""
+    """Batches per optimiser step. Their gradients are averaged."""
     epochs: Count | None = None
-    """Passes over the list; give this or ``steps``. Paper and released 8."""
+    """Passes over the list. Give this or ``steps``. Paper and released 8."""
     steps: Count | None = None
-    """Optimiser steps; give this or ``epochs``. Raised on a run that has ended, or with more images in the list, the
-    run goes on from its last checkpoint; ``lr`` follows the new schedule from there, and the command says at which
-    rate. Steps that were made cannot be taken back."""
+    """Optimiser steps. Give this or ``epochs``. With more steps, or more images in the list, a finished run continues
+    from its last checkpoint. ``lr`` follows the new schedule from there, and the command prints the rate. Steps cannot
+    be taken back."""
     lr: Rate = 0.01
-    """Initial rate of backbone weights; biases x2, new layers x10, their biases x20."""
+    """Initial learning rate of backbone weights. Biases take 2 times it, new layers 10 times, their biases 20 times."""
     power: Annotated[float, Field(ge=0, le=100)] = 0.9
     """Poly schedule: lr * (1 - step / steps) ** power."""
     momentum: Share = 0.0005
-    """Paper 0.9; released 0.0005 (its weight decay landed in the momentum slot)."""
+    """Momentum of SGD. Paper 0.9; released 0.0005, because its weight decay was passed as the momentum."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
     """L2 on weights, not on biases."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Autocast of the forward pass; null is bf16 where the device computes it itself (CUDA from sm_80, CPUs with
-    AVX512-BF16, AMX or ARM's bf16), else fp32. ``fp16`` scales the loss: a step at which it overflows is skipped and
-    the scale halved, which is no fault until the scale is down to 1."""
+    """Autocast of the forward pass. Null: bf16 where the hardware computes it (CUDA from sm_80, CPUs with AVX512-BF16,
+    AMX or ARM's bf16), otherwise fp32. ``fp16`` scales the loss: a step whose gradient overflows is skipped and the
+    scale is halved. This counts as not finite only when the scale is down to 1."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do at a step whose gradient is not finite: ``stop`` the run, or ``skip`` the step (its gradient counts as
-    zero). Its images are written to ``nonfinite.json`` in the run's folder."""
+    zero). ``nonfinite.json`` in the run's folder names the step's images."""
     compile: bool | None = None
-    """torch.compile of the network and the losses (SEAM: the network): the same results to rounding. Null: on CUDA."""
+    """torch.compile of the network and the losses (SEAM: only the network). Same results to rounding. Null: on CUDA."""
     cuda_graph: bool | None = None
-    """The whole step captured in a CUDA graph after the first three: the same results. Null: on CUDA in one process,
-    but for SEAM, whose losses look at how many classes the images have."""
+    """Capture the whole step in a CUDA graph after the first three steps. Same results. Null: on CUDA in one process,
+    except for SEAM, whose losses depend on how many classes the images have."""
     checkpoint_activations: bool = False
-    """Keep only the inputs of the backbone's blocks and compute the rest again in the backward pass: the same results,
-    for ResNet38d with half of the memory and 19 % more computing (``cpn_fast/models/backbone.py``)."""
+    """Keep only the inputs of the backbone's blocks, and compute the other activations again in the backward pass. Same
+    results; for ResNet38d half of the memory and 19 % more computing (``cpn_fast/models/backbone.py``)."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Shuffling, augmentation, hiding, dropout and new layers all follow from it."""
+    """Random seed of shuffling, augmentation, hiding, dropout and new layers."""
     deterministic: bool = False
-    """The same bytes from the same seed on the same GPU too, as on a CPU without it; slower. An operation of torch that
-    has no such algorithm (the cross-entropy of ``segment``) is named in a warning."""
+    """Give the same bytes from the same seed on the same GPU. Slower. A CPU does so without it. A warning names each
+    operation of torch that has no deterministic algorithm (the cross-entropy of ``segment``)."""
     data_threads: Workers = 2
     """DALI's CPU threads."""
     log_every: Count = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Count = 500
-    """Steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints. The last step always writes one."""
     validate_every: Count | None = None
-    """Steps between scores of ``data.eval_list``, or of 200 of its images, evenly spread; one comes after the last
-    step. It is the mIoU of their seeds where all of them have ground truth, else the mean average precision of their
-    tags, at one scale without flip. best.safetensors keeps the weights with the highest. Null: none. In section
-    ``train`` alone."""
+    """Steps between scores of ``data.eval_list``, or of 200 of its images, evenly spread; the last step has a score
+    too. The score is the mIoU of the seeds if all images have ground truth, otherwise the mean average precision of
+    their tags, at one scale without flip. best.safetensors keeps the weights with the highest score. Null: no scores.
+    Only in section ``train``."""
     use_weights: Literal["last", "best"] = "last"
-    """What later stages, ``predict`` and the report take: the weights after the ``last`` step (model.safetensors) or
-    the ``best`` (best.safetensors, which ``validate_every`` writes)."""
+    """Weights for later stages, ``predict`` and the report: after the ``last`` step (model.safetensors) or the ``best``
+    (best.safetensors, which ``validate_every`` writes)."""
     keep_checkpoints: Count = 2
-    """The newest that are kept, for a restart and, when there are more, for curves of mIoU against steps
+    """Number of newest checkpoints to keep. A restart needs them; more allow curves of mIoU against steps
     (``cam --checkpoint``)."""
 
     @model_validator(mode="before")
@@ -337,7 +341,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         if self.use_weights == "best" and self.validate_every is None:
-            raise ValueError("use_weights is best, which validate_every finds: give it the steps between scores")
+            raise ValueError("use_weights is best, which needs scores: set validate_every to the steps between them")
         return self
 
 
@@ -345,18 +349,18 @@ class Cam(Section):
     """Multi-scale inference of CAM seeds."""
 
     map: Literal["refined", "raw"] = "refined"
-    """Which map becomes the seed; a model with neither pcm nor prcm has only ``raw``."""
+    """Map that becomes the seed. A model with neither pcm nor prcm has only ``raw``."""
     scales: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=64)] = (0.5, 1.0, 1.5, 2.0)
     """Image scales whose CAMs are summed."""
     flip: bool = True
-    """Adds the mirrored image at each scale."""
+    """Add the mirrored image at each scale."""
     batch: Group = 4
-    """Images of one size that share a batch (each twice when flipped)."""
+    """Images of one size in a batch (each twice when flipped)."""
     pixels: Annotated[int, Field(ge=4096, le=2**31)] = 2**23
-    """Most pixels in a forward pass, which bounds memory: 1080p at scale 2 has 8.3 million and just fits. Fewer images
-    share a batch where they would hold more, and a scale at which one image alone does is lowered for it."""
+    """Most pixels in a forward pass, which bounds memory: 1080p at scale 2 has 8.3 million and just fits. A batch that
+    would have more gets fewer images. If one image alone has more at a scale, the scale is lowered for it."""
     mask_threshold: Share = 0.3
-    """Background score of the palette PNGs and overlays written beside the seeds."""
+    """Background score of the palette PNGs and overlays that are written with the seeds."""
 
 
 class Evaluate(Section):
@@ -365,35 +369,36 @@ class Evaluate(Section):
     thresholds: Annotated[int, Field(ge=2, le=1000)] = 100
     """Background scores tried: 0, 1/n, ... (n - 1)/n."""
     threshold: Share | None = None
-    """A background score fixed beforehand; null reports only the best one on this ground truth (the oracle)."""
+    """A background score fixed beforehand. Null reports only the best one on this ground truth (the oracle)."""
 
 
 CrfName = Literal["seam-labels", "seam-walk", "cpn", "segmentation", "irn-labels"]
 
 
 class Crf(Section):
-    """Dense CRFs of the seeds, which ``refine`` labels AffinityNet's training images by.
+    """Dense CRFs of the seeds. ``refine`` makes AffinityNet's training labels with them.
 
-    A background score of (1 - max cam) ** alpha draws the line where the CAM is t, with (1 - t) ** alpha = t: alpha 24
-    at 0.09, 6 at 0.22, 4 at 0.28, 1 at 0.5, 0.3 at 0.70. The released alphas were made for SEAM's and psa's seeds:
-    choose others where the best threshold of ``evaluate`` is far from theirs.
+    A background score of (1 - max cam) ** alpha cuts the CAM at the threshold t with (1 - t) ** alpha = t: alpha 24 at
+    0.09, 6 at 0.22, 4 at 0.28, 1 at 0.5, 0.3 at 0.70. The released alphas were made for SEAM's and psa's seeds. Choose
+    others if the best threshold of ``evaluate`` is far from theirs.
     """
 
     parameters: CrfName = "seam-labels"
-    """A released set of parameters; ``PARAMETERS`` of ``cpn_fast/refinement/crf.py`` lists them."""
+    """A released set of parameters. ``PARAMETERS`` of ``cpn_fast/refinement/crf.py`` lists them."""
     low_alpha: Exponent = 4.0
-    """A class that wins against the large background score of this alpha is certain. SEAM and psa 4."""
+    """A class is certain if it wins against the background score of this alpha, the larger one. SEAM and psa 4."""
     high_alpha: Exponent = 24.0
-    """Background that wins with the small score of this alpha is certain. SEAM 24; psa 32, in its README 16."""
+    """Background is certain if it wins with the score of this alpha, the smaller one. SEAM 24; psa 32, in its README
+    16."""
     workers: Workers | None = None
-    """Processes; null is one for each core. Fewer work at a time where half of the free memory has no room for more: a
-    CRF of 24 megapixels and 3 labels counts 9 GB, one of VOC's 500 x 375 pixels 0.07 GB."""
+    """Processes. Null: one for each core. Fewer run at a time if more would not fit into half of the free memory: a CRF
+    of 24 megapixels and 3 labels counts 9 GB, one of VOC's 500 x 375 pixels 0.07 GB."""
 
     @model_validator(mode="after")
     def _alphas_are_in_order(self) -> Self:
         if self.low_alpha > self.high_alpha:
             raise ValueError(
-                f"low_alpha is {self.low_alpha:g}, more than high_alpha, {self.high_alpha:g}: swap them. The low one "
+                f"low_alpha is {self.low_alpha:g}, more than high_alpha, {self.high_alpha:g}: swap them. low_alpha "
                 "gives background the larger score, (1 - max cam) ** alpha, and a class that still wins is certain"
             )
         return self
@@ -412,100 +417,101 @@ class AffinityTrain(Train):
     batch: Images = 8
     """Images per forward pass. SEAM and psa 8."""
     epochs: Count | None = 8
-    """Passes over the list; ``steps`` replaces them. SEAM and psa 8."""
+    """Passes over the list. ``steps`` replaces them. SEAM and psa 8."""
 
 
 class Affinity(Section):
-    """AffinityNet, trained by ``refine`` on the backbone and the weights of ``model``, at stride 8."""
+    """AffinityNet. ``refine`` trains it from the backbone and the weights of ``model``, at stride 8."""
 
     radius: Annotated[int, Field(ge=2, le=32)] = 5
-    """Pairs are nearer than this, in cells of 8 pixels. psa and SEAM 5."""
+    """Pairs of cells are closer than this, in cells of 8 pixels. psa and SEAM 5."""
     augment: AffinityAugment = AffinityAugment()
     """Released: crop 448, flip and colour."""
     train: AffinityTrain = AffinityTrain()
-    """Released: 8 epochs, momentum 0.0005; lr 0.01 (SEAM), 0.1 (psa). With any of these keys, give epochs or steps."""
+    """Released: 8 epochs, momentum 0.0005; lr 0.01 (SEAM), 0.1 (psa). If you set any of these keys, give epochs or
+    steps."""
 
 
 class Walk(Section):
-    """Random walk of the seeds along AffinityNet's affinities, by ``refine``."""
+    """Random walk of the seeds along AffinityNet's affinities, in ``refine``."""
 
     alpha: Exponent = 6.0
     """Background scores are (1 - max cam) ** alpha, as in ``crf``. SEAM 6; psa 16."""
     beta: Exponent = 8.0
-    """Power of an affinity. SEAM and psa 8."""
+    """Exponent of an affinity. SEAM and psa 8."""
     logt: Annotated[int, Field(ge=0, le=12)] = 6
     """The walk has 2 ** logt steps. SEAM 6; psa 8."""
     crf: CrfName | None = None
-    """CRF of the walked scores (released: ``seam-walk``, switched off); null is none."""
+    """CRF of the scores after the walk (released: ``seam-walk``, switched off). Null: none."""
 
 
 class SegmentAugment(Augment):
-    """As ``augment``, with the released trainer's values where it has such a thing."""
+    """Keys of ``augment``, with the released trainer's values where it has them."""
 
     scale: tuple[Factor, Factor] | None = (0.5, 1.5)
-    """Released 0.5 to 1.5; null takes ``long_side``."""
+    """Released 0.5 to 1.5. Null uses ``long_side``."""
     brightness: Share = 0.04
-    """Released: a shift of V by up to 10 of 255, whose size this has."""
+    """About the size of the released shift of V by up to 10 of 255."""
     contrast: Share = 0.0
     """Released: none."""
     saturation: Share = 0.04
-    """Released: a shift of S by up to 10 of 255, whose size this has."""
+    """About the size of the released shift of S by up to 10 of 255."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.056
     """Released 10 of 180."""
 
 
 class SegmentTrain(Train):
-    """As ``train``, with the released trainer's values."""
+    """Keys of ``train``, with the released trainer's values."""
 
     batch: Images = 10
     """Released 10, on two GPUs."""
     steps: Count | None = 20_000
-    """Released 20,000; ``epochs`` replace them."""
+    """Released 20,000. ``epochs`` replace them."""
     lr: Rate = 0.001
-    """Released 0.001, new layers x10 as in ``train``."""
+    """Released 0.001. New layers take 10 times it, as in ``train``."""
     momentum: Share = 0.9
     """Released 0.9."""
 
 
 class Segment(Section):
-    """The DeepLab segmenter, on the backbone and the weights of ``model``."""
+    """The DeepLab segmenter. It starts from the backbone and the weights of ``model``."""
 
     augment: SegmentAugment = SegmentAugment()
     """Geometry and colour of its training images."""
     train: SegmentTrain = SegmentTrain()
     """Its optimiser and schedule."""
     bn_momentum: Annotated[float, Field(gt=0, le=1)] = 0.0003
-    """Share by which a step moves the statistics of the head's batch normalisation. Released 0.0003; a run of less than
-    ten thousand steps needs more, or they stay near where they started."""
+    """Share by which a step moves the statistics of the head's batch normalisation. Released 0.0003. A run of less than
+    ten thousand steps needs a larger share, or the statistics stay near their start."""
     eval_list: Path = Path("ImageSets/Segmentation/val.txt")
-    """Images that ``segment`` makes masks for; ``--list`` names another one."""
+    """Images for which ``segment`` makes masks. ``--list`` names another list."""
     scales: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=64)] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     """Image scales whose logits are averaged."""
     flip: bool = True
-    """Adds the mirrored image at each scale."""
+    """Add the mirrored image at each scale."""
     crf: CrfName | None = "segmentation"
-    """CRF of the averaged probabilities; null is none."""
+    """CRF of the averaged probabilities. Null: none."""
 
 
 _PARTS = ("deeplab",)
-"""Folders beside those of lists."""
+"""Folders of a run that are beside the folders of lists."""
 
 
 class Config(Section):
     """A whole experiment."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    """Names the run's folder."""
+    """Name of the run's folder."""
     out: Path = Path("runs")
-    """Parent of run folders; relative to the working directory."""
+    """Parent of run folders, relative to the working directory."""
     classes: Annotated[tuple[str, ...], Field(min_length=1)] = VOC_CLASSES
     """Foreground class names in the order of labels and mask values (value 0 is background)."""
     method: Literal["cpn", "cam", "seam"] = "cpn"
-    """``cpn``: the triplet of image, patches and complement. ``cam``: the plain classifier. ``seam``: SEAM, and SEAM*
-    where ``model.prcm`` is on."""
+    """``cpn``: the triplet of image, patches and complement. ``cam``: the plain classifier. ``seam``: SEAM, or SEAM*
+    with ``model.prcm``."""
     hook: Annotated[str, AfterValidator(_names_a_function)] | None = None
     """A function that gets every line of metrics.jsonl, for W&B, MLflow or others: ``package.module:function``, or
-    ``FILE.py:function``. docs/logging.md has both in a few lines."""
+    ``FILE.py:function``. docs/logging.md has examples."""
     data: Data
     superpixels: Superpixels = Superpixels()
     augment: Augment = Augment()
@@ -536,7 +542,8 @@ class Config(Section):
             raise ValueError(f"model.weights timm is for model.backbone {TIMM}NAME, found {self.model.backbone}")
         for name, part in (("affinity", self.affinity), ("segment", self.segment)):
             if part.train.validate_every is not None:
-                raise ValueError(f"{name}.train.validate_every: scores while training are for section train alone")
+                key = f"{name}.train.validate_every"
+                raise ValueError(f"{key}: scores while training are for section train only; set it to null")
         refines = self.model.pcm or self.model.prcm
         if self.cam.map == "refined" and not refines:
             raise ValueError("cam.map is refined but model.pcm and model.prcm are off: set cam.map to raw")
@@ -554,25 +561,27 @@ class Config(Section):
         return self.out / self.name
 
     def list_name(self, path: Path) -> str:
-        """What the results of a list are called in the run's folder: its stem, as long as that is its alone.
+        """Return the name of a list's results in the run's folder: the list's stem, or the stem and a digest.
 
-        That is the first that is there: one that the config names, one beside ``data.train_list``, one in
-        ``data.root``. All others, and lists called like a part of the run, have a digest of their path behind it.
+        Of several lists with one stem, only one has the name without a digest. It is the first that exists of: a list
+        that the config names, a list beside ``data.train_list``, a list in ``data.root``. A list that is called like a
+        part of the run has a digest too. The digest is of the list's path.
         """
 
-        def place(of: Path) -> str:  # data that was moved keeps it
-            return os.path.relpath(self.data.root / of, self.data.root)
+        def relative(file: Path) -> str:  # stays the same when the data is moved
+            return os.path.relpath(self.data.root / file, self.data.root)
 
-        own = [place(of) for of in (self.data.train_list, self.data.eval_list, self.segment.eval_list)]
-        first = [of for of in own if Path(of).stem.casefold() == path.stem.casefold()]
-        for folder in (Path(own[0]).parent, Path()):
-            first += [str(folder / f"{path.stem}{ending}") for ending in (Path(own[0]).suffix, ".txt")]
-        there = [of for of in first if (self.data.root / of).exists()]  # segment.eval_list has a default
-        alone = place(path) in (there[:1] or first)
+        named = [relative(file) for file in (self.data.train_list, self.data.eval_list, self.segment.eval_list)]
+        candidates = [file for file in named if Path(file).stem.casefold() == path.stem.casefold()]
+        for folder in (Path(named[0]).parent, Path()):
+            candidates += [str(folder / f"{path.stem}{ending}") for ending in (Path(named[0]).suffix, ".txt")]
+        existing = [file for file in candidates if (self.data.root / file).exists()]  # segment.eval_list has a default
+        has_stem_alone = relative(path) in (existing[:1] or candidates)
         stem = path.stem
-        if alone and stem.casefold() not in _PARTS and not stem.startswith(".") and len(os.fsencode(stem)) < 200:
+        is_a_part = stem.casefold() in _PARTS
+        if has_stem_alone and not is_a_part and not stem.startswith(".") and len(os.fsencode(stem)) < 200:
             return stem
-        digest = hashlib.sha256(os.fsencode(place(path))).hexdigest()[:8]
+        digest = hashlib.sha256(os.fsencode(relative(path))).hexdigest()[:8]
         return f"{stem.lstrip('.')[:50] or 'list'}-{digest}"
 
     @property

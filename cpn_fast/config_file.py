@@ -19,8 +19,8 @@ from cpn_fast.runtime.errors import UserError
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``key.sub=value`` overrides (values are YAML).
 
-    The key ``base`` names a file, relative to this one, whose keys hold where this one says nothing.
-    Raises UserError with every problem found: unreadable file, unknown keys (with the nearest known one), values.
+    The key ``base`` names a file, relative to this one, that gives the keys which this file does not have. Raises
+    UserError with every problem: an unreadable file, unknown keys (with the nearest known key), wrong values.
     """
     tree = _read(path)
     for override in overrides or []:
@@ -28,16 +28,18 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     return parse(tree, str(path))
 
 
-def _read(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, parents: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the keys of a file and its bases. ``parents`` are the files whose base led here."""
     try:
         tree = yaml.safe_load(reading.read_text(path, reading.CONFIG))
     except (FileNotFoundError, IsADirectoryError):
-        there = [str(file) for folder in (path.parent, path, Path("configs")) for file in sorted(folder.glob("*.yaml"))]
-        stems = {Path(name).stem: name for name in reversed(there)}
+        folders = (path.parent, path, Path("configs"))
+        configs = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
+        stems = {Path(name).stem: name for name in reversed(configs)}
         near = difflib.get_close_matches(path.stem, stems, n=1)
         hint = f"Did you mean {stems[near[0]]}? " if near else ""
-        listed = ", ".join(dict.fromkeys(there)) or "none in that folder"
-        raise UserError(f"{path}: no such config. {hint}There are: {listed}") from None
+        names = ", ".join(dict.fromkeys(configs)) or "none in that folder"
+        raise UserError(f"{path}: no such config. {hint}There are: {names}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -45,21 +47,21 @@ def _read(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if "base" not in tree:
         return tree
     base = path.parent / str(tree.pop("base"))
-    if os.path.realpath(base) in above:
+    if os.path.realpath(base) in parents:
         raise UserError(f"{path}: base {base} leads back to itself")
-    return _merged(_read(base, (*above, os.path.realpath(base))), tree)
+    return _merged(_read(base, (*parents, os.path.realpath(base))), tree)
 
 
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
-    for key, value in own.items():
+    for key, value in changes.items():
         inner = merged.get(key)
         merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
 
 
 def parse(tree: dict[str, Any], source: str) -> Config:
-    """Validate a tree of plain values; ``source`` names it in errors."""
+    """Return the config of a tree of plain values. Raises UserError, which names ``source``, with every problem."""
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -68,7 +70,7 @@ def parse(tree: dict[str, Any], source: str) -> Config:
 
 
 def read(text: str, source: str) -> Config:
-    """A config from YAML as ``dump`` writes it. Raises UserError, which names ``source``, for anything else."""
+    """Return the config of YAML as ``dump`` writes it. Raises UserError, which names ``source``, for other text."""
     try:
         tree = yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -77,7 +79,7 @@ def read(text: str, source: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML that ``load`` reads back equal."""
+    """Return the resolved config as YAML. ``load`` reads an equal config from it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -90,7 +92,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         section = tree.get(name, {})
         if not isinstance(section, dict):
             raise UserError(f"--set {text!r}: {name} is a value, not a section")
-        tree[name] = tree = dict(section)  # a copy: an alias in the YAML may stand for the same section elsewhere
+        tree[name] = tree = dict(section)  # a copy, because a YAML alias may use the same section elsewhere
     try:
         tree[last] = yaml.safe_load(value)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -106,11 +108,11 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("missing", "value_error"):
         return f"{key}: {message}" if key else message
-    found = reprlib.repr(problem["input"])  # what aliases repeat may be endless
-    quote = ""
+    value = reprlib.repr(problem["input"])  # shortened, because YAML aliases may make it endless
+    hint = ""
     if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float, type(None))):
-        quote = '; quote it ("no", "7"): YAML takes no, yes, on, off, null and digits for something else'
-    return f"{key}: {message}, found {found}{quote}"
+        hint = '; quote it ("no", "7"): YAML does not read no, yes, on, off, null and digits as text'
+    return f"{key}: {message}, found {value}{hint}"
 
 
 def _known(where: list[str]) -> list[str]:

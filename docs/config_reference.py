@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the docstrings in cpn_fast/config.py: ``python docs/config_reference.py``."""
+"""Write docs/config.md from the docstrings in cpn_fast/config.py: ``python docs/config_reference.py``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cpn_fast.config import Config
 PAGE = Path(__file__).with_name("config.md")
 HEAD = """# Configuration keys
 
-Generated from `cpn_fast/config.py` by `python docs/config_reference.py`. Every key of a YAML in `configs/`, its type,
-its default and what it does. `--set section.key=value` overrides one on the command line; `base: FILE` takes over
-the keys of another file.
+This page lists every key of a config (a YAML as in `configs/`), with its type, its default and its meaning.
+`--set section.key=value` overrides a key on the command line. `base: FILE` takes over the keys of another file.
+`python docs/config_reference.py` generates the page from `cpn_fast/config.py`.
 """
 
 
@@ -27,7 +27,7 @@ def page() -> str:
 
 
 def _section(prefix: str, section: type[pydantic.BaseModel]) -> list[str]:
-    """Heading and table of a section's own keys, then its sections."""
+    """Return the heading and the table of a section's keys, then its inner sections."""
     lines = [f"\n## {prefix.rstrip('.') or 'Top level'}\n", _flat(section.__doc__), ""]
     lines += ["| Key | Type | Default | |", "|---|---|---|---|"]
     inner: list[str] = []
@@ -68,14 +68,14 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
 def _bounds(metadata: list[Any]) -> str:
     signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
     flat = [part for item in metadata for part in getattr(item, "metadata", [item])]
-    found = [
+    bounds = [
         f"{signs[type(part)]} {getattr(part, type(part).__name__.lower()):g}" for part in flat if type(part) in signs
     ]
-    return f" {', '.join(found)}" if found else ""
+    return f" {', '.join(bounds)}" if bounds else ""
 
 
 def _likeness(section: type[pydantic.BaseModel]) -> str:
-    """The top-level section whose keys this one has, with other defaults."""
+    """Return the name of the top-level section whose keys this section has, with other defaults."""
     sections = {field.annotation: name for name, field in Config.model_fields.items()}
     return next(sections[base] for base in section.__mro__ if base in sections)
 

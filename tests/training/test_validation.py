@@ -175,8 +175,11 @@ def test_only_a_part_of_a_long_list_is_looked_at(tiny_config, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"use_weights": "best"}}, "use_weights is best, which validate_every finds"),
-        ({"segment": {"train": {"validate_every": 5}}}, "segment.train.validate_every: .* for section train alone"),
+        ({"train": {"use_weights": "best"}}, "use_weights is best, which needs scores: set validate_every"),
+        (
+            {"segment": {"train": {"validate_every": 5}}},
+            "segment.train.validate_every: .* for section train only; set it to null",
+        ),
     ],
 )
 def test_what_finds_no_best_weights_is_refused(changes, message, tiny_config) -> None:

@@ -1,23 +1,26 @@
 """Fused operations of weakly supervised segmentation, usable on their own.
 
-Every operation takes ``backend``: ``"eager"`` (the plain formula), ``"tiled"`` (any device, never a full affinity or a
-full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits: Triton on CUDA, unless a tensor is
-float64, an embedding has more than 256 channels, the GPU is older than Ampere or not NVIDIA's, or products are float32
-while ``torch.backends.cuda.matmul.fp32_precision`` is not ``"tf32"``; else tiled, but for the region ops, of which
-eager is as fast. ``torch.export`` gets eager by default, so that the program needs nothing of this package.
-All are differentiable in every CAM, embedding, feature, key and query, work under autocast,
-``torch.compile(fullgraph=True)`` and on ``meta``, and raise ValueError or TypeError for shapes, dtypes and devices that
-do not fit. Values are not looked at, which would wait for the device: labels other than 0 and 1 give no defined result.
+Every operation takes ``backend``: ``"eager"`` (the plain formula), ``"tiled"`` (any device, without a full affinity or
+a full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits. None is Triton on CUDA, unless a
+tensor is float64, an embedding has more than 256 channels, the GPU is older than Ampere or not NVIDIA's, or products
+are float32 while ``torch.backends.cuda.matmul.fp32_precision`` is not ``"tf32"``. Otherwise None is tiled, but eager
+for the region ops, where eager is as fast. ``torch.export`` gets eager by default, so that the exported program does
+not need this package.
 
-``slic`` is of whole numbers instead, has no gradient, and eager and Triton give the same bits.
+All operations are differentiable in every CAM, embedding, feature, key and query. They work under autocast,
+``torch.compile(fullgraph=True)`` and on ``meta``. They raise ValueError or TypeError for wrong shapes, dtypes and
+devices. They do not check values, because that would wait for the device: labels other than 0 and 1 give an undefined
+result.
 
-Whatever the backend, eager's formula is what runs inside a transform of ``torch.func``, inside
-``torch.autograd.forward_ad.dual_level`` and for an empty batch (means over nothing are NaN, as torch's are). Second
-derivatives are eager's alone; other backends raise RuntimeError.
+``slic`` is different: it computes with integers, has no gradient, and gives the same bits in eager and Triton.
+
+With every backend, eager's formula runs inside a transform of ``torch.func``, inside
+``torch.autograd.forward_ad.dual_level`` and for an empty batch (means over nothing are NaN, as in torch). Only eager
+has second derivatives; other backends raise RuntimeError.
 
 Products run in the dtype of the embedding, features or queries (autocast's dtype under autocast; tiled: always float32
-or float64), sums, norms and softmaxes in float32. Held in tests for random maps of 99 pixels, 5 classes and 24
-channels: RMS of the error over RMS of the float64 result, the worst of output and gradients, is below
+or float64). Sums, norms and softmaxes run in float32. The tests bound the error for random maps of 99 pixels, 5 classes
+and 24 channels: RMS of the error over RMS of the float64 result, the worst of output and gradients, is below
 
     eager and tiled   2e-6 for float32, 6e-2 for bfloat16, 2e-2 for float16 inputs
     triton            4e-3 for float32, whose products are TF32, 3e-2 for bfloat16, 4e-3 for float16
@@ -63,7 +66,7 @@ if importlib.util.find_spec("triton"):
 
 
 class ComplementaryLosses(NamedTuple):
-    """Scalars: eq. 14 on raw and on refined CAMs, and eq. 15."""
+    """Three scalars: eq. 14 on raw CAMs, eq. 14 on refined CAMs, and eq. 15."""
 
     tcp: Tensor
     tcp_refined: Tensor
@@ -73,14 +76,14 @@ class ComplementaryLosses(NamedTuple):
 class Choice(NamedTuple):
     backend: Backend
     reason: str | None
-    """Why it is not Triton."""
+    """Why the backend is not Triton; None if it is."""
 
 
 def backends(device: torch.device, dtype: torch.dtype, *, channels: int = 192) -> dict[str, Choice]:
-    """What ``backend=None`` takes on a device: operation -> choice. It compiles and launches nothing.
+    """Return the choice of ``backend=None`` on a device: operation -> choice. It compiles and launches nothing.
 
-    For float32 CAMs and for embeddings, features, keys and queries of ``dtype`` (under autocast, autocast's dtype) with
-    ``channels``.
+    The choices hold for float32 CAMs, and for embeddings, features, keys and queries of ``dtype`` (under autocast,
+    autocast's dtype) with ``channels``.
     """
     cam = torch.empty(1, 2, 1, device=device)
     features, keys = (torch.empty(1, *shape, dtype=dtype, device=device) for shape in ((channels, 1), (2, channels)))
@@ -122,7 +125,7 @@ def region_pooling(cam: Tensor, features: Tensor, *, backend: Backend | None = N
 def region_correlation(
     cam: Tensor, keys: Tensor, queries: Tensor, *, scale: float, backend: Backend | None = None
 ) -> Tensor:
-    """Weigh a CAM by how well each pixel fits each region (PRCM, eq. 11).
+    """Weight a CAM by how well each pixel fits each region (PRCM, eq. 11).
 
     ``cam`` (N, C, H, W) times the softmax over pixels of scale * ``keys`` (N, C, E) @ ``queries`` (N, E, H, W):
     (N, C, H, W) in the CAM's dtype.
@@ -157,22 +160,23 @@ def complementary_losses(
 ) -> ComplementaryLosses:
     """Triplet consistency (TCP, eq. 14) and cross regularisation (CPCR, eqs. 15 and 16) of a complementary pair.
 
-    Shapes: ``cam`` (3, N, 1 + C, h, w), the CAM logits of image, visible patches and their complement, channel 0 being
-    background (replaced by eq. 16); ``refined`` likewise or None (then only TCP on the raw maps, the others are 0);
-    ``visible`` (N,), lambda of branch 1, branch 2 having 1 - lambda; ``labels`` (N, C), 0 or 1; ``size`` (H, W), to
-    which maps are upsampled bilinearly with aligned corners before anything else.
+    Shapes: ``cam`` (3, N, 1 + C, h, w), the CAM logits of image, visible patches and their complement, where eq. 16
+    replaces channel 0, the background; ``refined`` of the same shape, or None (then TCP on raw maps is the only loss
+    and the others are 0); ``visible`` (N,), lambda of branch 1 (branch 2 has 1 - lambda); ``labels`` (N, C), 0 or 1;
+    ``size`` (H, W), to which all maps are first upsampled bilinearly with aligned corners.
 
-    normalise: each map divided by its ``max``, or stretched from its minimum too; then times label and lambda.
-    background: 1 - max(foreground) taken before or after the map is scaled by its lambda.
+    normalise: divide each map by its ``max``, or also subtract its minimum; then multiply by label and lambda.
+    background: take 1 - max(foreground) before or after the map is scaled by its lambda.
     refined_background: the refined map's ``own`` channel 0, or eq. 16 again.
-    cpcr_target: the ``difference`` of image and branch, or only each pixel's largest channel of it.
-    detach_refined_pair: stop the gradient of branches 1 and 2 in TCP on refined maps (on raw maps it always is).
-    hard_share: share of the largest CPCR errors that count, competing within each ``image`` or the whole ``batch``.
+    cpcr_target: the ``difference`` of image and branch, or only each pixel's largest channel of the difference.
+    detach_refined_pair: stop the gradient of branches 1 and 2 in TCP on refined maps (on raw maps it always stops).
+    hard_share: share of the largest CPCR errors that count.
+    hard_over: whether errors compete within each ``image`` or in the whole ``batch``.
 
     Everything is computed in float32 (float64 for float64 inputs).
     """
     if cam.ndim != 5 or cam.shape[0] != 3 or cam.shape[2] < 2 or 0 in cam.shape[2:]:
-        raise ValueError(f"cam: expected (3, N, 1 + C, h, w), none but N of them 0, found {tuple(cam.shape)}")
+        raise ValueError(f"cam: expected (3, N, 1 + C, h, w), only N may be 0, found {tuple(cam.shape)}")
     _check_floating("cam", cam)
     if refined is not None:
         if refined.shape != cam.shape:
@@ -210,13 +214,13 @@ def complementary_losses(
 def background_suppression(
     refined: Tensor, labels: Tensor, *, size: tuple[int, int], share: float = 0.25, backend: Backend | None = None
 ) -> Tensor:
-    """Mean of the lowest ``share`` of each image's strongest present foreground score; not in the paper.
+    """Return the mean of the lowest ``share`` of each image's pixel scores, a scalar; not in the paper.
 
-    ``refined`` (N, 1 + C, h, w), upsampled to ``size`` (H, W) without normalisation; ``labels`` (N, C), 0 or 1. The
-    score of a pixel is its largest foreground channel, absent classes being 0; negative scores count as 0. A scalar.
+    ``refined`` (N, 1 + C, h, w) is upsampled to ``size`` (H, W) without normalisation; ``labels`` (N, C), 0 or 1. The
+    score of a pixel is its largest foreground channel, where absent classes and negative scores count as 0.
     """
     if refined.ndim != 4 or refined.shape[1] < 2 or 0 in refined.shape[1:]:
-        raise ValueError(f"refined: expected (N, 1 + C, h, w), none but N of them 0, found {tuple(refined.shape)}")
+        raise ValueError(f"refined: expected (N, 1 + C, h, w), only N may be 0, found {tuple(refined.shape)}")
     _check_floating("refined", refined)
     _check_labels(labels, "refined", refined)
     _check_size(size)
@@ -228,12 +232,12 @@ def background_suppression(
 
 
 def pooled_logits(cam: Tensor, *, size: tuple[int, int]) -> Tensor:
-    """Mean over pixels of ``cam`` (N, C, h, w) upsampled bilinearly (aligned corners) to ``size``: (N, C).
+    """Return the mean over pixels of ``cam`` (N, C, h, w) upsampled bilinearly (aligned corners) to ``size``: (N, C).
 
-    Upsampling is linear and separable, so the mean is a weighted one of the small map and no large map is formed.
+    Upsampling is linear and separable, so a weighted mean of the small map is enough. No large map is formed.
     """
     if cam.ndim != 4 or 0 in cam.shape[1:]:
-        raise ValueError(f"cam: expected (N, C, h, w), none but N of them 0, found {tuple(cam.shape)}")
+        raise ValueError(f"cam: expected (N, C, h, w), only N may be 0, found {tuple(cam.shape)}")
     _check_floating("cam", cam)
     _check_size(size)
     wide = eager.statistics_dtype(cam)
@@ -254,17 +258,17 @@ def slic(
     mask: Tensor | None = None,
     backend: Literal["eager", "triton"] | None = None,
 ) -> Tensor:
-    """SLIC superpixels (Achanta et al. 2012; docs/superpixels.md says what differs): int32 (B, H, W).
+    """Compute SLIC superpixels: int32 (B, H, W). See Achanta et al. 2012, and docs/superpixels.md for the differences.
 
-    ``images`` (B, 3, H, W) are sRGB from 0 to 255, uint8 or floating, which are rounded and cut off. Labels run from 0
-    without gaps, in the order of their regions' first pixels; there are at most ``count``, and each is one 4-connected
-    region. Where ``mask`` (B, H, W), bool, is False, labels are -1 and colours do not matter; of a mask in more pieces
-    than there is room for, the last pieces share the last label. ``compactness`` is the weight of distance against
-    colour, ``iterations`` are rounds of k-means.
+    ``images`` (B, 3, H, W) are sRGB from 0 to 255, uint8 or floating; floating values are rounded and clamped. Labels
+    run from 0 without gaps, in the order of their regions' first pixels. There are at most ``count`` labels, and each
+    is one 4-connected region. Where ``mask`` (B, H, W), bool, is False, labels are -1 and colours do not matter. If
+    the mask has more than ``count`` pieces, the last pieces share the last label. ``compactness`` is the weight of
+    distance against colour, ``iterations`` is the number of k-means rounds.
 
-    The same bits on every device, with every backend and on every call. Not differentiable. Sides are below 2^20 and
-    their product below 2^31. Triton does not wait for the host and may be captured in a CUDA graph; eager loops until
-    regions are joined, which on CUDA waits.
+    The result has the same bits on every device, with every backend and on every call. It is not differentiable. Sides
+    must be below 2^20 and their product below 2^31. Triton does not wait for the host and can be captured in a CUDA
+    graph. Eager loops until regions are joined, which on CUDA waits for the device.
     """
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images: expected (B, 3, H, W), H and W at least 1, found {tuple(images.shape)}")
@@ -295,7 +299,7 @@ def slic(
 
 
 def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> Any:
-    """The module of a backend; for None, by what the tensors allow, the last of which is the products' operand."""
+    """Return the module of a backend, for None the best for the tensors. The last tensor is the products' operand."""
     if backend is not None and backend not in modules:
         raise ValueError(f"backend: expected one of {', '.join(modules)} or None, found {backend!r}")
     if backend == "triton":
@@ -307,7 +311,7 @@ def _choose(modules: dict[str, Any], backend: str | None, *tensors: Tensor) -> A
 
 def _fitting(modules: dict[str, Any], *tensors: Tensor) -> Choice:
     plain: Backend = "tiled"
-    if modules is _REGION or modules is _SLIC:  # eager regions are linear in the pixels, and as fast
+    if modules is _REGION or modules is _SLIC:  # eager region ops are linear in the pixels and as fast
         plain = "eager"
     if not tensors[-1].is_cuda:
         return Choice(plain, f"triton needs CUDA, found {tensors[-1].device}")
@@ -324,11 +328,11 @@ def _fitting(modules: dict[str, Any], *tensors: Tensor) -> Choice:
 
 @torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # the older switches set it too
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # torch's older switches set it too
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """In autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
+    """Cast to autocast's dtype if autocast is on. float64 stays, as under autocast."""
     if eager.autocast_is_on(tensor) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
@@ -337,7 +341,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 def _check_maps(name: str, first: Tensor, other_name: str, other: Tensor) -> None:
     for label, tensor in ((name, first), (other_name, other)):
         if tensor.ndim != 4 or 0 in tensor.shape[1:]:
-            raise ValueError(f"{label}: expected four dimensions, none but the first 0, found {tuple(tensor.shape)}")
+            raise ValueError(f"{label}: expected four dimensions, only the first may be 0, found {tuple(tensor.shape)}")
         _check_floating(label, tensor)
     if first.shape[0] != other.shape[0] or first.shape[2:] != other.shape[2:]:
         raise ValueError(
@@ -357,7 +361,7 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
 
 
 def _check_labels(labels: Tensor, maps_name: str, maps: Tensor) -> None:
-    """``maps`` (..., N, 1 + C, h, w). Values are not looked at: that would wait for the device."""
+    """Check shape and device; ``maps`` (..., N, 1 + C, h, w). A check of values would wait for the device."""
     *_, batch, channels, _, _ = maps.shape
     if labels.shape != (batch, channels - 1):
         raise ValueError(f"labels: expected (N, C) = {(batch, channels - 1)}, found {tuple(labels.shape)}")

@@ -1,8 +1,8 @@
-"""The plain formula of every op: what the tiled and Triton versions are tested against.
+"""The plain formula of every op. The tests compare the tiled and Triton versions with it.
 
-Inputs may be float64, float32, bfloat16 or float16; norms, sums and softmaxes are taken in float32 (float64 for
-float64) and products in the inputs' own dtype. Ties are defined here for all backends: an extremum shares its gradient
-equally among equal values, and so does the last place among the hardest errors.
+Inputs may be float64, float32, bfloat16 or float16. Norms, sums and softmaxes run in float32 (float64 for float64),
+products in the inputs' dtype. This module defines ties for all backends: equal extrema share the gradient equally. The
+hardest errors are a fixed number; errors that are equal at its limit share the places that are left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _AS_IT_IS = nullcontext()
 
 
 class Variant(NamedTuple):
-    """How ``complementary_losses`` is computed; its parameters of the same names say what each value means."""
+    """Variant of ``complementary_losses``. Its parameters of the same names explain the values."""
 
     size: tuple[int, int]
     normalise: str = "min-max"
@@ -33,19 +33,19 @@ class Variant(NamedTuple):
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """Return float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: backward passes need it too, for they may run inside the caller's autocast."""
+    """Return a context without autocast. Backward passes need it too: they may run inside the caller's autocast."""
     if autocast_is_on(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return _AS_IT_IS
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's kind of device; there is none for ``meta``."""
+    """Return whether autocast is on for the tensor's device type. ``meta`` has no autocast."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
@@ -95,22 +95,24 @@ def complementary_losses(
     if refined is None:
         return tcp, torch.zeros_like(tcp), torch.zeros_like(tcp)
 
-    own = [
+    refined_maps = [
         w * normalise(upsample(maps, variant.size), variant.normalise) * present
         for w, maps in zip(weights, refined, strict=True)
     ]
-    pair = own[2] + own[1]
-    tcp_refined = ((pair.detach() if variant.detach_refined_pair else pair) - own[0])[:, 1:].abs().mean()
+    pair = refined_maps[2] + refined_maps[1]
+    tcp_refined = ((pair.detach() if variant.detach_refined_pair else pair) - refined_maps[0])[:, 1:].abs().mean()
 
     targets = [_with_background(maps, w, variant.background).detach() for w, maps in zip(weights, raw, strict=True)]
     if variant.refined_background == "recomputed":
-        own = [_with_background(maps, w, variant.background) for w, maps in zip(weights, own, strict=True)]
+        refined_maps = [
+            _with_background(maps, w, variant.background) for w, maps in zip(weights, refined_maps, strict=True)
+        ]
     cpcr = tcp.new_zeros(())
     for seen, hidden in ((1, 2), (2, 1)):
         target = targets[0] - targets[seen]
         if variant.cpcr_target == "one-hot":
             target = torch.where(target == target.amax(dim=1, keepdim=True), target, 0)
-        errors = (target - own[hidden]).abs()
+        errors = (target - refined_maps[hidden]).abs()
         rows = errors.flatten(1) if variant.hard_over == "image" else errors.reshape(1, -1)
         cpcr = cpcr + mean_of_largest(rows, variant.hard_share).mean()
     return tcp, tcp_refined, cpcr
@@ -123,7 +125,7 @@ def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int
 
 
 def counted(elements: int, share: float) -> int:
-    """How many of ``elements`` a share of them is: rounded down, but at least one."""
+    """Return the number of elements in a share: rounded down, but at least one."""
     return max(1, int(share * elements))
 
 
@@ -137,14 +139,14 @@ def normalise(maps: Tensor, how: str) -> Tensor:
 
 
 def _with_background(maps: Tensor, weight: Tensor, when: str) -> Tensor:
-    """Eq. 16 in channel 0. Before lambda it is weight * (1 - max of the unscaled map) = weight - max of the scaled."""
+    """Put eq. 16 into channel 0. Before lambda: weight * (1 - max of the unscaled map) = weight - max of the scaled."""
     foreground = maps[:, 1:]
     full = 1.0 if when == "after-lambda" else weight
     return torch.cat([full - foreground.amax(dim=1, keepdim=True), foreground], dim=1)
 
 
 def mean_of_largest(rows: Tensor, share: float) -> Tensor:
-    """Mean of the largest ``share`` of each row."""
+    """Return the mean of the largest ``share`` of each row. Equal values share the last places."""
     count = counted(rows.shape[1], share)
     if count == rows.shape[1]:
         return rows.mean(dim=1)

@@ -1,7 +1,7 @@
-"""What the Triton kernels share: blocks that are known to compile well, products, and which GPUs can run them.
+"""Shared code of the Triton kernels: tables of blocks that compile well, products, and the check of the GPU.
 
-``bench/kernel_report.py`` compiles every entry of a kernel's table, at every size of block, for each architecture, and
-fails on one that spills. The tests do the same at the paper's size for one architecture of each family.
+``bench/kernel_report.py`` compiles every entry of a kernel's table, at every block size, for each architecture, and
+fails if one spills. The tests do the same at the paper's size for one architecture of each family.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run on the CPU, in NumPy: for tests."""
+"""Whether kernels run on the CPU, in NumPy, for tests."""
 
 _HERE = nullcontext()
 DOT_SIDE = 16  # the smallest side of a tensor-core product
 
 
 class Blocks(NamedTuple):
-    """How a pixel kernel is compiled: one fixed choice, so that runs repeat bit for bit and nothing is ever tuned."""
+    """Block sizes of a pixel kernel: one fixed choice without autotuning, so that runs repeat bit for bit."""
 
     targets: int  # pixels of a program's block
-    sources: int  # pixels of one turn of its loop
+    sources: int  # pixels of one iteration of its loop
     resident: bool  # whether the targets' embeddings stay in registers
     warps: int
     stages: int
-    unrolled: bool = True  # backward: whether the columns of one group of classes are unrolled; more shared memory
+    unrolled: bool = True  # backward: unroll the columns of one group of classes; takes more shared memory
 
     def options(self) -> dict[str, Any]:
-        """For the launch."""
+        """Return the arguments of the launch."""
         return {
             "BM": self.targets, "BN": self.sources, "RESIDENT": self.resident,
             "num_warps": self.warps, "num_stages": self.stages,
@@ -42,34 +42,33 @@ class Blocks(NamedTuple):
 
 
 Table = dict[tuple[str, str, int, int], Blocks]
-"""Blocks for a precision ("half", "tf32"), a family of GPUs, the most channels of an embedding that they take, and the
-most columns of classes."""
+"""Blocks for (precision "half" or "tf32", family of GPUs, most channels of an embedding, most columns of classes)."""
 
 
 def fitting(table: Table, numbers: str, gpu: str, channels: int, columns: int) -> Blocks:
-    """A precision's and a family's, for as many channels and columns or the fewest more."""
+    """Return the smallest entry of a precision and a family that has enough channels and columns."""
     sizes = [(width, most) for *kind, width, most in table if kind == [numbers, gpu]]
     width, most = min(size for size in sizes if size[0] >= channels and size[1] >= columns)
     return table[numbers, gpu, width, most]
 
 
 def family(major: int) -> str:
-    """Which of a table's families a compute capability belongs to.
+    """Return the family of a compute capability in the tables.
 
-    "ampere": sm_80 to 89 and 120 on (consumer Blackwell), with products of a warp and as little as 99 KiB of shared
-    memory; "hopper": sm_90, with products of a warp group; "blackwell": sm_100 to 110, with sums in tensor memory.
+    "ampere": sm_80 to 89 and from 120 (consumer Blackwell), with products of a warp and 99 KiB of shared memory or
+    more; "hopper": sm_90, with products of a warp group; "blackwell": sm_100 to 110, with sums in tensor memory.
     """
     return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(major, "ampere")
 
 
 @functools.cache
 def family_of(device: int) -> str:
-    """The family of a GPU by its index; the interpreter, which has none, is a "hopper"."""
+    """Return the family of a GPU by its index. The interpreter, which has no GPU, counts as "hopper"."""
     return "hopper" if INTERPRETED else family(torch.cuda.get_device_capability(device)[0])
 
 
 def next_power(value: int, least: int = DOT_SIDE) -> int:
-    """The power of two from ``least`` on that holds ``value``; a symbolic value becomes a constant of the graph."""
+    """Return the lowest power of two that is at least ``value`` and ``least``. A symbolic value becomes a constant."""
     return max(least, 1 << (int(value) - 1).bit_length())
 
 
@@ -82,21 +81,21 @@ def product(left, right, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyp
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of a dtype run: ``half`` or ``tf32``."""
+    """Return the precision of products of a dtype: ``half`` or ``tf32``."""
     if INTERPRETED and dtype == torch.bfloat16:
-        return "ieee"  # its products would take bfloat16's bits for integers
+        return "ieee"  # the interpreter's products would read bfloat16's bits as integers
     return "tf32" if dtype == torch.float32 else "half"
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launch on the tensor's own device, whichever one is current."""
+    """Return a context that launches on the tensor's device even if another device is current."""
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _HERE
 
 
 def obstacle(*tensors: Tensor) -> str | None:
-    """Why the kernels cannot run on these tensors, or None."""
+    """Return why the kernels cannot run on these tensors, or None."""
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes float32, bfloat16 and float16, found {tensor.dtype}"
@@ -112,7 +111,7 @@ def _gpu_obstacle(device: int) -> str | None:
 
 @functools.cache
 def gpu_obstacle(device: int) -> str | None:
-    """Why the kernels cannot run on a GPU, or None; without any GPU (fake tensors) there is nothing in the way."""
+    """Return why the kernels cannot run on a GPU, or None. Without any GPU (fake tensors) it is None."""
     if torch.version.hip:
         return "needs an NVIDIA GPU, found ROCm"
     if not torch.cuda.is_available():
@@ -125,6 +124,6 @@ def gpu_obstacle(device: int) -> str | None:
 
 
 def check(reason: str | None) -> None:
-    """Raise ValueError where there is an obstacle."""
+    """Raise ValueError if there is an obstacle."""
     if reason is not None:
         raise ValueError(f"backend 'triton' {reason}: use 'tiled'")

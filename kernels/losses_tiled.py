@@ -1,12 +1,12 @@
-"""The losses image by image on present classes only, gradients formed in the forward pass.
+"""The losses image by image on present classes only. The forward pass already forms the gradients.
 
-An absent class is zero in every normalised map, so it adds nothing to any sum and gets no gradient; the losses are
-scalars, so their gradients are known up to the factor that backward multiplies in. What is held at full resolution is
-one image's maps of its present classes, never (1 + C) maps. Only where errors of a whole batch compete
-(``hard_over="batch"``, and enough classes are present for a choice) are the errors of all images held at once.
+An absent class is zero in every normalised map, so it adds nothing to a sum and gets no gradient. The losses are
+scalars, so the forward pass knows their gradients up to the factor that backward multiplies in. Memory holds one
+image's maps of its present classes at full resolution, never (1 + C) maps. It holds the errors of all images only if
+errors of a whole batch compete (``hard_over="batch"``, and enough classes are present for a choice).
 
-A NaN in a map comes out as it does of the plain formula, which multiplies absent classes by 0 and so keeps theirs: a
-loss is finite exactly where eager's is, and a gradient that has a NaN in eager has one here.
+A NaN in a map has the same effect as in the plain formula, which multiplies absent classes by 0 and so keeps their NaN:
+a loss is finite exactly where eager's is, and a gradient that has a NaN in eager has one here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SCHEMA = (
     "(Tensor cam, Tensor? refined, Tensor visible, Tensor labels, SymInt[] size, str normalise, str background, "
     "str refined_background, str cpcr_target, bool detach_refined_pair, float hard_share, str hard_over, "
     "bool needs_cam, bool needs_refined) -> (Tensor, Tensor, Tensor)"
-)  # the fields of Variant between the tensors and which of them need a gradient
-DIRECTIONS = ((1, 2), (2, 1))  # CPCR: the branch taken from the image's map, and the one whose refined map it guides
+)  # the tensors, the fields of Variant, and two flags for gradients
+DIRECTIONS = ((1, 2), (2, 1))  # CPCR: the branch to subtract from the image's map, and the branch to guide
 
 
 def complementary_losses(
@@ -43,7 +43,7 @@ def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int
 
 
 def needed(*tensors: Tensor | None) -> list[bool]:
-    """Which of them need a gradient."""
+    """Return which tensors need a gradient."""
     wanted = torch.is_grad_enabled()
     return [wanted and tensor is not None and tensor.requires_grad for tensor in tensors]
 
@@ -54,12 +54,12 @@ class _Resize(NamedTuple):
     rows: Tensor
     columns: Tensor
     finite: bool
-    """Whether all maps are: a product would spread one pixel's infinity, times 0, over its row and column."""
+    """Whether all maps are finite. A product would spread a pixel's infinity times 0 over its row and column."""
 
     def up(self, maps: Tensor) -> Tensor:
         """(B, K, h, w) -> (B, K, H * W)"""
         if not self.finite:
-            one_by_one = maps.flatten(0, 1)[:, None]  # interpolate takes no maps without channels
+            one_by_one = maps.flatten(0, 1)[:, None]  # interpolate refuses maps without channels
             large = eager.upsample(one_by_one, (len(self.rows), len(self.columns)))
             return large.flatten(1).unflatten(0, maps.shape[:2])
         return (self.rows @ maps @ self.columns.mT).flatten(2)
@@ -70,21 +70,21 @@ class _Resize(NamedTuple):
 
 
 class _Maps(NamedTuple):
-    """One image's normalised maps of B branches and K channels at full resolution, and what their gradient needs."""
+    """One image's normalised maps of B branches and K channels at full resolution, and the inputs of their gradient."""
 
     values: Tensor  # (B, K, P), scaled by the branch's weight
     upsampled: Tensor  # (B, K, P)
-    high: Tensor  # (B, K, 1), of the positive part
-    low: Tensor  # (B, K, 1); zeros where normalisation takes no minimum
-    slope: Tensor  # (B, K, 1), from upsampled to values
-    span: Tensor  # (B, K, 1), what the maps were divided by
+    high: Tensor  # (B, K, 1), maximum of the positive part
+    low: Tensor  # (B, K, 1), its minimum; zeros if normalisation takes no minimum
+    slope: Tensor  # (B, K, 1), factor from upsampled to values
+    span: Tensor  # (B, K, 1), divisor of the maps
 
     def branches(self, start: int, stop: int) -> _Maps:
         return _Maps(*(tensor[start:stop] for tensor in self))
 
 
 class _Cut(NamedTuple):
-    """The smallest error that counts, and the weight of errors equal to it."""
+    """The smallest error that counts, and the weight of errors that are equal to it."""
 
     last: Tensor
     place: Tensor
@@ -93,7 +93,10 @@ class _Cut(NamedTuple):
 def _forward(
     cam: Tensor, refined: Tensor | None, visible: Tensor, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses (3,); TCP's gradient of cam[0]; refined TCP's of refined (3) and CPCR's of refined[1:] (2), in one."""
+    """Return the losses (3,), TCP's gradient of cam[0], and one tensor of five gradients.
+
+    The five are refined TCP's gradients of refined (3) and CPCR's of refined[1:] (2).
+    """
     *fields, needs_cam, needs_refined = options
     variant = Variant(*fields)
     size, normalise, hard_over = variant.size, variant.normalise, variant.hard_over
@@ -119,10 +122,10 @@ def _forward(
         assert refined is not None
         return maps(refined, n, torch.cat([present[n].new_zeros(1), present[n]]) if own_background else present[n])
 
-    def residuals(n: int, raw: _Maps, own: _Maps) -> list[Tensor]:
+    def residuals(n: int, raw: _Maps, refined_n: _Maps) -> list[Tensor]:
         """CPCR's target minus refined map, (1 + K, P) for each direction, background first."""
         targets = _with_background(raw.values, full[:, n])
-        guided = own.values if own_background else _with_background(own.values, full[:, n])
+        guided = refined_n.values if own_background else _with_background(refined_n.values, full[:, n])
         some_absent = len(present[n]) < channels - 1
         return [_target(targets[0] - targets[s], variant.cpcr_target, some_absent) - guided[h] for s, h in DIRECTIONS]
 
@@ -155,11 +158,11 @@ def _forward(
         if refined is None:
             continue
 
-        own = refined_maps(n)
+        refined_n = refined_maps(n)
         first = 1 if own_background else 0
-        inconsistent = own.values[2, first:] + own.values[1, first:] - own.values[0, first:]
+        inconsistent = refined_n.values[2, first:] + refined_n.values[1, first:] - refined_n.values[0, first:]
         losses[1] += inconsistent.abs().sum() * share_of_tcp
-        both = residuals(n, raw, own)
+        both = residuals(n, raw, refined_n)
         if hard_over == "image":
             chosen = (len(classes) + 1) * pixels > count
             cuts = [_cut(residual.flatten(), count) if chosen else None for residual in both]
@@ -172,18 +175,18 @@ def _forward(
             continue
 
         picked = torch.cat([classes.new_zeros(1), classes]) if own_background else classes
-        grad = torch.zeros_like(own.values)
+        grad = torch.zeros_like(refined_n.values)
         grad[0, first:] = inconsistent.sign_().mul_(-share_of_tcp)
         if not variant.detach_refined_pair:
             grad[1:, first:] = -inconsistent
-        d_tcp[:, n, picked] = resize.down(_through_normalise(grad, own, normalise))
-        grad = torch.zeros_like(own.values[1:])
+        d_tcp[:, n, picked] = resize.down(_through_normalise(grad, refined_n, normalise))
+        grad = torch.zeros_like(refined_n.values[1:])
         for (_, hidden), counts in zip(DIRECTIONS, signed_weights, strict=True):
             if own_background:
                 grad[hidden - 1] = -counts
             else:
-                grad[hidden - 1] = _through_strongest(counts[:1], own.values[hidden]) - counts[1:]
-        d_cpcr[:, n, picked] = resize.down(_through_normalise(grad, own.branches(1, 3), normalise))
+                grad[hidden - 1] = _through_strongest(counts[:1], refined_n.values[hidden]) - counts[1:]
+        d_cpcr[:, n, picked] = resize.down(_through_normalise(grad, refined_n.branches(1, 3), normalise))
     return losses, d_cam, d_refined
 
 
@@ -198,7 +201,7 @@ def _resize(size: Sequence[int], *maps: Tensor) -> _Resize:
 
 
 def _flaws(maps: Tensor, resize: _Resize) -> Tensor:
-    """What maps (B, K, h, w) give that take no part: 0 times each positive part, NaN or 0 (B, K, 1, 1)."""
+    """Return what unused maps (B, K, h, w) add: 0 times each positive part, NaN or 0, (B, K, 1, 1)."""
     return resize.up(maps.detach()).clamp_min_(0).mul_(0).sum(dim=2)[:, :, None, None]
 
 
@@ -208,19 +211,19 @@ def _normalise(source: Tensor, weight: Tensor, resize: _Resize, how: str) -> _Ma
     low = upsampled.amin(dim=2, keepdim=True).clamp_min_(0) if how == "min-max" else torch.zeros_like(high)
     span = high - low + NORMALISE_EPS
     values = (upsampled - low).sub_(NORMALISE_EPS) if how == "min-max" else upsampled.clone()
-    values.clamp_min_(0).div_(span).mul_(weight)  # rounded as in eager, so that the same values tie
+    values.clamp_min_(0).div_(span).mul_(weight)  # rounds as in eager, so that the same values tie
     return _Maps(values, upsampled, high, low, weight / span, span)
 
 
 def _through_normalise(grad: Tensor, maps: _Maps, how: str) -> Tensor:
-    """Gradient of the upsampled maps from that of their values."""
+    """Return the gradient of the upsampled maps from the gradient of their values."""
     d_span = -torch.linalg.vecdot(grad, maps.values)[:, :, None] / maps.span
     grad = torch.ops.aten.threshold_backward(grad, maps.values, 0).mul_(maps.slope)
     ends = [(maps.high, d_span)]
     if how == "min-max":
         ends.append((maps.low, -grad.sum(dim=2, keepdim=True) - d_span))
     for end, d_end in ends:
-        if not end.any():  # a non-positive end is cut off by the relu
+        if not end.any():  # the relu cuts off a non-positive end
             continue
         reached = maps.upsampled == end
         share = torch.where(end > 0, d_end / reached.sum(dim=2, keepdim=True).clamp_min_(1), 0)
@@ -242,7 +245,7 @@ def _with_background(values: Tensor, full: Tensor) -> Tensor:
 
 
 def _through_strongest(grad: Tensor, values: Tensor) -> Tensor:
-    """(1, P) -> (K, P): the gradient of each pixel's maximum goes to its strongest classes in equal shares."""
+    """(1, P) -> (K, P): share the gradient of each pixel's maximum equally among its strongest classes."""
     if len(values) == 1:
         return grad
     strongest = (values == _strongest(values)).to(grad.dtype)
@@ -250,7 +253,7 @@ def _through_strongest(grad: Tensor, values: Tensor) -> Tensor:
 
 
 def _target(difference: Tensor, kind: str, some_absent: bool) -> Tensor:
-    """CPCR's target from the difference (1 + K, P); absent classes take part in the maximum with their zeros."""
+    """Return CPCR's target from the difference (1 + K, P). Absent classes enter the maximum as zeros."""
     if kind == "difference":
         return difference
     largest = difference.amax(dim=0)
@@ -266,7 +269,7 @@ def _cut(residual: Tensor, count: int) -> _Cut:
 
 
 def _counting(residual: Tensor, cut: _Cut | None) -> Tensor:
-    """Gradient of the sum of the errors that count."""
+    """Return the gradient of the sum of the errors that count."""
     sign = residual.sign()
     if cut is None:
         return sign
@@ -275,20 +278,20 @@ def _counting(residual: Tensor, cut: _Cut | None) -> Tensor:
 
 
 def empty_gradients(cam: Tensor, refined: Tensor | None, needs_cam: bool, needs_refined: bool) -> tuple[Tensor, Tensor]:
-    """Of cam[0], (N, 1 + C, h, w) or of no image; of refined, 5 of these or none."""
+    """Return empty gradients of cam[0], (N, 1 + C, h, w) or of no image, and of refined, five of these or none."""
     one = cam.shape[1:] if needs_cam else (0, *cam.shape[2:])
     five = (5 if needs_refined else 0, *cam.shape[1:])
     return cam.new_empty(one), cam.new_empty(five)
 
 
-def fake(cam: Tensor, refined: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return cam.new_empty(3), *empty_gradients(cam, refined, *rest[-2:])
+def fake(cam: Tensor, refined: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return cam.new_empty(3), *empty_gradients(cam, refined, *options[-2:])
 
 
 def backward(
     grad: Tensor, cam: Tensor, refined: Tensor | None, d_cam: Tensor, d_refined: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of cam and of refined, of no branch where there is none."""
+    """Return the gradients of cam and of refined. A gradient that is not needed has no branch."""
     tcp, tcp_refined, cpcr = grad.unbind()
     of_cam, of_refined = fake_backward(grad, cam, refined, d_cam, d_refined)
     if len(of_cam):
@@ -326,7 +329,7 @@ _losses = operation(
 def _forward_suppression(
     refined: Tensor, labels: Tensor, size: list[int], share: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss () and its gradient."""
+    """Return the loss () and its gradient."""
     batch = len(refined)
     count = counted(size[0] * size[1], share)
     resize = _resize(size, refined)

@@ -1,16 +1,16 @@
-"""The losses in Triton: full-resolution maps exist in registers only.
+"""The losses in Triton: full-resolution maps exist only in registers.
 
-Everything is worked out from the small maps by the program that needs it, for present classes alone:
+Each program computes what it needs from the small maps, for present classes only:
 
-1. extrema of every upsampled map (strips of rows, then joined), which normalisation needs;
-2. where an image (or batch) has enough classes for the hardest errors to be a choice, the smallest error that counts,
-   by a radix select over the bits of the errors, 11 + 10 + 10 of them, recomputing the errors in each round;
-3. losses and gradients: a program owns a block of the small map, goes through the pixels that touch it in tiles,
+1. the extrema of every upsampled map, for normalisation: strips of rows first, then joined;
+2. the smallest error that counts, if not all errors of an image (or batch) count: a radix select over the bits of the
+   errors, 11 + 10 + 10 of them, which recomputes the errors in each round;
+3. losses and gradients: a program owns a block of the small map and goes in tiles through the pixels that touch it. It
    upsamples, forms the gradient there and folds it back with two small products (the adjoint of upsampling);
-4. the gradient that flows through the extrema goes to the pixels that attain them.
+4. the gradient through the extrema, which goes to the pixels that attain them.
 
 Nothing waits for the host, no float is added atomically, and the same input gives the same bits. Positions are integer
-arithmetic and no multiply and add are fused, so that every kernel sees the very same upsampled values.
+arithmetic and no multiply and add are fused, so that every kernel sees exactly the same upsampled values.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -48,15 +48,15 @@ SIDE = 16  # small-map rows and columns that a program owns
 TILE = 16  # pixels of a tile's side
 STRIPS = 8
 MAPS = 6  # raw maps of the three branches, then refined ones
-FIELDS = 8  # of a map's statistics: high, low, counts of both, slope, shift, span; 48 for an image's slot of MAPS
-BITS = ((20, 11), (10, 10), (0, 10))  # of a float's 31: lowest bit and width of each round's digit
+FIELDS = 8  # of a map's statistics: high, low, counts of both, slope, shift, span, unused; 48 for a slot of MAPS
+BITS = ((20, 11), (10, 10), (0, 10))  # lowest bit and width of each round's digit, of a float's 31 bits
 BINS = 2048
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1} | ({} if INTERPRETED else {"enable_fp_fusion": False})
 
 
 @triton.jit
 def _larger(a, b):
-    """The hardware's maximum drops NaN unless told to keep it, and a NaN in a CAM has to reach losses and gradients."""
+    """Maximum that keeps NaN, which the hardware drops by default: a NaN in a CAM must reach losses and gradients."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -81,7 +81,7 @@ def _first(low, small, large):
 
 @triton.jit
 def _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask):
-    """One upsampled tile, summed as torch does, so that infinity turns into NaN at the same pixels."""
+    """One upsampled tile, summed in torch's order, so that infinity becomes NaN at the same pixels."""
     p_top = source + (o_y * w)[:, None]
     p_bottom = source + (tl.minimum(o_y + 1, h - 1) * w)[:, None]
     o_left = o_x[None, :]
@@ -118,8 +118,8 @@ def _inside(block_y, block_x, h, w, SIDE: tl.constexpr):
 
 @triton.jit
 def _span(start, stop, first_small, small, large, SIDE: tl.constexpr, TILE: tl.constexpr):
-    """One side of a tile: lower neighbours and weights of its pixels, which of them exist, which of those this program
-    owns, and the weights (SIDE, TILE) with which they fold back onto its block."""
+    """One side of a tile: lower neighbours and weights of its pixels, masks of the pixels that exist and of those that
+    this program owns, and the weights (SIDE, TILE) that fold the tile back onto the block."""
     o = start + tl.arange(0, TILE)
     o_low, b_f = _position(o, small, large)
     m = o < stop
@@ -138,7 +138,7 @@ def _value(maps, statistics, i_map: tl.constexpr, i_n, channel, o_y, b_fy, o_x, 
 
 @triton.jit
 def _values(cam, refined, statistics, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
-    """What CPCR reads of a class: raw tiles of the three branches, refined ones of branches 1 and 2."""
+    """CPCR's tiles of a class: raw tiles of the three branches, refined tiles of branches 1 and 2."""
     b_r0 = _value(cam, statistics, 0, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
     b_r1 = _value(cam, statistics, 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
     b_r2 = _value(cam, statistics, 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
@@ -152,7 +152,7 @@ def _extrema_kernel(
     parts, cam, refined, table, present, N, C, h, w, H, W,
     OWN: tl.constexpr, HAS_REFINED: tl.constexpr, STRIPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Largest and smallest value of an upsampled map in a strip of rows, and how many pixels have it."""
+    """Largest and smallest value of an upsampled map in a strip of rows, and the numbers of pixels that have them."""
     i_strip = tl.program_id(0)
     slot = tl.program_id(1) // 6
     i_map = tl.program_id(1) % 6
@@ -205,7 +205,7 @@ def _join_kernel(
     statistics, parts, visible, present, C, eps,
     OWN: tl.constexpr, MIN_MAX: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """A map's statistics from its strips: what normalising it and its gradient need."""
+    """A map's statistics from its strips, for normalisation and its gradient."""
     slot = tl.program_id(0) // 6
     i_map = tl.program_id(0) % 6
     i_n = tl.program_id(1).to(tl.int64)
@@ -242,8 +242,8 @@ def _join_kernel(
 def _scan(
     cam, refined, statistics, table, count, i_n, o_y, b_fy, o_x, b_fx, N, C, h, w, mask, share, BEFORE: tl.constexpr
 ):
-    """Over an image's present classes in a tile: eq. 16's differences for both directions, the largest difference of
-    any channel, the strongest refined class of branches 1 and 2, and how many classes are that strong."""
+    """Scan an image's present classes in a tile. Gives eq. 16's differences for both directions, the largest difference
+    of any channel, the strongest refined class of branches 1 and 2, and the number of equally strong classes."""
     b_zero = tl.zeros(mask.shape, dtype=tl.float32)
     b_raw0 = b_zero
     b_raw1 = b_zero
@@ -252,7 +252,7 @@ def _scan(
     b_own2 = b_zero
     b_ties1 = b_zero
     b_ties2 = b_zero
-    floor = tl.where(count < C, 0.0, -float("inf"))  # an absent class differs by zero
+    floor = tl.where(count < C, 0.0, -float("inf"))  # the difference of an absent class is zero
     b_top1 = b_zero + floor
     b_top2 = b_zero + floor
     for slot in range(count):
@@ -293,10 +293,10 @@ def _count_errors(bins, state, b_residual, mask, SHIFT: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def _count_bits(bins, state, b_bits, mask, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """Count where the digits of earlier rounds agree.
+    """Count digits where the digits of earlier rounds agree.
 
-    Neighbours are alike, zeros above all, and additions to one bin wait for each other: a tile's lowest and highest
-    digits are counted first and added at once.
+    Neighbouring errors are often equal, most often zero, and additions to one bin wait for each other. So the lowest
+    and the highest digit of a tile are counted first and added at once.
     """
     b_mask = mask & ((b_bits >> (SHIFT + WIDTH)) == tl.load(state))
     b_digit = (b_bits >> SHIFT) & ((1 << WIDTH) - 1)
@@ -315,7 +315,7 @@ def _histogram_kernel(
     OWN: tl.constexpr, BEFORE: tl.constexpr, ONE_HOT: tl.constexpr, BATCH: tl.constexpr,
     SHIFT: tl.constexpr, WIDTH: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One round of the radix select over an image's errors, or the batch's."""
+    """One round of the radix select over the errors of an image or of the batch."""
     i_n = tl.program_id(2).to(tl.int64)
     i_row = i_n * (0 if BATCH else 1)
     if tl.load(state + i_row * 8 + 2) != 0:
@@ -351,11 +351,11 @@ def _histogram_kernel(
 
 @triton.jit
 def _pick_kernel(cut, state, bins, WIDTH: tl.constexpr, LAST: tl.constexpr, SMALLEST: tl.constexpr, BINS: tl.constexpr):
-    """Fix this round's digit: the bin in which the last error that counts lies.
+    """Fix this round's digit: the bin of the last error that counts.
 
-    ``state`` is the digits so far, how many errors at or below them count, and whether there is a choice at all; after
-    the last round ``cut`` is the smallest error that counts and the weight of those equal to it. SMALLEST says that
-    bits were counted from the top, so that the last one that counts is the largest.
+    ``state`` holds the digits so far, the number of errors at or below them that count, and whether there is a choice.
+    After the last round ``cut`` holds the smallest error that counts and the weight of errors that are equal to it.
+    SMALLEST means that bits were counted from the top, so that the last error that counts is the largest.
     """
     i_row = tl.program_id(0)
     p_state = state + i_row * 4
@@ -408,8 +408,8 @@ def _weights(o_small, o_low, b_fraction, m):
 
 @triton.jit
 def _accumulate(acc, s1, s2, b_grad, b_value, b_wy, b_wx, m_owned):
-    """Fold a gradient of normalised values back, and sum it as the gradient of the extrema needs it."""
-    b_live = tl.where(b_value <= 0, 0.0, b_grad)  # not of b_value > 0, for a NaN has to come through
+    """Fold a gradient of normalised values back, and add to the two sums for the gradient of the extrema."""
+    b_live = tl.where(b_value <= 0, 0.0, b_grad)  # `b_value > 0` would drop a NaN
     s1 += tl.sum(tl.where(m_owned, b_live, 0.0))
     s2 += tl.sum(tl.where(m_owned, b_live * b_value, 0.0))
     return _fold(acc, b_live, b_wy, b_wx), s1, s2
@@ -417,14 +417,14 @@ def _accumulate(acc, s1, s2, b_grad, b_value, b_wy, b_wx, m_owned):
 
 @triton.jit
 def _meets_zero(o, small, large):
-    """Whether a small row is taken times 0: as the upper neighbour of a pixel on the row before it, or the last row."""
+    """Whether a small row has weight 0 for a pixel that lies exactly on the row before, or because it is the last."""
     return ((o > 0) & (((o - 1) * (large - 1)) % tl.maximum(small - 1, 1) == 0)) | (o == small - 1)
 
 
 @triton.jit
 def _flaw(maps, o_map, block_y, block_x, h, w, H, W, SIDE: tl.constexpr):
-    """The gradient of a block of a map that takes no part: zeros, but NaN where the plain formula, which multiplies
-    absent classes by 0, has it: NaN and infinity, and -infinity where upsampling multiplies it by 0."""
+    """Gradient of a block of an unused map: zeros, but NaN where the plain formula, which multiplies absent classes by
+    0, has NaN. That is at NaN and infinity, and at -infinity where upsampling multiplies it by 0."""
     o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
     b_zero_y = _meets_zero(block_y + tl.arange(0, SIDE), h, H)
     b_zero_x = _meets_zero(block_x + tl.arange(0, SIDE), w, W)
@@ -435,13 +435,13 @@ def _flaw(maps, o_map, block_y, block_x, h, w, H, W, SIDE: tl.constexpr):
 
 @triton.jit
 def _parts():
-    """How many programs give a part of a loss: blocks, slots and images."""
+    """Number of programs that give a part of a loss: blocks x slots x images."""
     return tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * tl.num_programs(2)
 
 
 @triton.jit
 def _store_moments(moments, part, parts, s1, s2, GRADIENT: tl.constexpr):
-    """A program's two sums for one of the six gradients."""
+    """Store a program's two sums for one of the six gradients."""
     p_moments = moments + (GRADIENT * parts + part) * 2
     tl.store(p_moments, s1)
     tl.store(p_moments + 1, s2)
@@ -452,9 +452,9 @@ def _tcp_kernel(
     partial, moments, gradient, maps, statistics, table, present, N, C, h, w, H, W, factor,
     MAP: tl.constexpr, PAIR: tl.constexpr, GRADIENTS: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """TCP of one class over the pixels of a block of the small map, and the gradients folded back onto the block, but
-    for what flows through the extrema. MAP is 0 for raw maps and 3 for refined ones, of which branches 1 and 2 have a
-    gradient as well, which is zero unless PAIR."""
+    """TCP of one class over the pixels of a block of the small map, and the gradients folded back onto the block,
+    without the gradient through the extrema. MAP is 0 for raw maps and 3 for refined ones. Branches 1 and 2 of refined
+    maps have a gradient too, which is zero unless PAIR."""
     block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
@@ -517,8 +517,8 @@ def _cpcr_kernel(
     OWN: tl.constexpr, BEFORE: tl.constexpr, ONE_HOT: tl.constexpr, BATCH: tl.constexpr, GRADIENTS: tl.constexpr,
     SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """CPCR of one class, or of the background in the slot behind the present classes; otherwise as ``_tcp_kernel``.
-    ``gradient`` is of branches 1 and 2."""
+    """CPCR of one class, or of the background in the slot after the present classes; otherwise as ``_tcp_kernel``.
+    ``gradient`` belongs to branches 1 and 2."""
     block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
@@ -598,8 +598,8 @@ def _finish_kernel(
     FIRST: tl.constexpr, OWN: tl.constexpr, MIN_MAX: tl.constexpr,
     SIDE: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Finish the gradients from FIRST on of the six: slope, what flows through the extrema, and factor. They are
-    TCP's of cam[0] in ``d_cam``, of the three refined maps and then CPCR's of refined[1:] in ``d_refined``."""
+    """Finish the six gradients, from number FIRST on: apply the slope, the extrema's gradient, and the factor.
+    ``d_cam`` has TCP's gradient of cam[0]; ``d_refined`` has TCP's of all refined maps, then CPCR's of refined[1:]."""
     block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = (tl.program_id(2) % N).to(tl.int64)
@@ -649,7 +649,7 @@ def _finish_kernel(
 
 @triton.jit
 def _strongest(refined, table, count, i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask):
-    """Each pixel's strongest present class, at least 0, and how many classes are that strong."""
+    """Score of each pixel's strongest present class, at least 0, and the number of equally strong classes."""
     b_strongest = tl.zeros(mask.shape, dtype=tl.float32)
     b_ties = tl.zeros(mask.shape, dtype=tl.float32)
     for slot in range(count):
@@ -682,7 +682,7 @@ def _suppression_kernel(
     partial, gradient, refined, cut, table, present, factor, C, h, w, H, W,
     GRADIENTS: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Background suppression over the pixels of a block of the small map (summed by the first class), and its gradient
+    """Background suppression over the pixels of a block of the small map (the first class sums it), and its gradient
     for one class."""
     block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
@@ -709,7 +709,7 @@ def _suppression_kernel(
                     b_grad = tl.where((b_u == b_s) & (b_s > 0) & mask, b_weight / _larger(b_ties, 1.0), 0.0)
                     acc = _fold(acc, tl.where(b_s != b_s, b_s, b_grad), b_wy, b_wx)
         loss = tl.where(slot == 0, loss * factor, 0.0)
-    elif slot > count:  # an absent class: labels of 0 times its map, as in eager
+    elif slot > count:  # an absent class: its label 0 times its map, as in eager
         acc = tl.load(refined + o_map + o_block, mask=m_block, other=0.0)
         acc = tl.where(tl.abs(acc) < float("inf"), 0.0, float("nan"))
         loss = tl.sum(acc)
@@ -723,9 +723,9 @@ def _classes_kernel(
     table, present, state, cut, labels, N, C, pixels, last,
     DIRECTIONS: tl.constexpr, BATCH: tl.constexpr, CHOICE: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """An image's channels in ``table``: present classes, background, absent classes; how many are present; and where
-    the radix select of its errors, or of the batch's, begins. ``last`` is how many errors count, of ``pixels`` each of
-    present classes and background; without CHOICE all of them."""
+    """Write an image's channels to ``table`` (present classes, background, absent classes), the number of present
+    classes, and the initial state of the radix select over the errors of the image or batch. ``last`` errors count, of
+    ``pixels`` for each present class and the background; without CHOICE all of them count."""
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, CB)
     b_present = (tl.load(labels + i_n * C + o_c, mask=o_c < C, other=0.0) != 0).to(tl.int32)
@@ -855,7 +855,7 @@ def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int
 def _forward_suppression(
     refined: Tensor, labels: Tensor, size: list[int], share: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss () and its gradient."""
+    """Return the loss () and its gradient."""
     batch, channels, *small = refined.shape
     classes, pixels, device = channels - 1, size[0] * size[1], refined.device
     count = counted(pixels, share)

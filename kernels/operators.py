@@ -1,9 +1,9 @@
-"""How every operation enters torch: as operators in a graph, and directly, with less work for the host, in a program.
+"""Registration of operations with torch: as operators in a graph, and as direct calls with less host time.
 
-An operation is a pair of plain functions, forward and backward, and what backward keeps. Compiled, traced and
-dispatched code (``torch.compile``, dispatch modes, tensor subclasses, ``meta``) gets them as the torch operators
-``cpn_fast::NAME`` and ``cpn_fast::NAME_backward``. A call on plain tensors goes through an ``autograd.Function``
-instead: the dispatcher's way through a custom operator costs more host time than the kernels' launches.
+An operation is a pair of plain functions, forward and backward, and a function that saves tensors for backward.
+Compiled, traced and dispatched code (``torch.compile``, dispatch modes, tensor subclasses, ``meta``) gets them as the
+torch operators ``cpn_fast::NAME`` and ``cpn_fast::NAME_backward``. A call on plain tensors goes through an
+``autograd.Function`` instead: the dispatch of a custom operator costs more host time than the kernels' launches.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.autograd import forward_ad
 Function = Callable[..., Any]
 
 
-# dynamo answers for these itself, and in torch 2.11 wrongly; a constant result comes from a real call.
+# dynamo evaluates these two by itself, in torch 2.11 wrongly. A constant result comes from a real call.
 @torch.compiler.assume_constant_result
 def exporting() -> bool:
-    """Whether torch.export traces."""
+    """Return whether torch.export traces."""
     return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is at work, for which operators have no rules."""
+    """Return whether a transform of torch.func or forward-mode AD is active. Operators have no rules for them."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -43,15 +43,15 @@ def operation(
     schema: str | None = None,
     fuse_backward: bool = False,
 ) -> Callable[..., Tensor]:
-    """A function of ``forward``'s inputs that returns its first output and is differentiable once.
+    """Return a function of ``forward``'s inputs that gives its first output and is differentiable once.
 
-    ``forward`` returns a tuple, of which only the first tensor is differentiable, and neither function returns an input
-    or a view of one. ``fake_forward`` and ``fake_backward`` allocate the same outputs. ``save(ctx, inputs, outputs)``
-    keeps what is needed; ``differentiate(ctx, grad, backward)`` returns a gradient or None for every input and calls
-    the ``backward`` that it is given, with the first output or the inputs among its arguments: a second derivative is
-    refused at ``backward``, so a path to the inputs must lead through it. ``schema`` is ``forward``'s, where its
-    annotations do not say it. ``fuse_backward``: ``backward`` consists of torch's own operators, and a compiler may
-    have them one by one instead of the operator.
+    ``forward`` returns a tuple, of which only the first tensor is differentiable. Neither function returns an input or
+    a view of one. ``fake_forward`` and ``fake_backward`` allocate outputs of the same shapes. ``save(ctx, inputs,
+    outputs)`` saves tensors for backward. ``differentiate(ctx, grad, backward)`` returns a gradient or None for every
+    input. It must call its argument ``backward`` with the first output or the inputs among the arguments: ``backward``
+    refuses a second derivative, so every path to the inputs must lead through it. ``schema`` is ``forward``'s schema
+    if its annotations do not give it. ``fuse_backward`` means that ``backward`` consists of torch's own operators; a
+    compiler may then see these instead of one operator.
     """
     operator = torch.library.custom_op(f"cpn_fast::{name}", forward, mutates_args=(), schema=schema)
     operator.register_fake(fake_forward)
@@ -61,18 +61,18 @@ def operation(
     backward_in_graph = getattr(torch.ops.cpn_fast, f"{name}_backward").default
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)  # or zeros are allocated and filled for every output but the first
+        ctx.set_materialize_grads(False)  # else torch fills zeros for every output but the first
         save(ctx, inputs, output)
 
     def through_operator(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        opened = fuse_backward and not torch.is_grad_enabled()
-        return differentiate(ctx, grad, backward if opened else backward_in_graph)
+        fused = fuse_backward and not torch.is_grad_enabled()
+        return differentiate(ctx, grad, backward if fused else backward_in_graph)
 
     def refuse(ctx: Any, *_: Any) -> None:
-        what, backend = name.rsplit("_", 1)
-        raise RuntimeError(f"{what}: backend {backend!r} is differentiable once: use 'eager' for second derivatives")
+        op, backend = name.rsplit("_", 1)
+        raise RuntimeError(f"{op}: backend {backend!r} is differentiable once: use 'eager' for second derivatives")
 
     operator.register_autograd(through_operator, setup_context=keep)
     backward_operator.register_autograd(refuse)
@@ -88,10 +88,10 @@ def operation(
         def backward(ctx: Any, grad: Tensor | None) -> Any:
             if grad is None:
                 return (None,) * len(ctx.needs_input_grad)
-            # with create_graph, the operator: it knows to refuse a second derivative
+            # with create_graph, call the operator, which refuses a second derivative
             return differentiate(ctx, grad, backward_in_graph if torch.is_grad_enabled() else backward)
 
-    Direct.__name__ = name  # what a profiler shows
+    Direct.__name__ = name  # for profilers
 
     def call(*inputs: Any) -> Tensor:
         if not _is_direct(inputs):
@@ -104,7 +104,7 @@ def operation(
 
 
 def _is_direct(inputs: tuple[Any, ...]) -> bool:
-    """Whether nobody but autograd watches: no tracing, no dispatch mode, tensors of torch's own kind with memory."""
+    """Return whether a direct call is possible: no tracing, no dispatch mode, only plain tensors with memory."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return False
     for value in inputs:

@@ -1,8 +1,8 @@
-"""Pixel correlation on any device in blocks: a (P, P) matrix is never held, but for P up to 1,024 off the CPU.
+"""Pixel correlation on any device in blocks. It holds a (P, P) matrix only on accelerators for P up to 1,024.
 
 With A = relu(g^T g), s = column sums of A + eps and O the output, a column's gradient is
-dA[i, j] = (cam[:, i] - O[:, j]) . dO[:, j] / s[j] where A[i, j] > 0; A is symmetric, so a block serves its mirror
-image too.
+dA[i, j] = (cam[:, i] - O[:, j]) . dO[:, j] / s[j] where A[i, j] > 0. A is symmetric, so one block also gives its mirror
+image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cpn_fast.kernels import eager
 from cpn_fast.kernels.operators import operation
 
 _ROWS, _COLUMNS = 256, 512  # a float32 block is half of a 1 MiB cache
-_ACCELERATOR_SIDE = 1024  # elsewhere few large products beat many small ones; 4 MiB in float32
+_ACCELERATOR_SIDE = 1024  # on an accelerator few large products beat many small ones; 4 MiB in float32
 
 
 def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
@@ -26,7 +26,7 @@ def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
 
 
 def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The output, and the columns' sums + eps (N, 1, P)."""
+    """Return the output, and the columns' sums + eps (N, 1, P)."""
     out = cam.new_empty(cam.shape)
     total = cam.new_empty(cam.shape[0], 1, cam.shape[2])
     for n in range(cam.shape[0]):
@@ -72,7 +72,7 @@ def _backward(
 
 
 def _blocks(g: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Blocks (i, j) of the upper triangle, and the part of j whose mirror image lies below it."""
+    """Yield blocks (i, j) of the upper triangle, and the part of j whose mirror image lies below the diagonal."""
     pixels = g.shape[1]
     height, width = (_ROWS, _COLUMNS) if g.device.type == "cpu" else (_ACCELERATOR_SIDE, _ACCELERATOR_SIDE)
     for top in range(0, pixels, height):

@@ -1,18 +1,16 @@
-"""Pixel correlation in Triton: attention with relu for exp and Q = K, so one pass and no running maximum.
+"""Pixel correlation in Triton: attention with relu instead of exp and Q = K, so one pass and no running maximum.
 
-Forward prepares g / (||g|| + eps) as (N, pixels, D) and the CAM as (N, pixels, classes) with a column of ones behind
-the classes, both padded with zeros to whole blocks: the main loop then needs no mask (a zero embedding has affinity
-zero), and the ones give the column sums with the very rounding that the products see. D runs in chunks, so 192 is
-three of 64.
+Forward prepares g / (||g|| + eps) as (N, pixels, D), and the CAM as (N, pixels, classes) with a column of ones after
+the classes. Both are padded with zeros to whole blocks, so the main loop needs no mask (a zero embedding has affinity
+zero). The ones give the column sums with the same rounding as the products. D runs in chunks: 192 is three times 64.
 
 Backward is one pass too. With s the column sums, O the output, Y = [cam, 1] and Z = [dO / s, -sum_c(dO O) / s]:
-dA[i, j] + dA[j, i] = Y_i . Z_j + Z_i . Y_j where A[i, j] > 0. The block that recomputes A[i, j] forms both, so the
-program of row block i sums all of dg_i itself: no atomics, and the same bits every time. Z is multiplied by the number
-of pixels, which keeps float16 in range, and the sums divided by it.
+dA[i, j] + dA[j, i] = Y_i . Z_j + Z_i . Y_j where A[i, j] > 0. The block that recomputes A[i, j] forms both terms, so
+the program of row block i sums all of dg_i itself: no atomics, and the same bits every time. Z is multiplied by the
+number of pixels, to keep float16 in range, and the sums are divided by it.
 
-Per image of P pixels: forward 2 P^2 (D + C) useful FLOPs, backward 2 P^2 (2 D + 2 C), and 2 P^2 C more where the CAM
-needs a gradient (the forward kernel again, on Z). Bytes are a few times P (D + C): the tensor
-cores bound both.
+Per image of P pixels: forward 2 P^2 (D + C) useful FLOPs, backward 2 P^2 (2 D + 2 C), and 2 P^2 C more if the CAM
+needs a gradient (the forward kernel again, on Z). Bytes are a few times P (D + C): the tensor cores bound both.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -32,7 +30,7 @@ from cpn_fast.kernels import eager, launch
 from cpn_fast.kernels.launch import Blocks, check, next_power, on_device, precision, product
 from cpn_fast.kernels.operators import operation
 
-PAD = 128  # pixels are padded to a multiple of this, and every block of pixels divides it
+PAD = 128  # pixels are padded to a multiple of PAD, and every block size divides PAD
 DK = 64  # channels in one product
 MAX_DEPTH = 4 * DK
 CP = 32  # columns of Y and Z in one product of the backward pass
@@ -50,7 +48,7 @@ FORWARD: launch.Table = {
     ("tf32", "blackwell", 192, 128): Blocks(64, 64, True, 4, 2),
     ("tf32", "blackwell", 256, 128): Blocks(64, 32, True, 4, 2),
 }
-MANY = 1 << 30  # columns of several groups
+MANY = 1 << 30  # no limit of columns, for several groups of classes
 BACKWARD: launch.Table = {
     ("half", "ampere", 192, 128): Blocks(64, 32, False, 4, 2),
     ("half", "ampere", 256, 64): Blocks(32, 64, False, 4, 2),
@@ -78,7 +76,7 @@ def _prepare_kernel(
     pixels, padded, D, C, eps,
     DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Unit embeddings, their norms, and the CAM with its column of ones, pixels leading."""
+    """Unit embeddings, their norms, and the CAM with its column of ones; pixels are the first axis."""
     i_n = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     m_p = o_p < pixels
@@ -122,14 +120,14 @@ def _prepare_kernel(
 
 @triton.jit
 def _load_channels(p_e, stride_ed, o_d, m_p, D):
-    """(BP, DK) of the embedding in float32."""
+    """Load (BP, DK) of the embedding in float32."""
     p_e += o_d.to(tl.int64)[None, :] * stride_ed
     return tl.load(p_e, mask=m_p[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _load_chunks(p_q, DK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Up to four chunks of channels, (BM, DK); those beyond CHUNKS repeat the first and go unused."""
+    """Load up to four chunks of channels, (BM, DK). Chunks beyond CHUNKS repeat the first and are not used."""
     b_q0 = tl.load(p_q)
     b_q1, b_q2, b_q3 = b_q0, b_q0, b_q0
     if CHUNKS > 1:
@@ -145,8 +143,8 @@ def _load_chunks(p_q, DK: tl.constexpr, CHUNKS: tl.constexpr):
 def _scores(
     b_q, p_q, p_k, b_s, DK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, RESIDENT: tl.constexpr
 ):
-    """b_s + g_i . g_j for BM targets and BN sources; the targets' chunks are ``b_q``, or read again at ``p_q``."""
-    for i_chunk in tl.static_range(CHUNKS):  # a loop at run time would keep the caller's from being pipelined
+    """b_s + g_i . g_j for BM targets and BN sources. The targets' chunks are ``b_q``, or are read again at ``p_q``."""
+    for i_chunk in tl.static_range(CHUNKS):  # a run-time loop here would prevent pipelining of the caller's loop
         b_c = b_q[i_chunk] if RESIDENT else tl.load(p_q + i_chunk * DK)
         b_s = product(b_c, tl.load(p_k + i_chunk * DK).T, b_s, PRECISION)
     return b_s
@@ -162,7 +160,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """out_j = sum_i A[i, j] Y_i for BM target pixels j and one group of CB - 1 classes.
 
-    NORMALISE divides by total_j = sum_i A[i, j] + eps and stores it; without it the sum is divided by the pixels.
+    NORMALISE divides by total_j = sum_i A[i, j] + eps and stores the total. Without it the divisor is ``pixels``.
     """
     i_group = tl.program_id(1)
     groups = tl.num_programs(1)
@@ -207,7 +205,7 @@ def _prepare_backward_kernel(
     pixels, padded, C, eps,
     CB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Z = pixels * [dO / s, -sum_c(dO O) / s], pixels leading; zeros where a column has no affinity at all."""
+    """Z = pixels * [dO / s, -sum_c(dO O) / s], pixels are the first axis; zeros where a column has no affinity."""
     i_n = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     o_c = tl.arange(0, CB)
@@ -241,7 +239,7 @@ def _backward_kernel(
     DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr, UNROLLED: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """d_embedding (N, pixels, D) of BM pixels i; Y and Z are multiplied CP of their columns at a time."""
+    """d_embedding (N, pixels, D) of BM pixels i. A product of Y and Z takes CP of their columns."""
     i_n = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BM
     o_r = tl.arange(0, BM)
@@ -274,7 +272,7 @@ def _backward_kernel(
         if UNROLLED:
             for column in tl.static_range(0, CB, CP):
                 b_both = _both(b_both, y, z, o_i + column + o_mc, o_j + column + o_nc, PRECISION)
-        else:  # any number of groups, in code that does not grow with them; the outer loop is not pipelined
+        else:  # code size does not depend on the number of groups; the outer loop is not pipelined
             for column in range(0, groups * CB, CP):
                 o_group = column // CB * padded * CB + column % CB
                 b_both = _both(b_both, y, z, o_i + o_group + o_mc, o_j + o_group + o_nc, PRECISION)
@@ -318,7 +316,7 @@ def _store_chunk(p_d, m_m, p_q, acc, b_along, b_scale, CHUNK: tl.constexpr, D, D
 
 
 def obstacle(cam: Tensor, embedding: Tensor) -> str | None:
-    """Why the kernels cannot run on these tensors, or None."""
+    """Return why the kernels cannot run on these tensors, or None."""
     if embedding.shape[1] > MAX_DEPTH:
         return f"takes an embedding of up to {MAX_DEPTH} channels, found {embedding.shape[1]}"
     return launch.obstacle(cam, embedding)
@@ -331,11 +329,11 @@ def pixel_correlation(cam: Tensor, embedding: Tensor, eps: float) -> Tensor:
 
 
 class _Layout(NamedTuple):
-    """How channels and classes are laid out, and the blocks that go with it."""
+    """Layout of channels in chunks and of classes in groups."""
 
     chunk: int  # channels in one product
     chunks: int
-    columns: int  # classes in one group, and the ones
+    columns: int  # classes in one group, plus the column of ones
     groups: int
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -343,7 +341,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(depth: int, classes: int) -> _Layout:
-    """Symbolic sizes become constants of the graph."""
+    """Return the layout for these sizes. Symbolic sizes become constants of the graph."""
     return _layout_of(int(depth), int(classes))
 
 
@@ -356,7 +354,7 @@ def _layout_of(depth: int, classes: int) -> _Layout:
 
 @functools.cache
 def _options(layout: _Layout, dtype: torch.dtype, gpu: str, backward: bool) -> dict[str, Any]:
-    """Constants and launch options of the forward or the backward kernel."""
+    """Return constants and launch options of the forward or the backward kernel."""
     numbers = "tf32" if dtype == torch.float32 else "half"
     channels, constants = layout.chunk * layout.chunks, layout.constants(dtype)
     if not backward:
@@ -370,7 +368,7 @@ def _padded(pixels: int) -> int:
 
 
 def _forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, its column sums (N, padded), g (N, padded, D), Y (N, groups, padded, columns), norms (N, padded)."""
+    """Return output, column sums (N, padded), g (N, padded, D), Y (N, groups, padded, columns), norms (N, padded)."""
     batch, classes, pixels = cam.shape
     depth = embedding.shape[1]
     padded, layout = _padded(pixels), _layout(depth, classes)
@@ -398,7 +396,7 @@ def _backward(
     depth: int,
     cam_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The CAM's gradient, or (0,), and the embedding's (N, D, pixels), channels last."""
+    """Return the CAM's gradient, or (0,), and the embedding's gradient (N, D, pixels), channels last in memory."""
     batch, classes, pixels = out.shape
     padded, layout = _padded(pixels), _layout(depth, classes)
     d_cam, d_embedding = _fake_backward(grad, out, total, g, y, norm, eps, depth, cam_needs_grad)
@@ -429,8 +427,8 @@ def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, T
     return cam.new_empty(cam.shape), total, g, y, torch.empty_like(total)
 
 
-def _fake_backward(grad: Tensor, out: Tensor, total: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, depth, cam_needs_grad = rest
+def _fake_backward(grad: Tensor, out: Tensor, total: Tensor, g: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, depth, cam_needs_grad = others
     batch, _, pixels = out.shape
     d_cam = grad.new_empty(out.shape if cam_needs_grad else (0,))
     return d_cam, g.new_empty((batch, pixels, depth)).mT

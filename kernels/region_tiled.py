@@ -1,7 +1,7 @@
-"""Region pooling and region correlation on any device, image by image, so that what is worked on fits a cache.
+"""Region pooling and region correlation on any device, image by image, so that the data fit into a cache.
 
-Both are linear in the pixels already; what is left to gain is passes over the features and temporaries of their size.
-What backward needs of a softmax, sum_p(P dP), is an inner product of the output and its gradient.
+Both are already linear in the pixels. These versions save passes over the features, and temporaries of their size.
+Backward needs sum_p(P dP) of a softmax, which is an inner product of the output and its gradient.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _backward_pool(
 
 
 def _forward_correlate(cam: Tensor, keys: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The output, and the softmax over pixels."""
+    """Return the output, and the softmax over pixels."""
     out, share = _fake_correlate(cam, keys, queries, scale)
     for n in range(len(cam)):
         torch.softmax(torch.mm(keys[n], queries[n]).mul_(scale), dim=1, out=share[n])
@@ -82,7 +82,7 @@ def _backward_correlate(
 
 
 def empty_gradient(tensor: Tensor, wanted: bool) -> Tensor:
-    """Contiguous; of no image if not wanted."""
+    """Return an empty contiguous gradient, without images if it is not wanted."""
     return tensor.new_empty((tensor if wanted else tensor[:0]).shape)
 
 
@@ -121,7 +121,7 @@ def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def differentiate(ctx, grad, backward):  # type: ignore[no-untyped-def]
-    """What ``backward`` gives for each input tensor; the inputs behind them are numbers."""
+    """Return ``backward``'s gradient of each input tensor, and None for the numbers after the tensors."""
     needed = ctx.needs_input_grad[: len(ctx.needs_input_grad) - len(ctx.others)]
     with eager.full_precision(grad):
         gradients = backward(grad, *ctx.saved_tensors, *ctx.others, *needed)

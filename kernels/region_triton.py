@@ -1,10 +1,10 @@
 """Region pooling and region correlation in Triton.
 
-Both are a softmax over pixels for a few dozen regions, so they are bound by reading the features once: pixels are split
-over programs, each keeps the running maximum and sum of its share, and a second small kernel joins them. What backward
-needs of a softmax, sum_p(P dP), is an inner product of the output and its gradient and costs no pass.
+Both are a softmax over pixels for a few dozen regions, so one read of the features is the bound. Programs split the
+pixels; each keeps the running maximum and sum of its pixels, and a second small kernel joins them. Backward needs
+sum_p(P dP) of a softmax, which is an inner product of the output and its gradient and costs no pass.
 
-Per image of P pixels: pooling reads C P + D P values and does 2 P C D FLOPs; correlation reads E P + C P values, writes
+Per image of P pixels: pooling reads C P + D P values and does 2 P C D FLOPs. Correlation reads E P + C P values, writes
 and reads C P float32 logits instead of reading the E P queries twice, and does 2 P C E FLOPs.
 """
 
@@ -31,7 +31,7 @@ OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 @triton.jit
 def _base(b_high):
-    """What exponents are relative to. A block of -inf is nothing beside others, but -inf - (-inf) would be NaN."""
+    """Offset of the exponents. A block of -inf contributes nothing, but -inf - (-inf) would be NaN."""
     return tl.where(b_high == float("-inf"), 0.0, b_high)
 
 
@@ -42,7 +42,7 @@ def _pool_kernel(
     pixels, per_split, C, D, splits,
     CB: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised sums of one split of the pixels, with the maximum they are relative to."""
+    """Unnormalised sums over one split of the pixels, relative to its maximum, which is stored too."""
     i_split = tl.program_id(0)
     i_d = tl.program_id(1)
     groups = tl.cdiv(C, CB)
@@ -197,7 +197,7 @@ def _correlate_kernel(
     pixels, C, blocks,
     SB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """cam * exp(logits - high) / total for one region; every program joins the blocks' maxima and sums for itself."""
+    """cam * exp(logits - high) / total for one region. Every program joins the blocks' maxima and sums itself."""
     i_p = tl.program_id(0)
     i_c = tl.program_id(1).to(tl.int64)
     i_n = tl.program_id(2).to(tl.int64)
@@ -290,18 +290,20 @@ def _class_block(classes: int) -> int:
 
 
 def options(classes: int, numbers: str) -> dict[str, int]:
-    """How the kernels with a product are launched. Other blocks of classes than the paper's, and float32, spill with
-    two stages on one GPU or another."""
+    """Return the launch options of the kernels with a product.
+
+    With two stages, float32 and class blocks other than the paper's spill on some GPUs.
+    """
     return OPTIONS if _class_block(classes) == 32 and numbers == "half" else OPTIONS | {"num_stages": 1}
 
 
 def _unit(pixels: int, dtype: torch.dtype) -> int:
-    """By what shares of a softmax are multiplied before a product: float16 loses 1 / pixels, and ends at 65,504."""
+    """Return a softmax's factor before a product: float16 would lose 1 / pixels, and its maximum is 65,504."""
     return min(pixels, 1 << 15) if dtype == torch.float16 else 1
 
 
 def _forward_pool(cam: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and maxima and sums of the softmax (N, C)."""
+    """Return the output, and maxima and sums of the softmax (N, C)."""
     (batch, classes, pixels), depth = cam.shape, features.shape[1]
     per_split = triton.cdiv(triton.cdiv(pixels, SPLITS), BP) * BP
     splits = triton.cdiv(pixels, per_split)
@@ -349,7 +351,7 @@ def _backward_pool(
 def _forward_correlate(
     cam: Tensor, keys: Tensor, queries: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, float32 logits, and their maxima and sums (N, C)."""
+    """Return the output, float32 logits, and their maxima and sums (N, C)."""
     (batch, classes, pixels), depth = cam.shape, queries.shape[1]
     blocks, numbers = triton.cdiv(pixels, BP), precision(queries.dtype)
     out, logits, high, total = _fake_correlate(cam, keys, queries, scale)
@@ -400,7 +402,7 @@ def _backward_correlate(
 
 
 def _in_layout_of(tensor: Tensor, wanted: bool) -> Tensor:
-    """(N, D, P), or of no image if not wanted: pixels or channels last as the tensor has them."""
+    """Return an empty (N, D, P) in the tensor's memory layout, or one of no image if it is not wanted."""
     batch, depth, pixels = tensor.shape
     if tensor.stride(1) == 1:
         return tensor.new_empty(batch if wanted else 0, pixels, depth).mT

@@ -1,15 +1,15 @@
-"""SLIC superpixels in plain torch and whole numbers: the definition, which the Triton kernels give bit for bit.
+"""SLIC superpixels in plain torch and integers. This is the definition; the Triton kernels give the same bits.
 
-As in R. Achanta et al., "SLIC Superpixels Compared to State-of-the-Art Superpixel Methods", 2012, with what they leave
-open settled here; docs/superpixels.md has it in words. Everything is an integer, so that no order of a sum and no
-rounding can tell one device from another:
+The algorithm is R. Achanta et al., "SLIC Superpixels Compared to State-of-the-Art Superpixel Methods", 2012. This
+module settles what the paper leaves open; docs/superpixels.md explains it. Everything is an integer, so that neither
+the order of a sum nor rounding can differ between devices:
 
-- colours are CIELAB, L in fifths and below 2^10, a and b in tenths, shifted to lie between 0 and 2^11, so that the sum
-  of their squared differences is 50 times dL^2 / 2 + 2 (da^2 + db^2) and below 2^23;
-- places are in 1024ths of a cell's longer side: an image is less than 2^31 of them long and wide;
+- colours are CIELAB, L in fifths and below 2^10, a and b in tenths and shifted to lie between 0 and 2^11, so that the
+  sum of their squared differences is 50 times dL^2 / 2 + 2 (da^2 + db^2) and below 2^23;
+- places are in 1024ths of a cell's longer side: height and width of an image are less than 2^31 of these units;
 - a distance is 2^24 x 50 times dL^2 / 2 + 2 (da^2 + db^2) + compactness^2 (difference of places / side)^2, below 2^62
-  for every compactness up to 10,000, since a pixel and its candidates are less than three cells apart;
-- an image has less than 2^31 pixels, so that a colour difference or a size, and a pixel, fit into one int64.
+  for every compactness up to 10,000, because a pixel and its candidates are less than three cells apart;
+- an image has fewer than 2^31 pixels, so that one int64 holds a pixel together with a colour difference or a size.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DEFINITION = 1
-"""To be raised with every change of what comes out: caches name it."""
+"""Version of the result. Increase it with every change of the labels: caches name it."""
 NEAR = ((0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
-"""A pixel's own cell and those around it, (rows, columns) on: of equals, the first counts."""
+"""Offsets (rows, columns) of a pixel's cell and its neighbours. The first of equally near centres wins."""
 FAR = 2**63 - 1
 INDEX = 2**31 - 1
 SMALL = 8
-"""A region is small below this part of a cell."""
+"""A region is small if it has less than 1 / SMALL of a cell."""
 LEVELS = 1 << 15  # of linear light, and of f in CIELAB's definition
-STEPS = 1 << 10  # of the table of f, between which it is interpolated
+STEPS = 1 << 10  # of the table of f, with interpolation between them
 SCALES = (5, 10, 10)  # of L, a and b
 SHIFT_A, SHIFT_B = 864, 1080  # sRGB's a and b are above -86.3 and -107.9
 
 
 class Grid(NamedTuple):
-    """Cells, one for each superpixel asked for or a few less: ``rows`` x ``columns`` of an image."""
+    """The ``rows`` x ``columns`` cells of an image, as many as the requested superpixels or a few less."""
 
     height: int
     width: int
@@ -46,14 +46,14 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, height: int, width: int, count: int) -> Grid:
-        """As many cells as ``count`` allows, nearly square: of the two numbers of rows that would be, the better."""
+        """Return nearly square cells, as many as ``count`` allows, from the better of two numbers of rows."""
         square = max(1, int((count * height / width) ** 0.5))
-        found = []
+        candidates = []
         for rows in (square, square + 1):
             rows = min(rows, height, count)
             columns = min(width, count // rows)
-            found.append((rows * columns, -abs(height * columns - width * rows), rows, columns))
-        return cls(height, width, *max(found)[2:])
+            candidates.append((rows * columns, -abs(height * columns - width * rows), rows, columns))
+        return cls(height, width, *max(candidates)[2:])
 
     @property
     def cells(self) -> int:
@@ -61,18 +61,18 @@ class Grid(NamedTuple):
 
     @property
     def step(self) -> int:
-        """From a pixel to the next, in 2^-16 units of place."""
+        """Distance of neighbouring pixels, in 2^-16 units of place."""
         return min((self.rows << 26) // self.height, (self.columns << 26) // self.width)
 
 
 def weight(compactness: float) -> int:
-    """Of a squared difference of places, where that of colours has 2^24."""
+    """Return the weight of a squared difference of places. A squared difference of colours has the weight 2^24."""
     return round(800 * compactness**2)  # 50 x 2^24 / 1024^2
 
 
 @functools.cache
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Linear light of sRGB's 256 values, and CIELAB's f at ``STEPS`` + 2 of its arguments; int32."""
+    """Return linear light of sRGB's 256 values, and CIELAB's f at ``STEPS`` + 2 arguments; int32."""
 
     def linear(value: float) -> float:
         return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
@@ -90,7 +90,7 @@ WHITE = ((14220, 12327, 6221), (6969, 23434, 2365), (582, 3587, 28599))
 
 
 def lab(images: Tensor) -> Tensor:
-    """uint8 sRGB (B, 3, H, W) -> int32 (3, B, H, W): CIELAB of D65, scaled and shifted."""
+    """Convert uint8 sRGB (B, 3, H, W) to int32 (3, B, H, W): CIELAB of D65, scaled and shifted."""
     light, curve = tables(images.device)
     red, green, blue = light[images.int()].unbind(1)
 
@@ -130,18 +130,21 @@ def fake(images: Tensor, mask: Tensor | None, count: int, compactness: float, it
 
 
 def places(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int32 (H,) and (W,): where rows and columns of pixels are."""
+    """Return int32 (H,) and (W,): the places of the rows and columns of pixels."""
     return tuple(((torch.arange(side, device=device) * grid.step) >> 16).int() for side in (grid.height, grid.width))  # type: ignore[return-value]
 
 
 def cells(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(H,) and (W,): which row and column of the grid pixels are in."""
+    """Return (H,) and (W,): the grid's row of each row of pixels, and its column of each column of pixels."""
     y, x = (torch.arange(side, device=device) for side in (grid.height, grid.width))
     return y * grid.rows // grid.height, x * grid.columns // grid.width
 
 
 def members(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows, h) and (columns, w): the rows and columns of pixels of each of the grid's, the last one repeated."""
+    """Return (rows, h) and (columns, w): the pixel rows of each grid row, and pixel columns of each grid column.
+
+    Shorter ones repeat their last pixel row or column.
+    """
 
     def of(side: int, cells: int) -> Tensor:
         ends = -(-torch.arange(cells + 1, device=device) * side // cells)
@@ -152,10 +155,10 @@ def members(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def nearest(colours: Tensor, centres: Tensor, alive: Tensor, grid: Grid, weight: int) -> Tensor:
-    """int64 (B, H, W): the nearest centre of those whose cell is a pixel's or next to it.
+    """Return int64 (B, H, W): each pixel's nearest centre among its cell's and the neighbouring cells' centres.
 
-    ``centres`` are int32 (5, B, rows, columns) of place (y, x) and colour; one is ``alive`` once it has had a pixel.
-    Inside, pixels are (rows, h, columns, w), so that those of a cell meet its nine candidates.
+    ``centres`` are int32 (5, B, rows, columns): place (y, x) and colour. A centre is ``alive`` once it has had a pixel.
+    Inside this function pixels are (rows, h, columns, w), so that the pixels of a cell meet its nine candidates.
     """
     device = colours.device
     y, x = members(grid, device)
@@ -169,39 +172,39 @@ def nearest(colours: Tensor, centres: Tensor, alive: Tensor, grid: Grid, weight:
     labels = cell.expand_as(best)
     for down, right in NEAR:
         candidate = around[:, :, 1 + down : 1 + down + grid.rows, 1 + right : 1 + right + grid.columns]
-        centre_y, centre_x, *colour, there = candidate[:, :, :, None, :, None]
-        offsets = [own - other for own, other in zip(colours, colour, strict=True)]
+        centre_y, centre_x, *colour, lives = candidate[:, :, :, None, :, None]
+        offsets = [pixel - centre for pixel, centre in zip(colours, colour, strict=True)]
         colour_distance = sum(offset * offset for offset in offsets)
         offset_y, offset_x = places_y - centre_y, places_x - centre_x
         place_distance = offset_y * offset_y + offset_x * offset_x
         distance = (colour_distance.long() << 24) + place_distance.long() * weight
-        distance = distance.where(there != 0, FAR)
+        distance = distance.where(lives != 0, FAR)
         labels = (cell + (down * grid.columns + right)).where(distance < best, labels)
         best = torch.minimum(best, distance)
-    found = torch.empty(len(best), grid.height, grid.width, dtype=torch.int64, device=device)
-    found[:, y, x] = labels
-    return found
+    by_pixel = torch.empty(len(best), grid.height, grid.width, dtype=torch.int64, device=device)
+    by_pixel[:, y, x] = labels
+    return by_pixel
 
 
 def means(colours: Tensor, labels: Tensor, centres: Tensor, alive: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The mean of each centre's pixels, halves rounded up; a centre without pixels stays."""
+    """Return the mean of each centre's pixels, rounded half up, and which are alive. A centre without pixels stays."""
     places_y, places_x = places(grid, colours.device)
-    where = torch.stack([places_y[:, None].expand(grid.height, grid.width), places_x.expand(grid.height, -1)])
-    values = torch.cat([where[:, None].expand(2, *labels.shape), colours, torch.ones_like(colours[:1])])
+    place = torch.stack([places_y[:, None].expand(grid.height, grid.width), places_x.expand(grid.height, -1)])
+    values = torch.cat([place[:, None].expand(2, *labels.shape), colours, torch.ones_like(colours[:1])])
     target = torch.arange(len(labels), device=labels.device)[:, None, None] * (grid.cells + 1) + labels + 1
     sums = torch.zeros(6, len(labels) * (grid.cells + 1), dtype=torch.int64, device=labels.device)
     sums.index_add_(1, target.flatten(), values.flatten(1).long())
     *sums, number = sums.view(6, len(labels), grid.cells + 1)[:, :, 1:].reshape(6, *alive.shape)  # type: ignore[assignment]
-    found = torch.stack([(2 * total + number) // (2 * number).clamp(min=1) for total in sums]).int()
-    return found.where(number > 0, centres), alive | (number > 0)
+    averages = torch.stack([(2 * total + number) // (2 * number).clamp(min=1) for total in sums]).int()
+    return averages.where(number > 0, centres), alive | (number > 0)
 
 
 def joined(labels: Tensor, colours: Tensor, grid: Grid, count: int) -> Tensor:
-    """Regions, int64 (B, H, W), each the number of one of its pixels in the batch; -1 where labels are.
+    """Return regions, int64 (B, H, W). A region's number is one of its pixels in the batch; -1 where labels are -1.
 
-    Of an image's 4-connected parts of one label the ``count`` largest stay, and every other joins the neighbour that
-    is most like it; so does then every region smaller than a cell's ``SMALL``-th part (see ``_join``). ``colours``
-    (3, B, rows, columns) are the centres'.
+    An image's parts are 4-connected pixels of one label. The ``count`` largest parts stay. Every other part joins its
+    most similar neighbour. Then every region smaller than a cell's ``SMALL``-th part does so too (see ``_join``).
+    ``colours`` (3, B, rows, columns) belong to the centres.
     """
     batch, height, width = labels.shape
     pixels = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
@@ -223,7 +226,7 @@ def joined(labels: Tensor, colours: Tensor, grid: Grid, count: int) -> Tensor:
 
 
 def _connected(pairs: Tensor, pixels: int) -> Tensor:
-    """The first pixel of each pixel's region, given the pairs of neighbours that are in one."""
+    """Return the first pixel of each pixel's region, from the pairs of neighbours that share a region."""
     region = torch.arange(pixels, device=pairs.device)
     while pairs.numel():
         low = region[pairs].amin(0)
@@ -235,28 +238,28 @@ def _connected(pairs: Tensor, pixels: int) -> Tensor:
 
 
 def _roots(parents: Tensor) -> Tensor:
-    """Where following ``parents`` ends."""
+    """Follow ``parents`` to the end, and return the roots."""
     while not torch.equal(further := parents[parents], parents):
         parents = further
     return parents
 
 
 def _rank(size: Tensor) -> Tensor:
-    """Orders regions by size; of equals the one with the lower number is higher."""
+    """Return ranks of regions by size. Of equal sizes the lower number has the higher rank."""
     return (size << 31) | (INDEX - torch.arange(len(size), device=size.device))
 
 
 def _join(
     region: Tensor, size: Tensor, colour: Tensor, pairs: Tensor, staying: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Rounds in which every region that does not stay joins a neighbour, until none is left that has one.
+    """Join every region that does not stay to a neighbour, in rounds, until no such region has a neighbour.
 
-    It joins the one that stays whose centre has the nearest colour (``colour`` (3, numbers)), of equals the one with
-    the lowest number; where none stays, the largest. Chains end at a region that stays, or at two that would join each
-    other: then at the larger, and what has gathered there takes part in the next round. So a round leaves at most half
-    of the regions that do not stay. ``size`` is that of each region at its number, 0 elsewhere.
+    A region joins the neighbour that stays and has the nearest colour of its centre (``colour`` (3, numbers)); of equal
+    colours the lowest number. If no neighbour stays, it joins the largest. Chains end at a region that stays, or at two
+    regions that would join each other. Then the larger of the two keeps them all, and takes part in the next round. So
+    a round leaves at most half of the regions that do not stay. ``size`` is a region's size at its number, else 0.
     """
-    own = torch.arange(len(region), device=region.device)
+    numbers = torch.arange(len(region), device=region.device)
     while True:
         stays = staying(size)
         one, other = region[pairs]
@@ -269,20 +272,23 @@ def _join(
         likeness = (1 << 62) | ((INDEX - distance) << 31) | (INDEX - other)
         rank = _rank(size)
         best = torch.zeros_like(size).scatter_reduce_(0, one, likeness.where(stays[other], rank[other]), "amax")
-        target = (INDEX - (best & INDEX)).where(best > 0, own)
-        target = own.where((target[target] == own) & (rank > rank[target]), target)
+        target = (INDEX - (best & INDEX)).where(best > 0, numbers)
+        target = numbers.where((target[target] == numbers) & (rank > rank[target]), target)
         target = _roots(target)
         region = target[region]
         size = torch.zeros_like(size).index_add_(0, target, size)
 
 
 def numbered(region: Tensor, count: int) -> Tensor:
-    """int32 (B, H, W): regions in the order of their first pixels, those beyond ``count`` as one; -1 stays."""
+    """Return int32 (B, H, W): regions numbered in the order of their first pixels. -1 stays.
+
+    Regions beyond ``count`` get the last number.
+    """
     batch, pixels = len(region), region.shape[1] * region.shape[2]
     flat = region.flatten()
-    own = torch.arange(len(flat), device=flat.device)
-    first = torch.full_like(own, INDEX).scatter_reduce_(0, flat.clamp(min=0), own.where(flat >= 0, INDEX), "amin")
-    begins = (first[flat.clamp(min=0)] == own) & (flat >= 0)
+    index = torch.arange(len(flat), device=flat.device)
+    first = torch.full_like(index, INDEX).scatter_reduce_(0, flat.clamp(min=0), index.where(flat >= 0, INDEX), "amin")
+    begins = (first[flat.clamp(min=0)] == index) & (flat >= 0)
     number = begins.view(batch, pixels).cumsum(1).flatten() - 1
     number = number[first[flat.clamp(min=0)].clamp(max=len(flat) - 1)].clamp(max=count - 1)
     return number.where(flat >= 0, -1).view(region.shape).int()

@@ -1,12 +1,13 @@
-"""SLIC in Triton: what ``slic_eager`` defines, bit for bit, without waiting for the host.
+"""SLIC in Triton: the same bits as ``slic_eager``, which defines them, without waiting for the host.
 
-1. Colours: a pixel's three numbers in one int32.
-2. Each round, a program has a part of one cell's pixels and that cell's nine candidate centres in registers. It finds
-   the nearest centre of each pixel and writes nine sums, which another kernel adds up: no atomics.
-3. Parts of one label: union-find over neighbours. Integer minima may come in any order; the root is the first pixel.
-4. One program per image lets parts join each other, in rounds of a loop on the device, and numbers them.
+1. Colours: one int32 holds a pixel's three numbers.
+2. In each round a program holds a part of one cell's pixels and the cell's nine candidate centres in registers. It
+   finds the nearest centre of each pixel and writes nine sums, which another kernel adds up: no atomics.
+3. Parts of one label: union-find over neighbours. The order of integer minima does not matter; the root is the first
+   pixel.
+4. One program per image joins parts to each other, in rounds of a loop on the device, and numbers them.
 
-Atomics are of integers and of operations whose order does not matter (minimum, maximum, sum).
+Atomics are only on integers, with operations whose order does not matter (minimum, maximum, sum).
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -26,14 +27,14 @@ from torch import Tensor
 from cpn_fast.kernels.launch import INTERPRETED, gpu_obstacle, on_device
 from cpn_fast.kernels.slic_eager import SMALL, Grid, fake, tables, weight
 
-FIELDS = 6  # of a centre: place (y, x), colour (L, a, b), whether it has had pixels; of a sum: these, and how many
-PART = 1024  # pixels of a cell that a program has: a thread's sums, of 32 each, stay below 2^16
+FIELDS = 6  # centre: place (y, x), colour (L, a, b), alive; sum: place, colour, number of pixels
+PART = 1024  # most pixels of a cell in one program: a thread's sums, of 32 pixels, stay below 2^16
 WARP = 32
-ASSIGN: dict[str, Any] = {"num_warps": 1, "num_stages": 1}  # sums are then over a warp, without shared memory
+ASSIGN: dict[str, Any] = {"num_warps": 1, "num_stages": 1}  # with one warp, sums need no shared memory
 PIXELS: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
 BLOCK = 1024
 JOIN: dict[str, Any] = {"num_warps": 16, "num_stages": 1}
-JOINED = 2048  # pixels or parts at a time, of the one program of an image
+JOINED = 2048  # pixels or parts in one iteration of an image's only program
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _colours_kernel(
 
 @triton.jit
 def _first(cell, side, cells):
-    """The first row (column) of pixels of a row (column) of cells."""
+    """First pixel row (column) of a row (column) of cells."""
     return tl.cdiv(cell.to(tl.int64) * side, cells).to(tl.int32)
 
 
@@ -76,8 +77,8 @@ def _assign_kernel(
     labels, parents, sums, packed, mask, centres, weight, step, height, width, rows, columns, parts,
     HAS_MASK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The nearest centre for a part of a cell's pixels: at LAST their labels, and each as its own parent; before,
-    sums of what each of the nine candidates gets. FIRST: the own cell's centre for all."""
+    """The nearest centre of each pixel in a part of a cell. At LAST it writes labels, and each pixel as its own parent.
+    Before, it writes sums for each of the nine candidates. FIRST: all pixels take their cell's centre."""
     i_n = tl.program_id(1).to(tl.int64)
     i_cell = tl.program_id(0) // parts
     i_part = tl.program_id(0) % parts
@@ -94,7 +95,7 @@ def _assign_kernel(
 
     found = ()
     for j in tl.static_range(9):
-        # the own cell first, then the others in their order
+        # the pixels' cell first, then its neighbours in their order
         near = 4 if j == 0 else (j - 1 if j < 5 else j)
         r = row + near // 3 - 1
         c = column + near % 3 - 1
@@ -180,7 +181,7 @@ def _mean(total, number):
 
 @triton.jit
 def _means_kernel(centres, sums, rows, columns, parts, BLOCK: tl.constexpr):
-    """A centre's mean over what the parts of the cells around it gave it; without any it stays."""
+    """A centre's mean over the sums from the parts of its cell and the cells around it. Without pixels it stays."""
     i_n = tl.program_id(1).to(tl.int64)
     i_cell = tl.program_id(0)
     row = i_cell // columns
@@ -192,7 +193,7 @@ def _means_kernel(centres, sums, rows, columns, parts, BLOCK: tl.constexpr):
         o = start + tl.arange(0, BLOCK)
         o_j = o // parts
         o_near = tl.where(o_j == 0, 4, tl.where(o_j < 5, o_j - 1, o_j))
-        o_row = row - (o_near // 3 - 1)  # of the cell to which this centre is its candidate j
+        o_row = row - (o_near // 3 - 1)  # of the cell that has this centre as candidate j
         o_column = column - (o_near % 3 - 1)
         m = (o_j < 9) & (o_row >= 0) & (o_row < rows) & (o_column >= 0) & (o_column < columns)
         p_s = sums + (((i_n * cells + o_row * columns + o_column) * 9 + o_j) * parts + o % parts) * 6
@@ -215,20 +216,20 @@ def _means_kernel(centres, sums, rows, columns, parts, BLOCK: tl.constexpr):
 
 @triton.jit
 def _unite(parents, b_one, b_other, m):
-    """Join the trees of pairs of pixels: parents only ever fall, so that roots are first pixels."""
+    """Join the trees of pairs of pixels. Parents only decrease, so roots are first pixels."""
     m = m & (b_one != b_other)
     while tl.max(m.to(tl.int32)) > 0:
         b_high = tl.maximum(b_one, b_other)
         b_low = tl.minimum(b_one, b_other)
         b_old = tl.atomic_min(parents + b_high, b_low, mask=m, sem="relaxed")
-        m = m & (b_old != b_high) & (b_old != b_low)  # a root now has a parent; or it was known
+        m = m & (b_old != b_high) & (b_old != b_low)  # done if a root got its parent, or already had it
         b_one = tl.where(m, b_old, b_low)
         b_other = b_low
 
 
 @triton.jit
 def _link_kernel(parents, labels, width, pixels, BLOCK: tl.constexpr):
-    """Every pixel with the next one and the one below, where they have the same label."""
+    """Unite every pixel with its left neighbour and the one below if they have the same label."""
     i_n = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     labels += i_n * pixels
@@ -242,13 +243,13 @@ def _link_kernel(parents, labels, width, pixels, BLOCK: tl.constexpr):
     m_shown = b_own >= 0
     m_same = m_shown & (b_left == b_own)
     _unite(parents, o, o - 1, m_same)
-    m_known = m_same & (b_corner == b_own)  # by way of the pixels on the left
+    m_known = m_same & (b_corner == b_own)  # already united through the two pixels on the left
     _unite(parents, o, o + width, m_shown & (b_below == b_own) & (m_known == 0))
 
 
 @triton.jit
 def _root_kernel(parents, sizes, labels, pixels, BLOCK: tl.constexpr):
-    """Every pixel's root as its parent, -1 for one that is not shown, and how many pixels each root has."""
+    """Write every pixel's root as its parent, -1 for a masked pixel, and the number of pixels of each root."""
     i_n = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     labels += i_n * pixels
@@ -268,7 +269,7 @@ def _root_kernel(parents, sizes, labels, pixels, BLOCK: tl.constexpr):
 
 @triton.jit
 def _stays(b_region, sizes, large, limit, m, SECOND: tl.constexpr):
-    """Whether regions stay: in the first phase the largest, in the second those that are not small."""
+    """Whether regions stay: the largest in the first phase, all that are not small in the second."""
     if SECOND:
         m_stays = tl.load(sizes + b_region, mask=m, other=0, cache_modifier=".cg").to(tl.int64) >= limit
     else:
@@ -278,14 +279,14 @@ def _stays(b_region, sizes, large, limit, m, SECOND: tl.constexpr):
 
 @triton.jit
 def _rank(b_region, sizes, m):
-    """Larger regions above smaller ones; of equals the one with the lower number."""
+    """Rank of regions by size. Of equal sizes the lower number has the higher rank."""
     b_size = tl.load(sizes + b_region, mask=m, other=0, cache_modifier=".cg").to(tl.int64)
     return (b_size << 31) | (0x7FFFFFFF - b_region).to(tl.int64)
 
 
 @triton.jit
 def _offer(best, b_one, b_other, m, sizes, large, labels, centres, limit, SECOND: tl.constexpr):
-    """Offer regions their neighbours: those that do not stay keep the best offer. How many there were."""
+    """Offer neighbours to regions that do not stay, which keep the best offer. Returns the number of offers."""
     m = m & (_stays(b_one, sizes, large, limit, m, SECOND) == 0)
     m_stays = m & _stays(b_other, sizes, large, limit, m, SECOND)
     p_one = centres + tl.load(labels + b_one, mask=m_stays, other=0) * 6 + 2
@@ -305,7 +306,7 @@ def _phase(
     best, regions, sizes, large, parts, number, roots, labels, centres, limit, width, pixels,
     SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rounds as in ``slic_eager._join``. ``regions`` leads from a part's root to its region's."""
+    """Rounds as in ``slic_eager._join``. ``regions`` maps a part's root to its region's root."""
     offers = 1
     while offers > 0:
         offers = 0
@@ -327,7 +328,7 @@ def _phase(
             offers += _offer(best, b_below, b_own, m_below, sizes, large, labels, centres, limit, SECOND)
         tl.debug_barrier()
         if offers > 0:
-            for start in range(0, number, BLOCK):  # regions join the best
+            for start in range(0, number, BLOCK):  # regions join their best offers
                 o = start + tl.arange(0, BLOCK)
                 b_part = tl.load(parts + o, mask=o < number, other=0)
                 b_offer = tl.load(best + b_part, mask=o < number, other=0, cache_modifier=".cg")
@@ -338,7 +339,7 @@ def _phase(
                 m_back = m_back & (_rank(b_part, sizes, m) > _rank(b_target, sizes, m))
                 tl.store(regions + b_part, b_target, mask=m & (m_back == 0))
             tl.debug_barrier()
-            for start in range(0, number, BLOCK):  # chains are followed to their ends
+            for start in range(0, number, BLOCK):  # follow chains to their ends
                 o = start + tl.arange(0, BLOCK)
                 m_part = o < number
                 b_part = tl.load(parts + o, mask=m_part, other=0)
@@ -363,9 +364,9 @@ def _join_kernel(
     numbers, best, regions, parts, sizes, roots, labels, centres, limit, width, pixels, cells, count,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All of ``slic_eager.joined`` after parts are found, and of ``numbered``: a number for every part's root.
+    """``slic_eager.joined`` from the parts on, and ``numbered``: a number for every part's root.
 
-    One program for an image, for its rounds follow each other; barriers make what one thread wrote known to others.
+    Each image has one program, because its rounds are sequential. Barriers make one thread's writes visible to others.
     """
     i_n = tl.program_id(0).to(tl.int64)
     numbers += i_n * pixels
@@ -404,7 +405,7 @@ def _join_kernel(
         b_part = tl.load(parts + o, mask=o < number, other=0)
         above += tl.sum((tl.load(sizes + b_part, mask=o < number, other=0) > low).to(tl.int32))
     equal = 0
-    for start in range(0, number, BLOCK):  # of those of that size, the first as far as there is room
+    for start in range(0, number, BLOCK):  # of the parts of that size, the first ones up to count
         o = start + tl.arange(0, BLOCK)
         b_part = tl.load(parts + o, mask=o < number, other=0)
         b_size = tl.load(sizes + b_part, mask=o < number, other=0)
@@ -449,7 +450,7 @@ def _join_kernel(
 
 @triton.jit
 def _number_kernel(labels, numbers, roots, pixels, BLOCK: tl.constexpr):
-    """Every pixel's number, by way of its part's root."""
+    """Every pixel's number, from its part's root."""
     i_n = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_root = tl.load(roots + i_n * pixels + o, mask=o < pixels, other=-1)
@@ -458,7 +459,7 @@ def _number_kernel(labels, numbers, roots, pixels, BLOCK: tl.constexpr):
 
 
 def obstacle(images: Tensor) -> str | None:
-    """Why the kernels cannot run, or None."""
+    """Return why the kernels cannot run, or None."""
     if not (images.is_cuda or images.is_meta or INTERPRETED):
         return f"needs tensors on CUDA, found {images.device}"
     return gpu_obstacle(images.get_device()) if images.is_cuda else None
@@ -476,7 +477,7 @@ def slic(images: Tensor, mask: Tensor | None, count: int, compactness: float, it
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(batch, *shape, dtype=dtype, device=device)
 
-    packed, labels, roots, numbers, regions, found = (empty(pixels) for _ in range(6))
+    packed, labels, roots, numbers, regions, listed_parts = (empty(pixels) for _ in range(6))
     sums = empty(grid.cells, 9, parts, FIELDS, dtype=torch.int64)
     centres = torch.zeros(batch, grid.cells, FIELDS, dtype=torch.int32, device=device)
     sizes = torch.zeros(batch, pixels, dtype=torch.int32, device=device)
@@ -499,8 +500,8 @@ def slic(images: Tensor, mask: Tensor | None, count: int, compactness: float, it
         _link_kernel[over_pixels](roots, labels, width, pixels, BLOCK=BLOCK, **PIXELS)
         _root_kernel[over_pixels](roots, sizes, labels, pixels, BLOCK=BLOCK, **PIXELS)
         _join_kernel[(batch,)](
-            numbers, best, regions, found, sizes, roots, labels, centres, -(-pixels // (SMALL * grid.cells)), width,
-            pixels, grid.cells, count, BLOCK=JOINED, **JOIN,
+            numbers, best, regions, listed_parts, sizes, roots, labels, centres,
+            -(-pixels // (SMALL * grid.cells)), width, pixels, grid.cells, count, BLOCK=JOINED, **JOIN,
         )  # fmt: skip
         _number_kernel[over_pixels](labels, numbers, roots, pixels, BLOCK=BLOCK, **PIXELS)
     return labels.view(batch, height, width)

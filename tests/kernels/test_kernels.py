@@ -180,7 +180,7 @@ def test_pooled_logits_are_the_mean_of_the_upsampled_map(h: int, w: int, height:
     [
         ({"cam": torch.zeros(1, 2, 3)}, "cam: expected four dimensions"),
         ({"embedding": torch.zeros(1, 2, 3, 5)}, "expected N, H and W of cam"),
-        ({"embedding": torch.zeros(1, 0, 3, 4)}, "none but the first 0"),
+        ({"embedding": torch.zeros(1, 0, 3, 4)}, "only the first may be 0"),
         ({"backend": "cuda"}, "expected one of"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Image files on their way into a DALI graph, and tensors on their way out."""
+"""Input of image files to a DALI graph, and output as tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cpn_fast.runtime import reading
 
 
 class Encoded(NamedTuple):
-    """A file's bytes, and the size its image has when turned upright by its EXIF tag."""
+    """A file's bytes, and the size of its image after EXIF rotation."""
 
     data: np.ndarray
     """uint8 (bytes,)."""
@@ -31,10 +31,10 @@ class Encoded(NamedTuple):
 
 
 def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
-    """Read an image for ``decode``: a file, or ``content`` that ``path`` names in errors.
+    """Read an image for ``decode``: a file, or its ``content``; then ``path`` is only for errors.
 
-    RGB and gray JPEGs stay as they are: DALI turns them upright and, on the CPU, gives Pillow's pixels. Pillow decodes
-    all others (CMYK, PNG), which then travel as raw RGB. Raises UserError for a missing or unreadable file.
+    RGB and gray JPEGs stay encoded: DALI turns them upright and, on the CPU, gives Pillow's pixels. Pillow decodes all
+    other images (CMYK, PNG), which become raw RGB. Raises UserError for a missing or unreadable file.
     """
     try:
         content = reading.read_bytes(path, reading.IMAGE) if content is None else content
@@ -50,55 +50,55 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image turned upright, read from its header. Raises UserError as ``read_encoded`` does."""
+    """Read height and width after EXIF rotation from an image's header. Raises UserError as ``read_encoded``."""
     with opened(path) as image:
         return _upright_size(image)
 
 
 def decode(encoded: Any, device: torch.device) -> Any:
-    """DALI node of encoded images -> node of uint8 RGB (H, W, 3), upright, on ``device``."""
+    """Return a DALI node of uint8 RGB (H, W, 3), upright, on ``device``, for a node of encoded images."""
     backend = "mixed" if device.type == "cuda" else "cpu"
     return fn.decoders.image(encoded, device=backend, output_type=types.RGB, jpeg_fancy_upsampling=True)
 
 
 def device_id(device: torch.device) -> int | None:
-    """DALI's name of a device: the GPU's number, None for the CPU."""
+    """Return DALI's id of a device: the GPU's number, or None for the CPU."""
     if device.type == "cpu":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 def build(pipeline: Pipeline) -> None:
-    """Build a pipeline without words about libraries for JPEG 2000 and TIFF, which DALI is never given to decode.
+    """Build a pipeline, and drop messages about libraries for JPEG 2000 and TIFF, which DALI never decodes here.
 
-    Where they are missing nvImageCodec writes of each to stderr, past Python and whatever its level of logging; without
-    a GPU the same of the GPU's JPEG decoder. All other lines are passed on once it is built.
+    nvImageCodec writes to stderr about each missing library, past Python and at every log level. Without a GPU it also
+    writes about the GPU's JPEG decoder. All other lines are passed on after the build.
     """
     needless = re.compile(rb"nvtiff|nvjpeg2k|nvjpeg2000" + (b"" if torch.cuda.is_available() else b"|nvjpeg"), re.I)
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as messages:
+        os.dup2(messages.fileno(), 2)
         try:
             pipeline.build()
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            said.seek(0)
-            for line in said:
+            messages.seek(0)
+            for line in messages:
                 if not needless.search(line):
                     os.write(2, line)
 
 
 def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, bytes | None]]) -> list[Tensor]:
-    """The next batch of a pipeline's outputs as tensors, on a GPU ordered with the current stream.
+    """Return the next batch of a pipeline's outputs as tensors. On a GPU they are in order with the current stream.
 
-    On a CPU they share DALI's memory, which is not used again while they live. On a GPU they are copies: tensors that
-    share DALI's memory go back to a thread of DALI's that synchronises the device, which spoils a capture of a CUDA
-    graph, and there an error of any kernel ends the process before Python can tell it.
+    On a CPU the tensors share DALI's memory, which DALI does not reuse while they live. On a GPU they are copies:
+    tensors in DALI's memory would return to a thread of DALI that synchronises the device. That breaks the capture of a
+    CUDA graph, and a kernel's error in that thread ends the process before Python can report it.
 
-    ``files``, names and contents if those are no files, are looked through when the pipeline fails: UserError names a
-    damaged one.
+    ``files`` are the names of the batch's files, with their contents if these come from shards. They are checked when
+    the pipeline fails: UserError names a damaged one.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
@@ -127,7 +127,7 @@ def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, by
 
 
 def _is_decoded(jpeg: bytes) -> bool:
-    """Whether DALI takes it: of damaged data Pillow makes something, and DALI nothing."""
+    """Return whether DALI decodes a JPEG. Pillow also decodes damaged data, DALI does not."""
     pipeline = Pipeline(1, 1, None)
     with pipeline:
         pipeline.set_outputs(decode(fn.external_source(name="jpeg"), torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""DALI pipeline for inference: images at several scales, those of one size together."""
+"""DALI pipeline for inference: images at several scales, in batches of one original size."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ScaledBatch(NamedTuple):
     """Images of one original size at every scale."""
 
     indices: list[int]
-    """Which samples these are."""
+    """Indices of the samples."""
     size: tuple[int, int]
-    """Height and width of the originals, turned upright."""
+    """Height and width of the originals after EXIF rotation."""
     scales: list[Tensor]
-    """For each scale float32 (B, 3, h, w)."""
+    """float32 (B, 3, h, w) for each scale."""
 
 
 def scaled_images(
@@ -39,13 +39,13 @@ def scaled_images(
     threads: int,
     fit: Callable[[int], int],
 ) -> Iterator[ScaledBatch]:
-    """Every sample once, in batches of up to ``batch`` images of one size: largest first, then in the list's order.
+    """Yield every sample once, in batches of up to ``batch`` images of one size: the largest size first.
 
-    At scale s an H x W image is resized to fit(round(s H)) x fit(round(s W)), with Keys' cubic filter, antialiased
-    where it shrinks, and normalised as (x - mean) / std with x from 0 to 255. ``pixels`` bounds the memory: a batch has
-    fewer images where its largest scale would hold more, and a scale at which one image holds more is lowered to what
-    fits. ``threads`` is DALI's. About three batches are in memory at a time. Raises UserError for a missing or damaged
-    file.
+    Images of one size keep the list's order. At scale s an H x W image is resized to fit(round(s H)) x fit(round(s W))
+    with Keys' cubic filter, antialiased if it shrinks, and normalised as (x - mean) / std with x from 0 to 255.
+    ``pixels`` bounds the memory: a batch gets fewer images if its largest scale would hold more pixels, and a scale is
+    lowered if one image would hold more. ``threads`` are DALI's. About three batches are in memory at a time. Raises
+    UserError for a missing or damaged file.
     """
     sizes: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
@@ -53,9 +53,9 @@ def scaled_images(
     batches = []
     for size, indices in sorted(sizes.items(), key=lambda item: (math.prod(item[0]), item[0]), reverse=True):
         scaled = [_scaled_size(size, scale, pixels, fit) for scale in scales]
-        together = max(1, min(batch, pixels // max(map(math.prod, scaled))))
-        for first in range(0, len(indices), together):
-            batches.append(_Planned(indices[first : first + together], size, scaled))
+        count = max(1, min(batch, pixels // max(map(math.prod, scaled))))
+        for first in range(0, len(indices), count):
+            batches.append(_Planned(indices[first : first + count], size, scaled))
 
     def source(iteration: int) -> tuple[list[np.ndarray], ...]:
         if iteration >= len(batches):

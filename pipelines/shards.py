@@ -1,9 +1,10 @@
-"""WebDataset shards: a training list in some large files instead of many small ones, for millions of images.
+"""WebDataset shards: a training list in a few large files instead of many small ones, for millions of images.
 
 A folder holds ``shards.json``, ``tags.csv`` (a line for each sample, in their order) and for each shard
-``shard-00000.tar`` with DALI's index of it, ``shard-00000.idx``, as its wds2idx writes it. Sample 12 is the image file
-as it was, ``000000012-89abcdef-01234567.jpg``, and its superpixels, ``000000012-89abcdef-01234567.superpixels.png``:
-names hold the checksums (CRC-32) of both, with which what is read is compared: 0.08 ms of a core for 100 kB.
+``shard-00000.tar`` with its index for DALI, ``shard-00000.idx``, in the format of DALI's wds2idx. Sample 12 is the
+unchanged image file, ``000000012-89abcdef-01234567.jpg``, and its superpixels,
+``000000012-89abcdef-01234567.superpixels.png``. The names hold the checksums (CRC-32) of both files. Every read checks
+them, which takes 0.08 ms of a core for 100 kB.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from cpn_fast.runtime.progress import track
 
 FORMAT = 2
 SIZE = 1000  # samples of a shard: about 100 MB of VOC's images
-READ = 32  # samples that DALI's reader gives at a time
+READ = 32  # samples in a batch of DALI's reader
 IMAGE = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 SUPERPIXELS = "superpixels.png"
 AGAIN = "Copy the folder again, or pack it anew (cpn-fast shards)"
@@ -46,7 +47,7 @@ _KEY = re.compile(r"(\d{9,})-([0-9a-f]{8})(?:-([0-9a-f]{8}))?\.")
 
 
 class _Member(NamedTuple):
-    """Where the index says that a file is."""
+    """Position and checksum of a file, according to the index."""
 
     offset: int
     size: int
@@ -59,18 +60,19 @@ class Shards:
 
     folder: Path
     samples: list[Sample]
-    """In their order in the shards. ``image`` names the shard and the id, and is no file."""
+    """In the order of the shards. ``image`` is not a file: it names the shard and the id."""
     size: int
-    """Samples of every shard but the last."""
+    """Samples of every shard except the last."""
     superpixels: dict[str, Any] | None
-    """What the superpixels follow from; None without any."""
+    """Settings of the superpixels; None if the shards have none."""
     bits: int | None = None
-    """Bits a pixel of the superpixels that are read along; None reads none."""
+    """Bits per pixel of the superpixels that ``read`` also returns; None returns no superpixels."""
 
     def with_superpixels(self, parent: Path, config: Superpixels) -> Shards:
-        """Superpixels are read along. Raises UserError if the shards have none, or have others than ``config``'s.
+        """Return the same shards, but read superpixels too.
 
-        With ``superpixels.engine: auto`` either engine's will do: it is free to choose, and they are there.
+        Raises UserError if the shards have no superpixels, or not those of ``config``. With
+        ``superpixels.engine: auto`` superpixels of either engine are accepted.
         """
         cache = SuperpixelCache(parent, config)
         engines = ("fast_slic", "kernel") if config.engine == "auto" and self.superpixels is not None else ()
@@ -82,16 +84,16 @@ class Shards:
         return dataclasses.replace(self, bits=8 * cache.dtype.itemsize)
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, ...]]:
-        """Image file and, with ``bits``, superpixel PNG of samples in ascending order.
+        """Yield image file and, with ``bits``, superpixel PNG of samples, whose ``indices`` must ascend.
 
-        DALI's reader reads them, one shard after the other, by an index of these samples alone.
+        DALI's reader reads one shard after the other, with an index of only these samples.
         """
         members = {}
         with tempfile.TemporaryDirectory() as parts:
             paths, index_paths = [], []
             for number, chosen in itertools.groupby(indices, key=lambda index: index // self.size):
-                lines, own = self._indexed(number, list(chosen))
-                members.update(own)
+                lines, members_of_shard = self._indexed(number, list(chosen))
+                members.update(members_of_shard)
                 paths.append(str(_shard(self.folder, number)))
                 index_paths.append(f"{parts}/{number}.idx")
                 Path(index_paths[-1]).write_text(_index(lines))
@@ -102,7 +104,7 @@ class Shards:
                     index_paths=index_paths,
                     ext=[IMAGE, *([] if self.bits is None else [SUPERPIXELS])],
                     missing_component_behavior="error",
-                    dont_use_mmap=True,  # slow on the network's file systems, where many shards are
+                    dont_use_mmap=True,  # mmap is slow on network file systems, where many shards are
                 )
                 pipeline.set_outputs(*(files if isinstance(files, list) else [files]))
             try:
@@ -114,19 +116,19 @@ class Shards:
                 outputs = pipeline.run()
             except RuntimeError as error:
                 raise self._damage(indices, members, error) from None
-            for place, index in enumerate(indices[first : first + READ]):
-                contents = tuple(np.asarray(output.at(place)).tobytes() for output in outputs)
+            for row, index in enumerate(indices[first : first + READ]):
+                contents = tuple(np.asarray(output.at(row)).tobytes() for output in outputs)
                 for content, member in zip(contents, members[index], strict=False):
                     if _checksum(content) != member.checksum:
                         raise self._other_content(index)
                 yield contents
 
     def _indexed(self, number: int, chosen: Sequence[int]) -> tuple[list[str], dict[int, list[_Member]]]:
-        """The index's lines of some samples of a shard, and what they say. Raises UserError if it is damaged."""
+        """Return the index's lines of some samples of a shard, and their members. Raises UserError if damaged."""
         tar = _shard(self.folder, number)
         path = tar.with_suffix(".idx")
         count = min(self.size, len(self.samples) - number * self.size)
-        found = {}
+        members = {}
         try:
             head, *lines = reading.read_bytes(path, reading.INDEX).decode("ascii").splitlines()
             if head != f"v1.2 {count}" or len(lines) != count:
@@ -135,15 +137,15 @@ class Shards:
             for index in chosen:
                 words = lines[index % self.size].split()
                 entries = [words[first : first + 4] for first in range(0, len(words), 4)]
-                found[index] = [_member(index, place, *entry) for place, entry in enumerate(entries)]
-                if not all(0 <= member.offset <= length - member.size <= length for member in found[index]):
-                    raise ValueError(f"sample {index} ends behind the end of {tar.name}")
-            return [lines[index % self.size] for index in chosen], found
+                members[index] = [_member(index, column, *entry) for column, entry in enumerate(entries)]
+                if not all(0 <= member.offset <= length - member.size <= length for member in members[index]):
+                    raise ValueError(f"sample {index} lies beyond the end of {tar.name}")
+            return [lines[index % self.size] for index in chosen], members
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: damaged: {error}. {AGAIN}") from None
 
     def _damage(self, indices: Sequence[int], members: dict[int, list[_Member]], error: RuntimeError) -> UserError:
-        """Which of the samples DALI could not read."""
+        """Return an error that names the sample that DALI could not read."""
         for index in indices:
             tar = _shard(self.folder, index // self.size)
             try:
@@ -180,8 +182,8 @@ def pack(
 ) -> int:
     """Pack samples with labels in random order, and their superpixels if there is a ``cache``.
 
-    Returns how many shards were made. May be interrupted and run again: finished ones are kept. Under torchrun each
-    process packs its share of them. Raises UserError for damaged images, and for a folder with anything else in it.
+    Returns the number of new shards. It may be interrupted and run again: finished shards are kept. Under torchrun each
+    process packs its share of the shards. Raises UserError for damaged images, and for a folder with other files in it.
     """
     rank = distributed.join()
     if cache is not None:
@@ -218,26 +220,26 @@ def _pack(
     missing = [number for number in rank.share(numbers) if not _shard(folder, number).with_suffix(".idx").exists()]
     for number in track(missing, "shards", len(missing)):
         first = number * size
-        own = ordered[first : first + size]
-        check_files(own, workers=workers, classes=len(classes))
+        shard = ordered[first : first + size]
+        check_files(shard, workers=workers, classes=len(classes))
         tar = _shard(folder, number)
         with replacing(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for index, sample in enumerate(own, first):
+            for index, sample in enumerate(shard, first):
                 files = {sample.image.suffix.lower().lstrip("."): reading.read_bytes(sample.image, reading.IMAGE)}
                 if cache is not None:
                     files[SUPERPIXELS] = reading.read_bytes(cache.path(sample), reading.MASK)
                 key = "-".join([f"{index:09d}", *map(_checksum, files.values())])
                 for ending, content in files.items():
                     _add(archive, f"{key}.{ending}", content)
-        with replacing(tar.with_suffix(".idx")) as file:  # last: its presence says that the shard is done
+        with replacing(tar.with_suffix(".idx")) as file:  # last: its existence means that the shard is finished
             file.write(_index(_members(tar)).encode())
     return sum(rank.gather(len(missing)))
 
 
 def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
-    """Shards that ``pack`` made, with their tags. Raises UserError for missing, truncated or foreign ones."""
+    """Open shards that ``pack`` made, with their tags. Raises UserError for missing, truncated or foreign shards."""
     expected = f"expected the folder that `cpn-fast shards` wrote, in format {FORMAT}"
-    manifest, listed = folder / "shards.json", folder / "tags.csv"
+    manifest, table = folder / "shards.json", folder / "tags.csv"
     try:
         made_by = read_json(manifest)
     except OSError as error:
@@ -245,27 +247,27 @@ def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
     except ValueError as error:
         raise UserError(f"{manifest}: damaged: {error}. {AGAIN}") from None
     try:
-        tags = reading.read_bytes(listed, reading.LABELS)
+        tags = reading.read_bytes(table, reading.LABELS)
     except OSError as error:
-        raise UserError(f"{listed}: not readable: {error}. {AGAIN}") from None
+        raise UserError(f"{table}: not readable: {error}. {AGAIN}") from None
     if not isinstance(made_by, dict) or made_by.get("format") != FORMAT:
-        found = made_by.get("format") if isinstance(made_by, dict) else type(made_by).__name__
-        raise UserError(f"{manifest}: {expected}, found {found}. {AGAIN}")
+        kind = made_by.get("format") if isinstance(made_by, dict) else type(made_by).__name__
+        raise UserError(f"{manifest}: {expected}, found {kind}. {AGAIN}")
     if not made_by.keys() >= {"superpixels", "tags_sha256"} or not all(
         type(made_by.get(key)) is int and made_by[key] > 0 for key in ("samples", "size")
     ):
         raise UserError(f"{manifest}: damaged: expected samples, size, superpixels and tags_sha256. {AGAIN}")
     if made_by["tags_sha256"] != hashlib.sha256(tags).hexdigest():
-        raise UserError(f"{listed}: damaged: it does not have the checksum that shards.json remembers. {AGAIN}")
+        raise UserError(f"{table}: damaged: it does not have the checksum in shards.json. {AGAIN}")
     ids = [row[0] for row in csv.reader(io.StringIO(tags.decode(), newline=""))]
     if len(ids) != made_by["samples"]:
-        raise UserError(f"{manifest}: damaged: {made_by['samples']} samples, where tags.csv has {len(ids)}. {AGAIN}")
+        raise UserError(f"{manifest}: damaged: {made_by['samples']} samples, but tags.csv has {len(ids)}. {AGAIN}")
     size = made_by["size"]
     shards = [_shard(folder, number) for number in range(-(-len(ids) // size))]
     unfinished = [shard.name for shard in shards if not _is_whole(shard)]
     if unfinished:
         raise UserError(
-            f"{folder}: {len(unfinished)} shards are missing or of another size than their index says "
+            f"{folder}: {len(unfinished)} shards are missing or do not have the size in their index "
             f"({some(unfinished, 3)}). Pack or copy them again"
         )
     labels = read_labels(folder / "tags.csv", ids, classes)
@@ -274,15 +276,15 @@ def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
 
 
 def training_list(config: Config, *, decode: bool = False) -> tuple[list[Sample], Shards | None]:
-    """The training list with its tags, and the shards that it is in if ``data.shards`` names them.
+    """Return the training list with its tags, and its shards if ``data.shards`` names them.
 
-    ``decode`` looks into loose files too; what passes is remembered in the run's folder. Raises UserError with
-    everything wrong.
+    ``decode`` also checks the contents of loose files, and remembers those that pass in the run's folder. Raises
+    UserError with every problem.
     """
     if config.data.shards is None and decode:
         verified, workers = config.run / "verified.json", config.train.data_threads
-        listed = config.data.train_list
-        return load_checked(config.data, config.classes, listed, workers=workers, verified=verified), None
+        list_path = config.data.train_list
+        return load_checked(config.data, config.classes, list_path, workers=workers, verified=verified), None
     if config.data.shards is None:
         return load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None), None
     shards = open_shards(config.data.root / config.data.shards, config.classes)
@@ -303,7 +305,7 @@ def _tags(samples: Sequence[Sample], classes: Sequence[str]) -> bytes:
 
 
 def _claim(folder: Path, made_by: dict[str, Any], tags: bytes) -> None:
-    """Begin or continue. The manifest comes first: what is there without it is not of these shards."""
+    """Start or continue a folder. The manifest is written first: files without it do not belong to these shards."""
     manifest = folder / "shards.json"
     remove_partials(folder)
     before = read_note(manifest)
@@ -311,10 +313,10 @@ def _claim(folder: Path, made_by: dict[str, Any], tags: bytes) -> None:
         others = [path.name for path in sorted(folder.iterdir()) if path.name not in (LOCK, "tags.csv", manifest.name)]
         if others:
             changed = sorted(key for key in made_by if not isinstance(before, dict) or before.get(key) != made_by[key])
-            found = f"shards of other {', '.join(changed)}" if isinstance(before, dict) else others[0]
+            content = f"shards of other {', '.join(changed)}" if isinstance(before, dict) else others[0]
             raise UserError(
                 f"{folder}: expected an empty folder or unfinished shards of this list, these images and these "
-                f"settings, found {found}. Name another folder, or empty it"
+                f"settings, found {content}. Name another folder, or empty it"
             )
     write_json(manifest, with_checksum(made_by), indent=2)
     with replacing(folder / "tags.csv") as file:
@@ -322,14 +324,14 @@ def _claim(folder: Path, made_by: dict[str, Any], tags: bytes) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Without owner, mode and time, so that shards of the same files are the same."""
+    """Add a member without owner, mode and time, so that the same files give the same shards."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
 
 
 def _members(tar: Path) -> list[str]:
-    """A line for each sample of a shard: the ending, offset, size and name of its members."""
+    """Return a line for each sample of a shard: the ending, offset, size and name of its members."""
     with tarfile.open(tar, "r:") as archive:
         groups = itertools.groupby(archive, key=lambda member: member.name.partition(".")[0])
         return [" ".join(map(_entry, members)) for _, members in groups]
@@ -344,12 +346,12 @@ def _checksum(content: bytes) -> str:
     return f"{zlib.crc32(content):08x}"
 
 
-def _member(index: int, place: int, ending: str, offset: str, size: str, name: str) -> _Member:
-    """An entry of a sample's line. Raises ValueError for one of another sample or without a checksum."""
+def _member(index: int, column: int, ending: str, offset: str, size: str, name: str) -> _Member:
+    """Parse an entry of a sample's line. Raises ValueError if it has another sample's name or no checksum."""
     key = _KEY.match(name)
-    if key is None or int(key[1]) != index or key[2 + place] is None or name != f"{key[0]}{ending}":
-        raise ValueError(f"sample {index} is called {name[:60]!r}")
-    return _Member(int(offset), int(size), key[2 + place])
+    if key is None or int(key[1]) != index or key[2 + column] is None or name != f"{key[0]}{ending}":
+        raise ValueError(f"sample {index} has the name {name[:60]!r}")
+    return _Member(int(offset), int(size), key[2 + column])
 
 
 def _index(lines: Sequence[str]) -> str:
@@ -357,11 +359,11 @@ def _index(lines: Sequence[str]) -> str:
 
 
 def _is_whole(tar: Path) -> bool:
-    """Whether a shard is as long as its index says, where a truncated copy is not."""
+    """Return whether a shard has at least the size in its index. A truncated copy has not."""
     try:
         with reading.opened(tar.with_suffix(".idx"), reading.INDEX) as index:
             index.seek(max(0, index.seek(0, os.SEEK_END) - 1000))
-            _, offset, size, _ = index.read().split()[-4:]  # of the last member
+            _, offset, size, _ = index.read().split()[-4:]  # the last member
         return tar.stat().st_size >= int(offset) + int(size)
     except (OSError, ValueError):
         return False

@@ -1,7 +1,7 @@
 """Superpixels of one image by fast-slic, and the process that makes them, which imports NumPy, Pillow and little else.
 
-Native code that fails takes its process with it. Where pip builds fast-slic with its own copy of libstdc++, it fails in
-every process that has loaded torch's. So no process that trains calls this; ``workers`` starts others for it.
+A crash of native code ends its process. If pip builds fast-slic with its own copy of libstdc++, it crashes in every
+process that has loaded torch's copy. So no training process calls this module; ``workers`` starts separate processes.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from cpn_fast.runtime.errors import UserError
 SIDE = 2**15 - 1
 """fast-slic keeps coordinates in 16 bits with a sign (context.cpp, ``cluster_x``)."""
 SUM = 2**31 - 1
-"""It keeps the sum of a cluster's coordinates in 32 bits (``cluster_acc_vec``)."""
+"""fast-slic keeps the sum of a cluster's coordinates in 32 bits (``cluster_acc_vec``)."""
 PADDED = 2**26
-"""Pixels of an image and of its border of one cluster's size on each side; they take 0.5 GB. At eight times as many
+"""Pixels of an image with a border of one cluster's size on each side; they take 0.5 GB. At eight times as many pixels
 fast-slic's index overflows (simd-helper.hpp, ``AlignedArray``)."""
 ROWS = 3
-"""It takes every third row in a round of k-means (``subsample_stride``)."""
+"""fast-slic reads every third row in a round of k-means (``subsample_stride``)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """As the keys of the config's ``superpixels``."""
+    """The keys of the same names in the config's ``superpixels``."""
 
     count: int
     compactness: float
@@ -48,13 +48,13 @@ class Settings:
 
 
 def segment(image: np.ndarray, settings: Settings) -> np.ndarray:
-    """Superpixels of an image, uint8 RGB (H, W, 3) -> uint16 (H, W).
+    """Segment an image, uint8 RGB (H, W, 3), into superpixels, uint16 (H, W).
 
-    Labels run from 0 without gaps; each is one 4-connected region. There are at most ``settings.count`` of them, and
+    Labels run from 0 without gaps. Each is one 4-connected region. There are at most ``settings.count`` labels, and
     fewer in images with fewer pixels. The result is the same on every call, thread count and instruction set.
 
-    An image that fast-slic's integers cannot hold (``shrink``) is segmented at a half, a third ... of its size, and a
-    pixel of that map covers 2 x 2, 3 x 3 ... pixels.
+    An image that is too large for fast-slic's integers (``shrink``) is segmented at a half, a third ... of its size,
+    and a pixel of that map covers 2 x 2, 3 x 3 ... pixels.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3) with at least one pixel")
@@ -72,7 +72,7 @@ def segment(image: np.ndarray, settings: Settings) -> np.ndarray:
 
 
 def shrink(height: int, width: int, count: int) -> int:
-    """The least whole number by which an image must be divided in height and width for fast-slic to hold it."""
+    """Return the smallest integer by which height and width must be divided so that fast-slic can hold the image."""
     factor = 1
     while not _fits(-(-height // factor), -(-width // factor), count):
         factor += 1
@@ -81,7 +81,7 @@ def shrink(height: int, width: int, count: int) -> int:
 
 def _fits(height: int, width: int, count: int) -> bool:
     cell = int((height * width / min(count, height * width)) ** 0.5)
-    window = 2 * cell + 1  # a cluster has no pixel beyond it
+    window = 2 * cell + 1  # side of the square that holds all pixels of a cluster
     members = -(-min(height, window) // ROWS) * min(width, window)
     return (
         max(height, width) <= SIDE
@@ -91,12 +91,12 @@ def _fits(height: int, width: int, count: int) -> bool:
 
 
 def png_of_file(path: Path, settings: Settings, bits: int, source: str) -> bytes:
-    """``png`` of an image file's superpixels."""
+    """Return ``png`` of an image file's superpixels."""
     return png(segment(read_image(path), settings), bits, source)
 
 
 def png(labels: np.ndarray, bits: int, source: str) -> bytes:
-    """Superpixels as a gray PNG of 8 or 16 ``bits``, whose text chunk ``source`` is that."""
+    """Encode superpixels as a gray PNG of 8 or 16 ``bits`` with a text chunk ``source``."""
     text, file = PngInfo(), io.BytesIO()
     text.add_text("source", source)
     Image.fromarray(labels.astype({8: np.uint8, 16: np.uint16}[bits])).save(file, "PNG", pnginfo=text)
@@ -104,18 +104,18 @@ def png(labels: np.ndarray, bits: int, source: str) -> bytes:
 
 
 def engine() -> str:
-    """fast-slic's instruction set in use, such as ``x64/avx2``."""
+    """Return fast-slic's instruction set in use, such as ``x64/avx2``."""
     return str(_slic().arch_name)
 
 
 @functools.cache
 def _slic() -> Any:
-    """fast-slic's fastest class on this machine; imported late since a foreign build may crash on import."""
+    """Return fast-slic's fastest class on this machine. Imported late: a foreign build may crash on import."""
     from fast_slic import Slic, supported_archs
 
     if "x64/avx2" not in supported_archs:
         return Slic
-    # All of fast-slic is compiled for AVX2 then, Slic too: without AVX2 the process would die of SIGILL.
+    # Then all of fast-slic is compiled for AVX2, even Slic: without AVX2 the process would die of SIGILL.
     if "avx2" not in _cpu_flags():
         raise UserError(
             "fast-slic was built with AVX2, which this CPU lacks. Rebuild it here: pip install --force-reinstall "
@@ -137,8 +137,9 @@ def _cpu_flags() -> set[str]:
 def serve(descriptor: int) -> None:
     """Answer requests, (function of this module, arguments), until the other end of the socket is closed.
 
-    An answer is (True, result) or (False, exception). The end of whoever asks ends this process at once, also in the
-    middle of an image; Ctrl-C and SIGTERM, which reach all processes of a command, are left to them.
+    An answer is (True, result) or (False, exception). The end of the parent ends this process at once, even in the
+    middle of an image. This process ignores Ctrl-C and SIGTERM, which reach all processes of a command; the parent acts
+    on them.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,10 +1,10 @@
-"""SLIC superpixels: of one image, of a batch of crops, and cached on disk for a data set.
+"""SLIC superpixels of one image or of a batch of crops, and a cache on disk for a data set.
 
-One of two engines makes them: fast-slic (``slic``), in processes of its own (``workers``), or
-``cpn_fast.kernels.slic``, in this process and on its GPU. A cache folder holds ``manifest.json`` and one grayscale PNG
-per image, whose name and text chunk ``source`` tell which image, by its content, it was made of: data sets may share a
-folder, and moving the images costs nothing. Builders take turns (``owner``); files are complete before they get their
-names, so readers need no lock.
+There are two engines: fast-slic (``slic``), in separate processes (``workers``), and ``cpn_fast.kernels.slic``, in this
+process and on its GPU. A cache folder holds ``manifest.json`` and one grayscale PNG per image. The PNG's name and text
+chunk ``source`` identify the image by its content, so data sets may share a folder, and a moved image keeps its
+superpixels. One process at a time builds a cache (``owner``). A file is complete before it gets its name, so readers
+need no lock.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 2
-"""Of the maps."""
+"""Version of the maps."""
 LAYOUT = 3
-"""Of the folder."""
+"""Version of the folder."""
 LONGEST = 128
-"""Bytes of an image's name in the name of its superpixels, which must leave room for more."""
+"""Most bytes of an image's name in its superpixels' name. The rest of a file name's 255 is for the digest."""
 
 
 def engine(config: Superpixels, device: torch.device | None = None) -> str:
-    """``fast-slic`` or ``kernel``: which of the two ``config`` means on a device, by default a GPU if there is one.
+    """Return ``config``'s engine on a device, ``fast-slic`` or ``kernel``. The default device is a GPU if there is one.
 
-    Raises UserError if it asks for fast-slic, which is not installed.
+    Raises UserError if the config wants fast-slic and it is not installed.
     """
     installed = importlib.util.find_spec("fast_slic") is not None
     if config.engine == "fast-slic" and not installed:
@@ -65,14 +65,14 @@ def engine(config: Superpixels, device: torch.device | None = None) -> str:
 
 
 def described(config: Superpixels) -> str:
-    """The engine with its version, such as ``fast-slic 0.4.0 (x64/avx2)`` or ``kernel 1 (cpu)``."""
+    """Return the engine with its version, such as ``fast-slic 0.4.0 (x64/avx2)`` or ``kernel 1 (cpu)``."""
     if engine(config) == "fast-slic":
         return f"fast-slic {_version()} ({_shared(1).call('fast-slic', slic.engine)})"
     return f"kernel {_definition()} ({_device().type})"
 
 
 def segment(image: np.ndarray, config: Superpixels) -> np.ndarray:
-    """Superpixels of an image, uint8 RGB (H, W, 3) -> uint16 (H, W): 4-connected regions, from 0 on."""
+    """Segment an image, uint8 RGB (H, W, 3), into superpixels, uint16 (H, W): 4-connected regions, from 0 on."""
     if engine(config) == "fast-slic":
         return _shared(1).call("an image", slic.segment, image, _settings(config))
     import torch
@@ -84,10 +84,10 @@ def segment(image: np.ndarray, config: Superpixels) -> np.ndarray:
 def segment_batch(
     images: torch.Tensor, config: Superpixels, processes: int, names: Sequence[object] | None = None
 ) -> torch.Tensor:
-    """Superpixels of RGB images (B, 3, H, W), uint8 or floats from 0 to 255 -> int32 (B, H, W) on the same device.
+    """Segment RGB images (B, 3, H, W), uint8 or floats from 0 to 255: int32 (B, H, W) on the same device.
 
-    The kernel leaves them on their device. fast-slic gets them on the CPU, in as many ``processes``, which stay for the
-    next batch; ``names`` are for its errors.
+    The kernel works on the images' device. fast-slic gets copies on the CPU, in this many ``processes``, which stay for
+    the next batch; ``names`` are for its errors.
     """
     if engine(config, images.device) == "kernel":
         return _by_kernel(images, config)
@@ -97,8 +97,8 @@ def segment_batch(
     workers, settings = _shared(processes), _settings(config)
     with ThreadPoolExecutor(processes) as pool:
         named = names or [f"image {number} of a batch" for number in range(len(pixels))]
-        found = pool.map(lambda name, image: workers.call(name, slic.segment, image, settings), named, pixels)
-        return torch.from_numpy(np.stack(list(found)).astype(np.int32)).to(images.device)
+        maps = pool.map(lambda name, image: workers.call(name, slic.segment, image, settings), named, pixels)
+        return torch.from_numpy(np.stack(list(maps)).astype(np.int32)).to(images.device)
 
 
 def _by_kernel(images: torch.Tensor, config: Superpixels) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _by_kernel(images: torch.Tensor, config: Superpixels) -> torch.Tensor:
 
 
 def _device() -> torch.device:
-    """Where this process makes superpixels with the kernel."""
+    """Return the device on which this process runs the kernel."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,9 +126,9 @@ def _settings(config: Superpixels) -> slic.Settings:
 
 
 class SuperpixelCache:
-    """The superpixels of images, one PNG for each, in ``parent / fast-slic-n200-c10-i10-v3`` or ``kernel-...``.
+    """A cache of superpixels, one PNG for each image, in ``parent / fast-slic-n200-c10-i10-v3`` or ``kernel-...``.
 
-    PNGs have 8 bits where ``config.count`` is at most 256, otherwise 16 (``dtype``).
+    PNGs have 8 bits if ``config.count`` is at most 256, otherwise 16 (``dtype``).
     """
 
     def __init__(self, parent: Path, config: Superpixels) -> None:
@@ -138,12 +138,12 @@ class SuperpixelCache:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What the entries follow from, beside their images."""
+        """The provenance of all entries: versions and settings. Each entry also depends on its image."""
         made_by = {"fast_slic": _version()} if self.engine == "fast-slic" else {"kernel": _definition()}
         return {"format": FORMAT, **made_by, **dataclasses.asdict(_settings(self.config))}
 
     def path(self, sample: Sample) -> Path:
-        """Where the superpixels of an image are, ``NAME-DIGEST.png``: images of other content have another place.
+        """Return the path of an image's superpixels, ``NAME-DIGEST.png``. The digest is of the image's content.
 
         Raises UserError for an image that cannot be read.
         """
@@ -151,27 +151,26 @@ class SuperpixelCache:
         return self.folder / f"{name}-{image_digest(sample.image)[:16]}.png"
 
     def missing(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Samples without an intact entry: absent, unreadable, truncated, or made of another image.
+        """Return samples without an intact entry: absent, unreadable, truncated, or made from another image.
 
-        Compares checksums and decodes nothing (about 0.2 ms each).
-        Raises UserError if the folder was built with other parameters or another engine, or an image cannot be read.
+        It compares checksums and decodes nothing (about 0.2 ms for each sample). Raises UserError if the folder was
+        built with other parameters or another engine, or if an image cannot be read.
         """
         if not self._has_manifest():
             return list(samples)
         return [sample for sample in samples if not _is_intact(self.path(sample), sample.image)]
 
     def build(self, samples: Sequence[Sample], workers: int | None = None) -> int:
-        """Make the missing entries with ``workers`` processes, one for each core by default; returns how many it made.
+        """Make the missing entries with ``workers`` processes, by default one for each core. Returns their number.
 
-        May be interrupted and run again, and run by several processes at once (one works, the others wait). Under
-        torchrun, where all must call it, each process makes its share of them.
-        Raises UserError for an unreadable image, one that ends the process which segments it, an unwritable folder, or
-        a folder of other parameters.
+        It may be interrupted and run again. Several commands may run it at once: one works, the others wait. Under
+        torchrun all processes must call it, and each makes its share of the entries. Raises UserError for an unreadable
+        image, an image that crashes its process, an unwritable folder, or a folder of other parameters.
         """
         rank = distributed.join()
         if not any(rank.gather(bool(self.missing(rank.share(samples))))):
             if rank.first:
-                with suppress(OSError):  # a full cache may be read only
+                with suppress(OSError):  # a complete cache may be read-only
                     remove_partials(self.folder)
             return 0
         try:
@@ -188,20 +187,20 @@ class SuperpixelCache:
     def _has_manifest(self) -> bool:
         path = self.folder / "manifest.json"
         try:
-            found = read_json(path)
+            manifest = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError) as error:
-            found = f"no readable JSON ({error})"
-        if found != self.made_by:
+            manifest = f"no readable JSON ({error})"
+        if manifest != self.made_by:
             raise UserError(
-                f"{path}: expected {self.made_by}, found {found}. "
+                f"{path}: expected {self.made_by}, found {manifest}. "
                 f"Delete {self.folder} to build it anew, or set superpixels.cache to another folder"
             )
         return True
 
     def _claim(self) -> None:
-        """Write the manifest of a new folder, and remove what killed builders left unfinished."""
+        """Write the manifest of a new folder, and remove unfinished files of killed builders."""
         remove_partials(self.folder)
         if self._has_manifest():
             return
@@ -210,17 +209,17 @@ class SuperpixelCache:
         write_json(self.folder / "manifest.json", self.made_by, indent=2)
 
     def _make(self, samples: Sequence[Sample], count: int) -> int:
-        different = {self.path(sample): sample for sample in samples}.values()  # copies of an image share an entry
+        distinct = {self.path(sample): sample for sample in samples}.values()  # copies of an image share an entry
         pool, fast = ThreadPoolExecutor(count), self.engine == "fast-slic"
-        what = f"superpixels, fast-slic {_version()}" if fast else f"superpixels, {described(self.config)}"
-        with Workers(min(count, len(different) or 1)) if fast else nullcontext() as self._workers:
+        stage = f"superpixels, fast-slic {_version()}" if fast else f"superpixels, {described(self.config)}"
+        with Workers(min(count, len(distinct) or 1)) if fast else nullcontext() as self._workers:
             try:
-                futures = [pool.submit(self._make_one, sample) for sample in different]
-                for future in track(as_completed(futures), what, total=len(futures)):
+                futures = [pool.submit(self._make_one, sample) for sample in distinct]
+                for future in track(as_completed(futures), stage, total=len(futures)):
                     future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-        return len(different)
+        return len(distinct)
 
     def _make_one(self, sample: Sample) -> None:
         path, digest = self.path(sample), image_digest(sample.image)

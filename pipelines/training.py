@@ -1,8 +1,9 @@
 """DALI pipeline for training: shuffled images, augmented together with a map of labels per pixel.
 
-DALI draws no random numbers here. For every step a plan is made in NumPy: which images, and for each of them the crop
-in source pixels and the colour matrix, all from counter-based streams keyed by (seed, epoch, position in the epoch).
-The graph only carries it out. So any step can be started at, and a step is the same however many ranks share it.
+DALI draws no random numbers here. NumPy makes a plan for every step: the images, and the crop in source pixels and the
+colour matrix of each. All random numbers come from counter-based streams with the key (seed, epoch, position in the
+epoch). The graph only executes the plan. So training can start at any step, and a step does not depend on the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from cpn_fast.runtime.errors import UserError
 
 SHUFFLE, AUGMENT = range(2)  # streams of random numbers
 PREFETCH = 2  # batches
-WINDOW = 4096  # samples of shards that are mixed with each other, and that the processes hold together
+WINDOW = 4096  # samples of shards that are shuffled together; all processes together hold as many in memory
 GRAYSCALE, PALETTE = 0, 3  # PNG's colour types
-GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # RGB -> its luma in every channel
+GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # RGB -> luma in every channel
 
 
 class Batch(NamedTuple):
@@ -47,14 +48,14 @@ class Batch(NamedTuple):
     images: Tensor
     """float32 (B, 3, crop, crop), normalised; padding is 0."""
     map: Tensor | None
-    """int32 (B, crop, crop), labels of pixels (superpixels, classes); padding is -1 in maps that were read from files,
-    and is segmented like the rest by ``online``."""
+    """int32 (B, crop, crop), labels of pixels (superpixels, classes). Padding is -1 in maps from files; ``online``
+    superpixels cover the padding too."""
     labels: Tensor
     """float32 (B, classes), 0 or 1."""
     indices: Tensor
-    """int64 (B,): which samples these are."""
+    """int64 (B,), indices of the samples."""
     place: tuple[int, int] = (0, 1)
-    """Number of this rank and of ranks: which part of the step's images these are."""
+    """This rank and the number of ranks: the part of the step's images."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,21 +65,21 @@ class Batch(NamedTuple):
 
 
 class TrainingPipeline:
-    """Iterates over augmented batches for ever.
+    """An endless iterator over augmented batches.
 
-    Geometry is as released: the long side is resized to a drawn length with Keys' cubic filter, antialiased where it
-    shrinks (as in Pillow; on a GPU by DALI, which repeats the edge pixels beyond the border); then a flip and a crop,
-    or padding at a random offset along a side that is too short; ``augment.scale`` draws a factor for both sides
-    instead. The map takes the same way with the nearest neighbour.
+    Geometry follows the released code. The long side is resized to a random length with Keys' cubic filter, antialiased
+    if it shrinks (as in Pillow; on a GPU by DALI, which repeats the edge pixels beyond the border). Then come a flip
+    and a crop, or padding at a random offset if a side is too short. ``augment.scale`` instead draws one factor for
+    both sides. The map gets the same geometry with nearest-neighbour sampling.
 
-    Colour is as in torchvision's ColorJitter: brightness, contrast (around the mean gray of the image) and saturation
-    factors and a turn of the hue, in random order. Unlike there, the four become one matrix, so that values are
-    clipped once at the end and not rounded; hue turns RGB around the gray axis, which equals the turn in HSV at
-    multiples of 120 degrees and differs from it between them; and the mean gray is taken before resizing.
+    Colour follows torchvision's ColorJitter: factors of brightness, contrast (around the mean gray of the image) and
+    saturation, and a turn of the hue, in random order. There are three differences. The four become one matrix, so that
+    values are clipped once at the end and not rounded. Hue turns RGB around the gray axis; this equals the turn in HSV
+    at multiples of 120 degrees, but not between them. The mean gray is taken before resizing.
 
-    An epoch is a new order of all samples, cut into steps of ``batch * world`` images; the rest is dropped. Samples of
-    shards are read in the order of their files: the shards come in random order, and then every WINDOW neighbours are
-    mixed, so that a process reads its part of a window in one go and holds it while it reads the next.
+    An epoch is a new order of all samples, cut into steps of ``batch * world`` images; an incomplete last step is
+    dropped. Samples of shards are read in the order of their files: the shards come in random order, and then every
+    WINDOW neighbours are shuffled. A process reads its part of a window at once and holds it while it reads the next.
     """
 
     def __init__(
@@ -99,18 +100,18 @@ class TrainingPipeline:
         world: int = 1,
         start_step: int = 0,
     ) -> None:
-        """``batch`` images per rank and step, normalised as (x - mean) / std with x from 0 to 255.
+        """Take ``batch`` images per rank and step, normalised as (x - mean) / std with x from 0 to 255.
 
-        Maps come from PNGs, gray of 8 or 16 bits or with a palette of 256 (``map_path``), are superpixels of each crop
-        (``online``), or are None. ``shards`` hold the files of ``samples``, which are theirs, and their maps if they
-        have ``bits``. ``threads`` is DALI's. The first batch is that of ``start_step``.
+        Maps come from PNGs, gray of 8 or 16 bits or with a palette of 256 (``map_path``), or are superpixels of each
+        crop (``online``), or are None. ``shards`` hold the files of ``samples``, which must be theirs, and their maps
+        if they have ``bits``. ``threads`` are DALI's. The first batch belongs to ``start_step``.
 
-        Raises UserError if the samples do not fill one step; iterating raises it for a missing, damaged or stale file.
+        Raises UserError if the samples do not fill one step. Iteration raises it for a missing, damaged or stale file.
         """
         if map_path is not None and online is not None:
             raise ValueError("map_path and online exclude each other")
         if map_path is not None and shards is not None:
-            raise ValueError("map_path names loose files and shards hold theirs: they exclude each other")
+            raise ValueError("map_path names loose files, but shards hold their maps: they exclude each other")
         labels = [sample.label for sample in samples if sample.label is not None]
         if len(labels) < len(samples):
             raise ValueError(f"{len(samples) - len(labels)} of {len(samples)} samples have no label")
@@ -133,10 +134,10 @@ class TrainingPipeline:
         if map_path is not None:
             _, _, _, self._bits = _read_map(map_path(samples[0]))
         if shards is not None:
-            self._stored = self._stream(shards)
+            self._from_shards = self._stream(shards)
             self._held: dict[tuple[int, int], tuple[bytes, ...]] = {}
-            self._under_way: deque[tuple[Path, bytes]] = deque(maxlen=2 * batch * (PREFETCH + 2))
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self._in_flight: deque[tuple[Path, bytes]] = deque(maxlen=2 * batch * (PREFETCH + 2))
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline = Pipeline(batch, threads, device_id(device), prefetch_queue_depth=PREFETCH)
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph())
@@ -146,16 +147,16 @@ class TrainingPipeline:
         return self
 
     def __next__(self) -> Batch:
-        """On a GPU beside the current stream, which waits for the batch: the host does not wait for the step before."""
-        if self._beside is None:
+        """Return the next batch. On a GPU a side stream makes it, so the host does not wait for the step before."""
+        if self._side_stream is None:
             return self._next()
-        here = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._beside):
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._side_stream):
             batch = self._next()
-        here.wait_stream(self._beside)
+        current.wait_stream(self._side_stream)
         for tensor in batch:
             if isinstance(tensor, Tensor):
-                tensor.record_stream(here)  # else its memory may be the next batch's while a step still reads it
+                tensor.record_stream(current)  # or the next batch may get its memory while a step still reads it
         return batch
 
     def _next(self) -> Batch:
@@ -168,11 +169,11 @@ class TrainingPipeline:
             labels_of_pixels = self._segment(images, self._online)
         _, _, indices = self._chosen(self._step)
         self._step += 1
-        labels, indices_there = (
+        labels, indices_on_device = (
             (x.pin_memory() if self._device.type == "cuda" else x).to(self._device, non_blocking=True)
             for x in (self._labels[indices], torch.from_numpy(indices))
-        )  # a copy of pageable memory would wait for all the work of the GPU
-        return Batch(images, labels_of_pixels, labels, indices_there, (self._rank, self._world))
+        )  # a copy from pageable memory would wait for all work of the GPU
+        return Batch(images, labels_of_pixels, labels, indices_on_device, (self._rank, self._world))
 
     def _segment(self, images: Tensor, config: Superpixels) -> Tensor:
         mean, std = self._colours
@@ -180,7 +181,7 @@ class TrainingPipeline:
         return segment_batch(images * std + mean, config, self._threads, names)
 
     def _chosen(self, step: int) -> tuple[int, range, np.ndarray]:
-        """Epoch of a step, and this rank's positions and samples in it."""
+        """Return a step's epoch, and this rank's positions and samples in it."""
         epoch, step = divmod(step, self.steps_per_epoch)
         first = (step * self._world + self._rank) * self._batch
         positions = range(first, first + self._batch)
@@ -188,9 +189,9 @@ class TrainingPipeline:
         return epoch, positions, _order(self._seed, epoch, len(self._samples), shard)[positions]
 
     def _files(self) -> Iterator[tuple[Path, bytes | None]]:
-        """Names of the files of batches that may be under way; with contents if they come from shards."""
+        """Yield names of the files of batches that DALI may be processing, with contents if they come from shards."""
         if self._shards is not None:
-            yield from self._under_way
+            yield from self._in_flight
             return
         for step in range(self._step, self._step + PREFETCH + 1):
             for index in self._chosen(step)[2]:
@@ -199,7 +200,7 @@ class TrainingPipeline:
                     yield path, None
 
     def _stream(self, shards: Shards) -> Iterator[tuple[tuple[int, int], tuple[bytes, ...]]]:
-        """((epoch, position), files) of this rank's samples: window after window, each in the order of its files."""
+        """Yield ((epoch, position), files) of this rank's samples, window after window, in the order of the files."""
 
         def planned() -> Iterator[tuple[int, int, int]]:
             for step in itertools.count(self._start):
@@ -207,34 +208,34 @@ class TrainingPipeline:
                 for position, index in zip(positions, indices.tolist(), strict=True):
                     yield epoch, position, index
 
-        for _, window in itertools.groupby(planned(), key=lambda place: (place[0], place[1] // WINDOW)):
-            places = sorted(window, key=lambda place: place[2])
-            files = shards.read([index for _, _, index in places])
-            for (epoch, position, _), content in zip(places, files, strict=True):
+        for _, window in itertools.groupby(planned(), key=lambda entry: (entry[0], entry[1] // WINDOW)):
+            entries = sorted(window, key=lambda entry: entry[2])
+            files = shards.read([index for _, _, index in entries])
+            for (epoch, position, _), content in zip(entries, files, strict=True):
                 yield (epoch, position), content
 
     def _contents(self, epoch: int, position: int, index: int) -> list[tuple[Path, bytes | None]]:
-        """Names of a sample's image and map, if it has one; with contents if they come from shards.
+        """Return the names of a sample's image and optional map, with contents if they come from shards.
 
-        What is taken out of the window held makes room for as much of the next one.
+        A sample that leaves the window makes room for a sample of the next window.
         """
         sample = self._samples[index]
         if self._shards is None:
             return [(sample.image, None), *([] if self._map_path is None else [(self._map_path(sample), None)])]
         while (epoch, position) not in self._held or len(self._held) < min(WINDOW, len(self._samples)) // self._world:
-            place, contents = next(self._stored)
-            self._held[place] = contents
+            key, contents = next(self._from_shards)
+            self._held[key] = contents
         taken = [(sample.image, content) for content in self._held.pop((epoch, position))]
-        self._under_way.extend(taken)
+        self._in_flight.extend(taken)
         return list(taken)
 
     def _plan(self, iteration: int) -> tuple[list[Any], ...]:
-        """What the graph needs for a batch: a list over samples for each of its inputs."""
+        """Return the graph's inputs for a batch: for each input a list over samples."""
         epoch, positions, indices = self._chosen(self._start + iteration)
         rows = []
         for position, index in zip(positions, indices, strict=True):
-            named, *maps = self._contents(epoch, position, index)
-            image = read_encoded(*named)
+            image_file, *maps = self._contents(epoch, position, index)
+            image = read_encoded(*image_file)
             rng = _generator(self._seed, AUGMENT, epoch, position)
             row: list[Any] = [
                 image.data,
@@ -242,11 +243,11 @@ class TrainingPipeline:
                 *_colour(self._augment, self._mean, self._std, rng),
             ]
             for path, content in maps:
-                png, *found = _read_map(path, content)
+                png, *shape = _read_map(path, content)
                 expected = [image.height, image.width, self._bits]
-                if found != expected:
+                if shape != expected:
                     raise UserError(
-                        f"{path}: the map has height, width and bits {found}, expected {expected} for {named[0]}. "
+                        f"{path}: the map has height, width and bits {shape}, expected {expected} for {image_file[0]}. "
                         "Make it again (superpixels: delete the PNG and start again)"
                     )
                 row.append(png)
@@ -254,7 +255,7 @@ class TrainingPipeline:
         return tuple(list(column) for column in zip(*rows, strict=True))
 
     def _graph(self) -> list[Any]:
-        """Crops whose colours lack their last step, the matrix (torch multiplies faster); the matrices; the maps."""
+        """Return nodes of crops before their colour matrix (torch multiplies faster), of the matrices, and of maps."""
         encoded, size, start, end, position, matrix, pivot, constant, *png = fn.external_source(
             source=self._plan, num_outputs=8 + (self._bits is not None), batch=True
         )
@@ -279,8 +280,8 @@ class TrainingPipeline:
         if self._bits is not None:
             dtype = {8: types.UINT8, 16: types.UINT16}[self._bits]
             maps = fn.decoders.image(png[0], device="cpu", output_type=types.ANY_DATA, dtype=dtype)
-            # On the CPU for a GPU too: many points lie on the border of two pixels, where rounding decides, and DALI
-            # rounds differently there: 1.6 % of the labels in small maps were others, 0.2 % at VOC's sizes.
+            # On the CPU even for a GPU: many points lie on the border of two pixels, where rounding decides, and DALI
+            # rounds differently on a GPU: 1.6 % of the labels in small maps differed, 0.2 % at VOC's sizes.
             maps = fn.resize(maps, interp_type=types.INTERP_NN, **shown)
             maps = fn.crop(fn.cast(maps, dtype=types.INT32), fill_values=[-1], **window)
             outputs.append(maps.gpu() if self._device.type == "cuda" else maps)
@@ -288,12 +289,13 @@ class TrainingPipeline:
 
 
 def _in_threads(threads: int) -> Callable[..., tuple[list[np.ndarray], ...]]:
-    """``_shown`` for the lists of a batch, in threads.
+    """Return ``_shown`` for the lists of a batch, in threads.
 
-    One OpenMP thread in each: with more teams than cores libgomp's idle threads sleep instead of spinning, and the many
-    small operations of a training step wake them at twice the cost (measured: 35 instead of 52 images/s in the demo).
+    Each has one OpenMP thread. With more teams than cores libgomp's idle threads sleep instead of spinning, and the
+    many small operations of a training step wake them at twice the cost (measured: 35 instead of 52 images/s in the
+    demo).
     """
-    torch.get_num_threads()  # settles this thread's own number, which torch would take from the next line else
+    torch.get_num_threads()  # fixes this thread's number; otherwise torch would take it from the next line
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def shown(*columns: list[np.ndarray]) -> tuple[list[np.ndarray], ...]:
@@ -304,13 +306,13 @@ def _in_threads(threads: int) -> Callable[..., tuple[list[np.ndarray], ...]]:
 
 
 def _shown(image: np.ndarray, size: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a crop shows of an image, uint8 (h, w, 3), and the image's mean colour, float32 (1, 3).
+    """Return the visible part of an image in a crop, uint8 (h, w, 3), and the image's mean colour, float32 (1, 3).
 
     ``fn.resize`` of the shown part takes 4 ms on one core for a crop of 448; torch's filter for bytes, which is
     Pillow's, takes 1 ms for all of the image.
     """
     first, last = np.minimum(start, end), np.maximum(start, end)
-    whole = np.rint(size * image.shape[:2] / (last - first)).astype(int)  # as large as all of the image would be
+    whole = np.rint(size * image.shape[:2] / (last - first)).astype(int)  # size of the whole image at this scale
     (top, left), (height, width) = np.rint(first * whole / image.shape[:2]).astype(int), size.astype(int)
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels-last, and so is the result
     resized = F.interpolate(pixels, tuple(whole.tolist()), mode="bicubic", antialias=True)
@@ -319,9 +321,9 @@ def _shown(image: np.ndarray, size: np.ndarray, start: np.ndarray, end: np.ndarr
     return shown, np.array([cv2.mean(image)[:3]], np.float32)
 
 
-@functools.lru_cache(maxsize=3)  # at the end of an epoch the plan is ahead of the batches, and its reader of the plan
+@functools.lru_cache(maxsize=3)  # at an epoch's end the batches, the plan and the shard reader differ in epoch
 def _order(seed: int, epoch: int, count: int, shard: int | None) -> np.ndarray:
-    """Which sample is at each position of an epoch; ``shard`` is how many of them a shard has."""
+    """Return the sample at each position of an epoch; ``shard`` is the number of samples in a shard."""
     rng = _generator(seed, SHUFFLE, epoch, 0)
     if shard is None:
         return rng.permutation(count)
@@ -337,10 +339,10 @@ def _generator(seed: int, stream: int, epoch: int, position: int) -> np.random.G
 
 
 def _geometry(augment: Augment, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """The crop's visible part as the graph wants it: its size, where it starts and ends in the source, its offset.
+    """Return the crop's visible part for the graph: its size, its start and end in the source, and its offset.
 
-    All are (y, x). The size is in pixels of the crop, start and end in pixels of the source (swapped in x for a flip).
-    The offset is what DALI calls a crop position: 0 to 1 over the room that the visible part leaves in the crop.
+    All are (y, x). The size is in pixels of the crop, start and end are in pixels of the source (swapped in x for a
+    flip). The offset is DALI's crop position: 0 to 1 over the space that the visible part leaves in the crop.
     """
     if augment.scale is None:
         long_side = float(rng.integers(*augment.long_side, endpoint=True))
@@ -362,9 +364,9 @@ def _geometry(augment: Augment, height: int, width: int, rng: np.random.Generato
 
 
 def _colour(augment: Augment, mean: Rgb, std: Rgb, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Jitter and normalisation: RGB x in an image of mean m becomes A (x - B m - c); A, B (3, 3) and c (3,).
+    """Return jitter and normalisation: RGB x in an image of mean m becomes A (x - B m - c); A, B (3, 3), c (3,).
 
-    In this form the colour that becomes 0 is subtracted first, so that zero padding may come before the matrix.
+    This form first subtracts the colour that becomes 0, so that zero padding may come before the matrix.
     """
     brightness, contrast, saturation = (
         rng.uniform(1 - spread, 1 + spread) for spread in (augment.brightness, augment.contrast, augment.saturation)
@@ -385,15 +387,15 @@ def _colour(augment: Augment, mean: Rgb, std: Rgb, rng: np.random.Generator) -> 
 
 
 def _hue_turn(turn: float) -> np.ndarray:
-    """Rotation of RGB around the gray axis; ``turn`` is a share of the circle, from red towards green."""
+    """Return a rotation of RGB around the gray axis; ``turn`` is a share of the circle, from red towards green."""
     a, b, c = ((1 + 2 * math.cos(2 * math.pi * (turn - channel / 3))) / 3 for channel in range(3))
     return np.array([[a, c, b], [b, a, c], [c, b, a]])
 
 
 def _read_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, int, int, int]:
-    """A gray PNG's bytes, of a file or of ``data``, and the height, width and bits a pixel that its header gives.
+    """Return a gray PNG's bytes, from a file or ``data``, with height, width and bits per pixel from its header.
 
-    A palette PNG becomes a gray one of its indices: the header's type is changed and the palette left out.
+    A palette PNG becomes a gray PNG of its indices: the type in the header changes and the palette is removed.
     """
     try:
         data = reading.read_bytes(path, reading.MASK) if data is None else data
@@ -412,7 +414,7 @@ def _read_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, int, i
 
 
 def _without_palette(png: bytes) -> bytes:
-    """The same indices as gray levels. A chunk is its content's length, a name, the content, and a CRC of the two."""
+    """Turn palette indices into gray levels. A chunk is the content's length, a name, the content, and their CRC."""
     parts, at = [png[:8]], 8
     while at < len(png):
         (length,) = struct.unpack_from(">I", png, at)

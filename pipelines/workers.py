@@ -1,4 +1,4 @@
-"""Processes that make superpixels (``slic.serve``): what kills one of them is an error that names the image."""
+"""Processes that make superpixels (``slic.serve``). The death of one becomes an error that names the image."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ START = "import sys; sys.path[:] = {path!r}; from cpn_fast.pipelines import slic
 
 
 class Workers:
-    """As many processes as threads may wait for one, each started when it is first needed.
+    """A pool of ``count`` processes, each started at its first use. Threads wait for an idle process.
 
-    They import neither torch nor DALI. They end with this process, however that ends: their end of a socket pair tells
-    them. They write no files.
+    The processes import neither torch nor DALI, and write no files. They end with this process, however it ends,
+    because that closes their socket pair.
     """
 
     def __init__(self, count: int) -> None:
@@ -34,14 +34,14 @@ class Workers:
         for worker in self._workers:
             self._idle.put(worker)
 
-    def call(self, what: object, function: Callable[..., Result], *arguments: Any) -> Result:
-        """A function of ``slic`` in a process that is idle, waited for. May be called from threads.
+    def call(self, name: object, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function of ``slic`` in an idle process, and return its result. Threads may call this.
 
-        Raises whatever the function raises, and UserError, which names ``what``, if its process dies.
+        Raises the function's error, and UserError, which names ``name``, if the process dies.
         """
         worker = self._idle.get()
         try:
-            return worker.call(what, function, *arguments)
+            return worker.call(name, function, *arguments)
         finally:
             self._idle.put(worker)
 
@@ -57,21 +57,21 @@ class _Worker:
     def __init__(self) -> None:
         self._connection: Connection | None = None
 
-    def call(self, what: object, function: Callable[..., Result], *arguments: Any) -> Result:
+    def call(self, name: object, function: Callable[..., Result], *arguments: Any) -> Result:
         if self._connection is None:
             self._start()
         assert self._connection is not None
         try:
             self._connection.send((function, arguments))
-            good, result = self._connection.recv()
+            succeeded, result = self._connection.recv()
         except (EOFError, OSError):
             code = self._process.wait()
             self.end()
-            raise UserError(_death(what, code)) from None
-        except BaseException:  # such as Ctrl-C: the next call would get this one's answer
+            raise UserError(_death(name, code)) from None
+        except BaseException:  # after Ctrl-C, for example, the next call would get this call's answer
             self.end()
             raise
-        if not good:
+        if not succeeded:
             raise result
         return result
 
@@ -101,11 +101,11 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     process.wait()
 
 
-def _death(what: object, code: int) -> str:
+def _death(name: object, code: int) -> str:
     if code >= 0:
-        return f"{what}: the process that makes its superpixels ended with {code}; what it said stands above"
-    name = signal.Signals(-code).name
-    advice = "Take it off the list; if other images end so too, install fast-slic anew (make setup, `cpn-fast doctor`)"
+        return f"{name}: the process that makes its superpixels ended with {code}; its output is above"
+    killer = signal.Signals(-code).name
+    advice = "Take it off the list; if other images fail too, install fast-slic anew (make setup, `cpn-fast doctor`)"
     if -code == signal.SIGKILL:
-        advice = "The system kills a process so when memory runs out: free some, or scale the image down"
-    return f"{what}: the process that makes its superpixels was ended by {name}. {advice}"
+        advice = "The system does this when memory runs out: free some, or scale the image down"
+    return f"{name}: the process that makes its superpixels was ended by {killer}. {advice}"

@@ -375,6 +375,17 @@ def model() -> list[dict[str, Any]]:
     ]
 
 
+def one_row_a_line(content: dict[str, Any]) -> str:
+    """Return JSON with one row of a list on each line, so that a diff shows the rows that changed."""
+    entries = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        entries.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
@@ -388,9 +399,8 @@ def main() -> None:
     counted = model()
     print_table("Counted per training step: 12 images, 56 x 56, losses at 448 x 448", counted)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "kernel_report.json").write_text(
-        json.dumps({"triton": triton.__version__, "model": counted, "rows": rows}, indent=1) + "\n"
-    )
+    content = {"triton": triton.__version__, "model": counted, "rows": rows}
+    (options.out / "kernel_report.json").write_text(one_row_a_line(content))
     failed = sum(row["verdict"] != "pass" for row in rows)
     print(f"{len(rows)} configurations, {failed} failed")
     sys.exit(failed > 0)

@@ -35,7 +35,9 @@ def test_no_configuration_spills_or_misses_the_tensor_cores(arch: int, dtype: st
     options = ("--arch", str(arch), "--dtype", dtype, "--shapes", "paper", "--out", str(tmp_path))
     finished = run("bench/kernel_report.py", *options)
     assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
-    rows = json.loads((tmp_path / "kernel_report.json").read_text())["rows"]
+    text = (tmp_path / "kernel_report.json").read_text()
+    rows = json.loads(text)["rows"]
+    assert text.splitlines().count(f"  {json.dumps(rows[0])},") == 1  # a row is a line
     expected = {"HGMMA"} if arch == 90 else {"HMMA"}
     assert {row["tensor_core"] for row in rows if row["kernel"].startswith("pixel forward")} == expected
 

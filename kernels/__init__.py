@@ -326,7 +326,7 @@ def _fitting(modules: dict[str, Any], *tensors: Tensor) -> Choice:
     return Choice("triton", None)
 
 
-@torch.compiler.assume_constant_result
+@operators.constant
 def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"  # torch's older switches set it too
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpn_fast.kernels.operators import constant
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, in NumPy, for tests."""
 
@@ -104,7 +106,7 @@ def obstacle(*tensors: Tensor) -> str | None:
     return _gpu_obstacle(tensors[0].get_device()) if tensors[0].is_cuda else None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _gpu_obstacle(device: int) -> str | None:
     return gpu_obstacle(device)
 

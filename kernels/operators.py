@@ -18,14 +18,23 @@ from torch.autograd import forward_ad
 Function = Callable[..., Any]
 
 
+def constant(function: Function) -> Function:
+    """Mark ``function`` as one that a compiler calls once, to keep its result as a constant.
+
+    It is ``torch.compiler.assume_constant_result`` without its import of dynamo, which takes more than a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # dynamo evaluates these two by itself, in torch 2.11 wrongly. A constant result comes from a real call.
-@torch.compiler.assume_constant_result
+@constant
 def exporting() -> bool:
     """Return whether torch.export traces."""
     return torch.compiler.is_exporting()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def transformed() -> bool:
     """Return whether a transform of torch.func or forward-mode AD is active. Operators have no rules for them."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,20 @@ def run_in_processes(world: int, function: Callable[..., Any], *arguments: Any, 
     errors = {number: result for number, result in enumerate(results) if isinstance(result, BaseException)}
     assert not errors, errors
     return results
+
+
+def start_command(*arguments: str) -> Any:
+    """``cpn-fast ARGUMENTS`` as a process of its own, without the seconds that its imports take."""
+    process = CONTEXT.Process(target=_command, args=(arguments,))
+    process.start()
+    return process
+
+
+def _command(arguments: tuple[str, ...]) -> None:
+    from cpn_fast import cli
+
+    sys.argv = ["cpn-fast", *arguments]
+    cli.main()
 
 
 def _run(number: int, world: int, port: int, pipe: Any, function: Callable[..., Any], arguments: Any) -> None:

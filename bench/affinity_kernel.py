@@ -1,11 +1,12 @@
 """Pixel correlation (PCM): eager, compiled eager, FlexAttention, tiled and Triton at training and inference sizes.
 
-Forward, and forward + backward with a constant CAM as in training. Times are of a call as a program makes it and, on a
-GPU, of the device alone. TFLOP/s are by the device's time where there is one, and count the useful work 2 P^2 (D + C)
-forward and 2 P^2 (2 D + 2 C) backward per image of P pixels, whatever a backend really does; "of matmul" is the share
-of the dense rate measured in the same run. Errors are RMS against float64 over its RMS, of the output (forward rows)
-and of the embedding's gradient (forward + backward rows), on at most 2 images of 28 x 28. On a GPU inputs are bfloat16
-and everything runs; on a CPU they are float32 and sizes shrink to what fits into a few minutes.
+The passes are forward, and forward + backward with a constant CAM as in training. Times are of a call as a program
+makes it and, on a GPU, of the device alone. TFLOP/s use the device's time if there is one. They count the useful work,
+2 P^2 (D + C) forward and 2 P^2 (2 D + 2 C) backward per image of P pixels, not the work that a backend really does. "of
+matmul" is the share of the dense rate measured in the same run. Errors are RMS of the difference from float64 over
+float64's RMS, of the output (forward rows) and of the embedding's gradient (forward + backward rows), on at most 2
+images of 28 x 28. On a GPU inputs are bfloat16 and everything runs. On a CPU they are float32, and only sizes run that
+fit into a few minutes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ ON_CPU = [Size("training 4 x 56 x 56", 4, 56, 56), INFERENCE[1], Size("95 x 125"
 
 
 def flex(cam: Tensor, embedding: Tensor) -> Tensor:
-    """FlexAttention with score_mod log(relu(s)); clamped, because the logarithm's gradient at 0 is not a number."""
+    """FlexAttention with score_mod log(relu(s)), clamped because the logarithm's gradient at 0 is NaN."""
     from torch.nn.attention.flex_attention import flex_attention
 
     g = eager.unit_columns(embedding.flatten(2), EPS).mT.unsqueeze(1)
@@ -74,7 +75,7 @@ def flex(cam: Tensor, embedding: Tensor) -> Tensor:
 
 
 def backends(device: torch.device) -> tuple[dict[str, Op], dict[str, str]]:
-    """What runs here, and what does not with the reason."""
+    """Return the backends that run here, and the reasons why others do not."""
     ops: dict[str, Op] = {name: functools.partial(pixel_correlation, backend=name) for name in ("eager", "tiled")}
     ops["compiled eager"] = torch.compile(ops["eager"], dynamic=False)
     ops["flex attention"] = torch.compile(flex, dynamic=False)
@@ -88,7 +89,7 @@ def backends(device: torch.device) -> tuple[dict[str, Op], dict[str, str]]:
 
 
 def data(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """CAM in [0, 1], embedding with neighbouring pixels alike, and an output gradient."""
+    """Return a CAM in [0, 1], an embedding with similar neighbouring pixels, and an output gradient."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (size.batch, CLASSES, size.height, size.width)
     cam, gradient = (torch.rand(shape, device=device, generator=generator) for _ in range(2))
@@ -98,9 +99,9 @@ def data(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def step(op: Op, cam: Tensor, embedding: Tensor, gradient: Tensor) -> Tensor:
-    """One forward + backward; the embedding's gradient."""
-    (found,) = torch.autograd.grad(op(cam, embedding), embedding, gradient)
-    return found
+    """Run forward + backward, and return the embedding's gradient."""
+    (d_embedding,) = torch.autograd.grad(op(cam, embedding), embedding, gradient)
+    return d_embedding
 
 
 def error(op: Op, device: torch.device, dtype: torch.dtype, backward: bool) -> float:
@@ -110,8 +111,8 @@ def error(op: Op, device: torch.device, dtype: torch.dtype, backward: bool) -> f
         tensors = [t.double() if wide else t for t in (cam, embedding, gradient)]
         leaf = tensors[1].detach().requires_grad_(backward)
         results.append(step(run, tensors[0], leaf, tensors[2]) if backward else run(tensors[0], leaf))
-    found, exact = results
-    return float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    result, exact = results
+    return float((result.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def measure(
@@ -160,7 +161,7 @@ def main() -> None:
         except Exception as problem:
             if name != "flex attention":
                 raise
-            # the peer is not ours to mend: head sizes and backends that it takes differ between versions
+            # the peer's bug, not ours: its head sizes and backends differ between versions
             left_out[f"{name}, {size.name}, {'backward' if backward else 'forward'}"] = f"failed: {problem}"[:300]
         save(finished=False)
     save()
@@ -171,7 +172,7 @@ def main() -> None:
     for row in rows:
         if row["call ms"] is not None:
             groups.setdefault(f"{row['size']}\n{row['pass']}", {})[row["backend"]] = row[kernel_time(row)]
-    unit = "ms of a call" if device.type == "cpu" else "ms of the device, of a call where it cannot be captured"
+    unit = "ms of a call" if device.type == "cpu" else "ms of the device, or of a call that cannot be captured"
     plot_bars(target / "affinity_kernel.png", f"Pixel correlation, {described['device']}", unit, groups)
 
 

@@ -1,15 +1,15 @@
 """Multi-scale CAM seeds of JPEGs: the released way against ours, then ours on a 1080p image at scales up to 2.
 
 As released: image by image with Pillow, four scales and their mirror images one after another in fp32, an affinity of
-all pixel pairs, every class enlarged and summed on the CPU. Ours is what ``cpn-fast cam`` runs, without its writing:
-images of one size in one batch with their mirror images, nothing of the size of the affinity, present classes alone.
-Both start at the file and end at arrays on the unit scale. Before anything is timed, their seeds must agree on an image
-that neither has to resize (DALI's cubic filter and Pillow's differ at the border, and random weights magnify it).
-Weights are random; the JPEGs are generated, 500 x 375, or from ``--images``.
+all pixel pairs, every class enlarged and summed on the CPU. Ours is ``cpn-fast cam`` without writing files: images of
+one size in one batch with their mirror images, no full affinity, only present classes. Both start at the file and end
+at arrays on the unit scale. Before timing, their seeds must agree on an image that neither has to resize (DALI's and
+Pillow's cubic filters differ at the border, and random weights magnify the difference). Weights are random; the JPEGs
+are generated, 500 x 375, or come from ``--images``.
 
-TFLOP/s count the convolutions of all passes; MFU is their rate over that of a large matrix product in the same run
+TFLOP/s count the convolutions of all passes. MFU is their rate over the rate of a large matrix product in the same run
 (bf16 on a GPU, fp32 on a CPU). On a GPU the backbone is ResNet38d. On a CPU it is MobileNetV2 at stride 8 (16 for
-1080p) in one thread, and seconds are those that the process was busy, so that other work on the machine counts little.
+1080p) in one thread, and seconds are the process's CPU time, so that other work on the machine has little effect.
 
     python bench/cam_inference.py [--images FOLDER] [--count N] [--device DEVICE] [--out FOLDER]
 """
@@ -74,8 +74,8 @@ def released(net: network.Network, samples: Sequence[Sample], device: torch.devi
                     maps = net(x).refined
                     maps = F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=True)
                     maps = F.interpolate(maps[:, 1:], total.shape[1:], mode="bilinear", align_corners=False)
-                    own = (maps[0] * labels(index).to(device)[:, None, None]).cpu().numpy()
-                    total += own if view is pixels else own[:, :, ::-1]
+                    cams = (maps[0] * labels(index).to(device)[:, None, None]).cpu().numpy()
+                    total += cams if view is pixels else cams[:, :, ::-1]
             seeds.append(unit_scale(torch.from_numpy(total))[labels(index)].numpy())
     return seeds
 
@@ -120,9 +120,9 @@ def main() -> None:
         path = Path(temporary) / "fitting.png"
         Image.open(files[0]).convert("RGB").crop((0, 0, 481, 353)).save(path)
         fitting, once = [Sample("fitting", path, None, None)], settings.model_copy(update={"scales": (1.0,)})
-        (expected,), (found,) = released(net, fitting, device, (1.0,)), ours(net, fitting, device, once, bf16=False)
-        assert expected.std() > 0.01, "the seed to compare with is flat"
-        error = float(np.abs(expected - found).mean())
+        (expected,), (seed,) = released(net, fitting, device, (1.0,)), ours(net, fitting, device, once, bf16=False)
+        assert expected.std() > 0.01, "the released seed is flat, so it cannot be compared"
+        error = float(np.abs(expected - seed).mean())
         assert error < 1e-3, f"seeds differ by {error} on average"
 
         def batches_of(images: int, pixels: int = settings.pixels, *, bf16: bool = gpu) -> Callable[[], Any]:

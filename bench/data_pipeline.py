@@ -1,11 +1,11 @@
-"""Images per CPU second: our DALI pipeline against a Pillow + NumPy DataLoader doing the same.
+"""Images per CPU second: our DALI pipeline against a Pillow + NumPy DataLoader that does the same.
 
 The rows are decoding alone, a training batch, and a training batch with cached superpixels, at two crop sizes. A rate
-is images over CPU seconds of all threads of the process, so that other work on the machine counts little; rounds of
+is images over CPU seconds of all threads of the process, so that other work on the machine has little effect. Rounds of
 the two alternate. Before timing, both must give the same batches with the random parts switched off.
 
-On a GPU the rows are training batches with superpixels by the wall clock, all cores at work: DALI's threads and the
-GPU, where the batches end, against a DataLoader with a process for each core, whose batches stay on the CPU.
+On a GPU the rows are training batches with superpixels, by the wall clock with all cores. Ours uses DALI's threads and
+the GPU, where the batches end. The peer is a DataLoader with a process for each core, whose batches stay on the CPU.
 
     python bench/data_pipeline.py [--images FOLDER] [--out FOLDER]
 """
@@ -48,8 +48,8 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
 
     def __init__(self, samples: Sequence[Sample], augment: Augment, cache: SuperpixelCache | None) -> None:
         self.samples, self.augment = samples, augment
-        different = {sample.id: sample for sample in samples}
-        self.maps = {id_: cache.path(sample) for id_, sample in different.items()} if cache else {}
+        distinct = {sample.id: sample for sample in samples}
+        self.maps = {id_: cache.path(sample) for id_, sample in distinct.items()} if cache else {}
         self.rng = np.random.default_rng(0)
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
         return tuple(image_and_map)
 
     def place(self, side: int) -> tuple[slice, slice]:
-        """Along one side, what is taken of the image and where it is put in the crop."""
+        """Return the slices of the image and of the crop along one side."""
         crop = self.augment.crop
         offset = int(self.rng.integers(abs(side - crop), endpoint=True))
         if side < crop:
@@ -143,7 +143,7 @@ def pillow_decoding(samples: Sequence[Sample]) -> Iterator[Any]:
 
 
 def check_same(samples: Sequence[Sample], crop: int, cache: SuperpixelCache) -> None:
-    """Images as large as the crop, without flip and jitter: only where the padding goes is random, so it is cut off."""
+    """Compare images of the crop's size without flip and jitter. Only the padding is random, so it is cut off."""
     plain = Augment(crop=crop, long_side=(crop, crop), **OFF)
     peer = PillowDataset(samples, plain, cache)
     for batch, _ in zip(ours(samples, plain, cache, CPU, 1), range(len(samples) // BATCH), strict=False):
@@ -172,28 +172,28 @@ def rate(batches: Iterator[Any], count: int, clock: Callable[[], float]) -> floa
 
 
 def compare(samples: Sequence[Sample], cache: SuperpixelCache, rounds: int, count: int) -> Iterator[dict[str, Any]]:
-    """Per row the medians, and the lowest and highest ratio of a round."""
+    """Yield a row for each pair: medians, and the lowest and highest ratio of a round."""
     pairs: dict[str, tuple[Iterator[Any], Iterator[Any]]] = {
         "decode only": (pillow_decoding(samples), our_decoding(samples))
     }
     for crop, augment in SETTINGS.items():
         check_same(samples, crop, cache)
-        for name, own_cache in (("", None), (" + superpixels", cache)):
+        for name, optional_cache in (("", None), (" + superpixels", cache)):
             pairs[f"train, crop {crop}{name}"] = (
-                pillow(samples, augment, own_cache),
-                iter(ours(samples, augment, own_cache, CPU, 1)),
+                pillow(samples, augment, optional_cache),
+                iter(ours(samples, augment, optional_cache, CPU, 1)),
             )
     for name, pair in pairs.items():
         for batches in pair:
             rate(batches, 3, time.process_time)  # warms up, and fills the prefetch queue
         rates = np.array([[rate(batches, count, time.process_time) for batches in pair] for _ in range(rounds)])
-        peer, own = np.median(rates, 0)
+        peer, ours_ = np.median(rates, 0)
         ratios = rates[:, 1] / rates[:, 0]
         yield {
             "what": name,
             "pillow": float(peer),
-            "ours": float(own),
-            "ratio": float(own / peer),
+            "ours": float(ours_),
+            "ratio": float(ours_ / peer),
             "lowest": float(ratios.min()),
             "highest": float(ratios.max()),
         }
@@ -202,11 +202,11 @@ def compare(samples: Sequence[Sample], cache: SuperpixelCache, rounds: int, coun
 def on_gpu(
     samples: Sequence[Sample], cache: SuperpixelCache, device: torch.device, count: int
 ) -> Iterator[dict[str, Any]]:
-    """Per row the medians of ten rounds in a row, and 20th and 80th percentiles."""
+    """Yield a row for each crop: medians of ten successive rounds, and 20th and 80th percentiles."""
     cores = os.cpu_count() or 1
     for crop, augment in SETTINGS.items():
         check_same(samples, crop, cache)
-        long_list = PillowDataset([*samples] * 1000, augment, cache)  # its processes start once, and not in every epoch
+        long_list = PillowDataset([*samples] * 1000, augment, cache)  # so that its processes start only once
         peer = DataLoader(long_list, BATCH, shuffle=True, drop_last=True, num_workers=cores)
         row: dict[str, Any] = {"what": f"train, crop {crop} + superpixels"}
         for name, loader in (("pillow", peer), ("ours", ours(samples, augment, cache, device, cores))):
@@ -220,7 +220,7 @@ def on_gpu(
 
 
 def generate(parent: Path, count: int) -> None:
-    """JPEGs of VOC's usual size, with detail at several scales."""
+    """Write JPEGs of VOC's usual size, with detail at several scales."""
     for index in range(count):
         rng = np.random.default_rng(index)
         layers = [cv2.resize(rng.normal(0, 40, (375 // n, 500 // n, 3)), (500, 375)) for n in (1, 8, 60)]

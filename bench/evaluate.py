@@ -4,9 +4,9 @@ Seeds are generated, 500 x 375, of 1 to 3 classes out of 20, halved as CPN saves
 
 - released: for each threshold an argmax over 21 planes, then three counts for each class;
 - 40 passes: for each threshold the best present class where it exceeds the threshold, then one histogram;
-- ours: ``ThresholdSweep``, at the same thresholds and at 100.
+- ours: ``ThresholdSweep``, at these 40 thresholds and at 100.
 
-All are given arrays in memory and one thread. They must agree in every count before anything is timed.
+All get arrays in memory and one thread. They must agree in every count before anything is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Scored = Sequence[tuple[Seed, np.ndarray]]
 
 
 def generated(index: int) -> tuple[Seed, np.ndarray]:
-    """Smooth blobs as CAMs, and a ground truth that they roughly fit, with ignored edges."""
+    """Return smooth blobs as CAMs, and a ground truth with ignored edges that roughly fits them."""
     rng = np.random.default_rng(index)
     classes = np.sort(rng.choice(CLASSES, 1 + index % 3, replace=False))
     coarse = rng.random((len(classes), 5, 7)).astype(np.float32)
@@ -43,7 +43,7 @@ def generated(index: int) -> tuple[Seed, np.ndarray]:
 
 
 def released(images: Scored) -> np.ndarray:
-    """[threshold, true positives / predicted / true, class]."""
+    """Return counts [threshold, true positives / predicted / true, class]."""
     counts = np.zeros((len(THRESHOLDS), 3, CLASSES + 1), np.int64)
     for count, threshold in zip(counts, THRESHOLDS, strict=True):
         for seed, truth in images:
@@ -64,13 +64,13 @@ def released(images: Scored) -> np.ndarray:
 
 
 def many_passes(images: Scored) -> np.ndarray:
-    """[threshold, true class, predicted class]."""
+    """Return counts [threshold, true class, predicted class]."""
     counts = [sum(confusion(seed.mask(t), truth, CLASSES) for seed, truth in images) for t in THRESHOLDS]
     return np.array(counts)
 
 
 def one_pass(images: Scored, thresholds: np.ndarray) -> np.ndarray:
-    """[threshold, true class, predicted class]."""
+    """Return counts [threshold, true class, predicted class]."""
     sweep = ThresholdSweep(thresholds, CLASSES)
     for seed, truth in images:
         sweep.add(seed, truth)
@@ -79,7 +79,7 @@ def one_pass(images: Scored, thresholds: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    device = torch.device("cpu")  # scoring never runs elsewhere
+    device = torch.device("cpu")  # scoring always runs on the CPU
     images = [generated(index) for index in range(IMAGES)]
 
     counts = one_pass(images, THRESHOLDS)

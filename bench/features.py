@@ -1,11 +1,12 @@
-"""How large a backbone's features are, and how hard they make PRCM's softmax over pixels: docs/results.md.
+"""Size of a backbone's features, and hardness of PRCM's softmax over pixels: docs/results.md.
 
     python bench/features.py CONFIG --set data.root=FOLDER [--weights FILE ...] [--times FACTOR ...]
 
-Takes the first 64 images of the training list at scale 1 through the config's network with each of the weights (by
-default model.weights; heads that a file lacks are random, of train.seed), with the inner features times each factor.
+Runs the first 64 images of the training list at scale 1 through the config's network, with each file of weights and the
+inner features times each factor. The default file is model.weights. Heads that a file lacks are random, from
+train.seed.
 
-  image, low, middle   root of the mean square of what enters PCM and PRCM, and of the features behind low and middle
+  image, low, middle   root mean square of PCM's and PRCM's inputs: the image, and the inner features low and middle
   zero                 share of zeros among the backbone's last features
   spread               standard deviation over the pixels of PRCM's logits, mean of all regions
   share                largest weight of a pixel in PRCM's softmax, median of all regions: near 1 it is a hard maximum
@@ -37,7 +38,7 @@ IMAGES = 64
 
 @contextmanager
 def seen_by_prcm() -> Iterator[tuple[list[float], list[float]]]:
-    """Spreads and largest shares of every region that goes through PRCM meanwhile."""
+    """Record the spread and the largest share of every region that goes through PRCM in the block."""
     spreads: list[float] = []
     shares: list[float] = []
 
@@ -85,8 +86,8 @@ def run(config: Config, weights: list[Path], factors: list[float], images: int, 
         start_from(network, path)
         network.to(device)
         for times in factors:
-            found = measure(network, samples, config, times)
-            rows.append({"weights": f"{path.parent.name}/{path.name}", "times": times, **found})
+            figures = measure(network, samples, config, times)
+            rows.append({"weights": f"{path.parent.name}/{path.name}", "times": times, **figures})
     return rows
 
 

@@ -1,8 +1,8 @@
-"""The tests that need a GPU (``@pytest.mark.gpu``), with their times: what no other machine can show.
+"""Run the tests that need a GPU (``@pytest.mark.gpu``), and time them.
 
     python bench/gpu_tests.py [--out FOLDER]
 
-Exits with 1 if one fails; its words are in the JSON file.
+Exits with 1 if one fails. The JSON file has its output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timing import ROOT, arguments, folder, machine, print_table, write_json
 
 
 class Rows:
-    """pytest's plugin that writes the results after every test."""
+    """A plugin of pytest that writes the results after every test."""
 
     def __init__(self, write: Any) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -27,7 +27,7 @@ class Rows:
             self.add(report.nodeid, report.outcome, report.duration, report.longreprtext)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if not report.passed:  # a module that cannot be imported, as where DALI is missing
+        if not report.passed:  # a module that cannot be imported, for example without DALI
             self.add(report.nodeid, report.outcome, 0.0, report.longreprtext)
 
     def add(self, test: str, outcome: str, seconds: float, words: str) -> None:
@@ -38,7 +38,7 @@ class Rows:
 def main() -> int:
     options = arguments(__doc__).parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU: these tests would all be skipped")
+        raise SystemExit("there is no GPU: pytest would skip all of these tests")
     device = torch.device("cuda")
     described, path = machine(device), folder(options.out, device) / "gpu_tests.json"
     results = Rows(lambda rows, finished: write_json(path, described, rows, finished=finished))

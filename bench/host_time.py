@@ -1,12 +1,12 @@
-"""Host time of a call of each operation's Triton backend, without a GPU: everything but the launches themselves.
+"""Host time of a call of each operation's Triton backend, without a GPU: everything except the launches themselves.
 
-Triton gets a driver that compiles for sm_90 and whose launcher does nothing, and CPU tensors of a few pixels stand for
-a GPU's; all the rest (checks, choice of blocks, allocations, autograd, Triton's own work for a launch) is what a
-program on a GPU runs. Left out are ``cuLaunchKernel`` (2 to 3 us each, not measured here) and what torch's CUDA
-allocator takes more than its CPU one. "operators" is the same call through torch's custom operators, as under a
-dispatch mode; "direct" is what a program without torch.compile gets. Before that there was one way, with tuning:
-72 us forward and 211 us with backward for pixel_correlation where its goals were set, on an idle machine. Times are the
-processor's own, but a busy neighbour in the same core or cache still makes them longer: compare rows of one run.
+Triton gets a driver that compiles for sm_90 and whose launcher does nothing. CPU tensors of a few pixels replace GPU
+tensors. Everything else (checks, choice of blocks, allocations, autograd, Triton's own work for a launch) is the same
+as on a GPU. The times do not include ``cuLaunchKernel`` (2 to 3 us each, not measured here) and the extra time of
+torch's CUDA allocator over its CPU allocator. "operators" is a call through torch's custom operators, as under a
+dispatch mode; "direct" is the call of a program without torch.compile. The goals were set on an idle machine, when the
+only way, with autotuning, took 72 us forward and 211 us with backward for pixel_correlation. Times are CPU time, but a
+busy neighbour on the same core or cache still makes them longer: compare rows of one run.
 
     python bench/host_time.py [--out FOLDER]
 """
@@ -41,7 +41,7 @@ GOALS = {"forward": 35.0, "forward + backward": 95.0}
 
 
 class NoGpu:
-    """A driver of Triton whose launches do nothing."""
+    """A Triton driver whose launches do nothing."""
 
     class utils:
         @staticmethod
@@ -66,20 +66,20 @@ class NoGpu:
 
 
 def microseconds(run: Callable[[], object]) -> list[float]:
-    """Of the processor, for a call in each round: other programs' work does not count."""
+    """Return the CPU time of a call in each round. The time of other programs does not count."""
     for _ in range(CALLS):
         run()
-    found = []
+    rounds = []
     for _ in range(ROUNDS):
         begin = time.thread_time()
         for _ in range(CALLS):
             run()
-        found.append((time.thread_time() - begin) / CALLS * 1e6)
-    return found
+        rounds.append((time.thread_time() - begin) / CALLS * 1e6)
+    return rounds
 
 
 def calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """Each operation as CPN calls it, and the tensors of which it gives gradients."""
+    """Return each operation as CPN calls it, and the tensors that get gradients."""
     shape = (2, 21, 4, 4)
     cam = torch.rand(shape, dtype=torch.float16)
     features = torch.randn(2, 192, 4, 4, dtype=torch.float16).to(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def with_backward(run: Callable[..., Tensor], leaves: list[Tensor], gradient: Te
 def main() -> None:
     options = arguments(__doc__).parse_args()
     driver.set_active(NoGpu())
-    launch.INTERPRETED = True  # kernels take CPU tensors; Triton itself still compiles
+    launch.INTERPRETED = True  # so kernels accept CPU tensors; Triton itself still compiles
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)
     direct = operators._is_direct
@@ -128,8 +128,8 @@ def main() -> None:
             (("operators", lambda _: False), ("direct", direct)), passes.items()
         ):
             operators._is_direct = condition
-            found = microseconds(call)
-            row = {"operation": name, "way": way, "pass": kind, "us": statistics.median(found), "least us": min(found)}
+            times = microseconds(call)
+            row = {"operation": name, "way": way, "pass": kind, "us": statistics.median(times), "least us": min(times)}
             rows.append(row | {"goal us": GOALS[kind] if name == "pixel_correlation" else None})
     described = machine(torch.device("cpu"))
     write_json(folder(options.out, torch.device("cpu")) / "host_time.json", described, rows)

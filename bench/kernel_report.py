@@ -1,13 +1,12 @@
-"""Compile every Triton kernel configuration for each GPU architecture and report what the assembler made of it.
+"""Compile every Triton kernel configuration for each GPU architecture, and report the assembler's result.
 
-Needs no GPU: registers, stack, spills and shared memory are read from the cubin, tensor-core instructions from its
-disassembly. A configuration passes when it has no stack frame and no spill, and a kernel with a product uses tensor
-cores; the script exits with 1 where one does not. Kernels are compiled for the blocks of the paper's C = 21 and
-D = 192, and for those at the ends of what other numbers of channels and classes lead to (``--shapes paper`` leaves
-these out).
+It needs no GPU: registers, stack, spills and shared memory are read from the cubin, tensor-core instructions from its
+disassembly. A configuration passes if it has no stack frame and no spill, and if a kernel with a product uses tensor
+cores. The script exits with 1 if one fails. Kernels are compiled for the blocks of the paper's C = 21 and D = 192, and
+for the extreme blocks of other numbers of channels and classes (``--shapes paper`` leaves these out).
 
-A second table counts what each kernel has to do in training: useful FLOPs, FLOPs that padding makes of them, bytes to
-and from memory, and the time below which an H100 cannot get.
+A second table counts the work of each kernel in training: useful FLOPs, FLOPs with padding, bytes to and from memory,
+and the lower bound of its time on an H100.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = {"bf16": "half", "fp16": "half", "fp32": "tf32"}
 LIMITS = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
 """Shared memory in KiB and warps of a multiprocessor (CUDA C++ Programming Guide)."""
-RESERVED = 1 << 10  # bytes of shared memory that the system takes for every program
+RESERVED = 1 << 10  # bytes of shared memory that CUDA reserves in every program
 REGISTERS = 65536
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 BACK = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
-POINTERS = {  # what is not of the products' dtype
+POINTERS = {  # arguments that do not have the products' dtype
     "out": "fp32", "total": "fp32", "norm": "fp32", "cam": "fp32", "high": "fp32", "highs": "fp32", "sums": "fp32",
     "along": "fp32", "partial": "fp32", "logits": "fp32", "d_cam": "fp32", "grad": "fp32",
     "table": "i32", "present": "i32", "state": "i32", "bins": "i32",
@@ -62,10 +61,10 @@ class Case:
     config: triton.Config
     has_product: bool = False
     pipelined: bool = False
-    """Whether its loop has to copy ahead of its products."""
+    """Whether its loop must copy ahead of its products."""
     all_float32: bool = False
     whole: dict[str, str] | None = None
-    """Types of a kernel of whole numbers; what it does not name is i32."""
+    """Argument types of a kernel of integers; other arguments are i32."""
 
     @property
     def options(self) -> str:
@@ -85,13 +84,13 @@ class Result:
     shared: int
     tensor_core: str
     loop: int
-    """Instructions of the loop with the products; 0 where there is none."""
+    """Instructions of the loop with the products; 0 without a loop."""
     copies: int
-    """Copies to shared memory in it that run ahead."""
+    """Asynchronous copies to shared memory in the loop."""
     loads: int
-    """Loads in it that are waited for."""
+    """Synchronous loads in the loop."""
     occupancy: float
-    """Share of a multiprocessor's warps that registers and shared memory let it hold."""
+    """Share of a multiprocessor's warps for which registers and shared memory are enough."""
     verdict: str
 
 
@@ -112,7 +111,7 @@ def configuration(blocks: Blocks) -> triton.Config:
 
 
 def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
-    """Every configuration that may run for a dtype on an architecture."""
+    """Yield every configuration that may run for a dtype on an architecture."""
     numbers, gpu = DTYPES[dtype], family(arch // 10)
     product = {"PRECISION": numbers}
     plain = triton.Config({}, num_warps=4)
@@ -134,7 +133,7 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
             name = "pixel backward" + size + (" groups" if groups > 1 else "")
             yield Case(name, pixel_triton._backward_kernel, constants, configuration(blocks), True, blocks.unrolled)
 
-    if dtype == "bf16":  # kernels of whole numbers, once
+    if dtype == "bf16":  # kernels of integers do not depend on the dtype
         yield from superpixel_cases()
 
     regional = triton.Config({}, **region_triton.OPTIONS)
@@ -206,7 +205,7 @@ def superpixel_cases() -> Iterator[Case]:
 
 
 def compiled(case: Case, dtype: str, arch: int) -> Any:
-    """One case as Triton compiles it; ``asm`` holds its TTIR, PTX and cubin."""
+    """Compile one case; the result's ``asm`` holds its TTIR, PTX and cubin."""
     function = case.kernel
     while not isinstance(function, triton.runtime.JITFunction):
         function = function.fn
@@ -241,9 +240,9 @@ def build(case: Case, dtype: str, arch: int) -> Result:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage, code = _dump(file.name, "-res-usage"), _dump(file.name, "-sass")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    registers, stack, shared = int(found[1]), int(found[2]), kernel.metadata.shared
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    registers, stack, shared = int(match[1]), int(match[2]), kernel.metadata.shared
     spills, instructions = len(SPILL.findall(code)), sorted(set(TENSOR_CORE.findall(code)))
     loop = main_loop(code) if case.has_product else []
     copies, loads = (sum(name in line for line in loop) for name in ("LDGSTS", "LDG."))
@@ -264,23 +263,23 @@ def build(case: Case, dtype: str, arch: int) -> Result:
 
 
 def main_loop(sass: str) -> list[str]:
-    """The instructions of the longest loop with tensor-core products."""
-    lines = [(int(found[1], 16), found[2]) for found in INSTRUCTION.finditer(sass)]
+    """Return the instructions of the longest loop with tensor-core products."""
+    lines = [(int(match[1], 16), match[2]) for match in INSTRUCTION.finditer(sass)]
     longest: list[str] = []
     for address, text in lines:
         jump = BACK.search(text)
         if jump and int(jump[1], 16) < address:
-            body = [line for place, line in lines if int(jump[1], 16) <= place <= address]
+            body = [line for at, line in lines if int(jump[1], 16) <= at <= address]
             if len(body) > len(longest) and any(TENSOR_CORE.search(line) for line in body):
                 longest = body
     return longest
 
 
 def report(dtypes: list[str], archs: list[int], shapes: str, jobs: int = 1) -> list[Result]:
-    """All results, in order."""
+    """Return all results, in order."""
     work = [(case, dtype, arch) for arch in archs for dtype in dtypes for case in cases(dtype, arch, shapes)]
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda item: build(*item), work))
+        return list(pool.map(lambda job: build(*job), work))
 
 
 def _type(name: str, types: dict[str, str], all_float32: bool) -> str:
@@ -297,7 +296,7 @@ def _type(name: str, types: dict[str, str], all_float32: bool) -> str:
 
 def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     kilobytes, slots = LIMITS[arch]
-    by_registers = REGISTERS // (-(-max(registers, 1) // 8) * 8 * 32 * warps)  # handed out to warps by 256
+    by_registers = REGISTERS // (-(-max(registers, 1) // 8) * 8 * 32 * warps)  # a warp gets multiples of 256
     by_shared = (kilobytes << 10) // (shared + RESERVED)
     return min(slots, warps * min(by_registers, by_shared)) / slots
 
@@ -306,16 +305,17 @@ def _dump(path: str, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = str(tool) if tool.exists() else shutil.which("cuobjdump")
     if command is None:
-        raise FileNotFoundError("cuobjdump: neither in triton's wheel nor on the PATH; install the CUDA toolkit")
+        raise FileNotFoundError("cuobjdump: not in triton's wheel and not on the PATH; install the CUDA toolkit")
     return subprocess.run([command, option, path], capture_output=True, text=True, check=True).stdout
 
 
 def model() -> list[dict[str, Any]]:
-    """What a training step asks of each kernel: 12 images, 56 x 56 maps, losses at 448 x 448, bfloat16; 4 crops' slic.
+    """Return the work of each kernel in a training step: 12 images, 56 x 56 maps, losses at 448 x 448, bfloat16.
 
-    An upsampled and normalised value is 12 FLOPs. Losses see K = 1.56 present classes an image; pixels on the rim of a
-    block of 16 x 16 are computed for both of its sides. ``floor`` is the larger of FLOPs over the H100's rate (798
-    TFLOP/s dense bfloat16 as measured elsewhere, 67 TFLOP/s float32 without tensor cores) and bytes over 3.35 TB/s.
+    slic has 4 crops. An upsampled and normalised value takes 12 FLOPs. Losses see K = 1.56 present classes an image.
+    Pixels on the rim of a 16 x 16 block are computed for both blocks. ``floor`` is the larger of FLOPs over the H100's
+    rate (798 TFLOP/s dense bfloat16, measured in another run; 67 TFLOP/s float32 without tensor cores) and bytes over
+    3.35 TB/s.
     """
     n, p, d, c, f = 12, 56 * 56, 192, 21, 195
     padded, columns = -(-p // pixel_triton.PAD) * pixel_triton.PAD, 32
@@ -358,7 +358,7 @@ def model() -> list[dict[str, Any]]:
             "losses finish", maps * n * k * large * sample, maps * n * k * large * rim * sample,
             3 * maps * k * small_map, 67e12,
         ),
-        # operations on whole numbers: 9 distances of 16 a pixel in 10 rounds, 27 sums of 2 in 10; 64 a clock and SM
+        # integer operations: a pixel has 9 distances of 16 in 10 rounds, and 27 sums of 2 in 10; 64 per clock and SM
         ("slic assign", 4 * large * 10 * 9 * (16 + 6), 4 * large * 10 * 9 * (16 + 6), 4 * large * 11 * 4, 14.8e12),
         ("slic without assign", 4 * large * 200, 4 * large * 200, 4 * large * 100, 14.8e12),
     ]  # fmt: skip

@@ -1,8 +1,8 @@
 """The losses from small CAMs: eager at full resolution, compiled eager, tiled and Triton, with and without backward.
 
-The released variant (both TCP terms, CPCR with OHEM, background suppression) on 20 classes, of which images have 1.56
-on average as in VOC; then a batch in which every image has 4, where the hardest errors have to be selected. Errors are
-against eager in float64: of the loss, and RMS over RMS of the refined maps' gradient.
+The losses are the released variant (both TCP terms, CPCR with OHEM, background suppression) on 20 classes. Images have
+1.56 classes on average, as in VOC. In another batch every image has 4, so that the hardest errors must be selected.
+Errors are against eager in float64: of the loss, and RMS over RMS of the refined maps' gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VOC = (1, 2, 1, 1, 3, 1, 2, 1, 1, 2, 1, 1, 3, 1, 2, 2)  # present classes of suc
 
 
 def data(counts: list[int], side: int, device: torch.device) -> list[Tensor]:
-    """Smooth random maps, lambdas and labels."""
+    """Return smooth random maps, lambdas and labels."""
     generator = torch.Generator().manual_seed(0)
     shape = (3 * len(counts), 1 + CLASSES, max(2, side // 4), max(2, side // 4))
     maps = []
@@ -55,14 +55,14 @@ def loss(cam: Tensor, refined: Tensor, visible: Tensor, labels: Tensor, *, size:
 
 
 def step(run: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The loss and the refined maps' gradient; the raw maps' is computed as well."""
+    """Return the loss and the refined maps' gradient. The raw maps' gradient is computed too."""
     value = run(*tensors)
     return value.detach(), torch.autograd.grad(value, tensors[:2])[1]
 
 
-def errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    difference = (found[1].double() - exact[1]).square().mean().sqrt() / exact[1].square().mean().sqrt()
-    return float((found[0].double() - exact[0]).abs() / exact[0].abs()), float(difference)
+def errors(result: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    difference = (result[1].double() - exact[1]).square().mean().sqrt() / exact[1].square().mean().sqrt()
+    return float((result[0].double() - exact[0]).abs() / exact[0].abs()), float(difference)
 
 
 def main() -> None:

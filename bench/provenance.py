@@ -1,8 +1,8 @@
-"""What provenance and checksums cost a stage: the comparisons of a start that has nothing to make, beside the work.
+"""The cost of provenance and checksums: the comparisons of a stage that has nothing to make, next to its work.
 
-``python bench/provenance.py`` makes images of VOC's size with seeds and masks (``--images`` of them), compares them as
-the stages do, and prints seconds for VOC's 10,582 images and their share of what a stage takes on one core.
-Files are in the page cache, as where the stage itself has just read or will read them.
+``python bench/provenance.py`` makes images of VOC's size with seeds and masks (``--images`` of them) and compares them
+as the stages do. It prints seconds for VOC's 10,582 images, and their share of a stage's time on one core. Files are in
+the page cache, as they are if the stage has just read them or reads them next.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CLASSES = np.array([3, 8])
 
 
 def seconds(work: Callable[[int], object], count: int) -> float:
-    """Of ``work`` for VOC's images, from the time that ``count`` of them take."""
-    began = time.perf_counter()
+    """Return the seconds of ``work`` for VOC's images, from the time of ``count`` images."""
+    begin = time.perf_counter()
     for number in range(count):
         work(number)
-    return (time.perf_counter() - began) / count * VOC
+    return (time.perf_counter() - begin) / count * VOC
 
 
 def main() -> None:
@@ -45,11 +45,11 @@ def main() -> None:
         images, seeds, masks = (
             [Path(scratch, f"{number}.{ending}") for number in range(count)] for ending in ("jpg", "npz", "png")
         )
-        dice = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         for image, seed, mask in zip(images, seeds, masks, strict=True):
-            small = dice.integers(0, 256, (HEIGHT // 5, WIDTH // 5, 3), np.uint8)
+            small = rng.integers(0, 256, (HEIGHT // 5, WIDTH // 5, 3), np.uint8)
             Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(image, quality=95)
-            cam = dice.random((len(CLASSES), HEIGHT // 25, WIDTH // 25), np.float32).repeat(25, 1).repeat(25, 2)
+            cam = rng.random((len(CLASSES), HEIGHT // 25, WIDTH // 25), np.float32).repeat(25, 1).repeat(25, 2)
             write_seed(seed, Seed(CLASSES, cam), "0" * 32)
             write_mask(mask, (cam[0] > 0.5).astype(np.uint8), "0" * 32)
         size = sum(image.stat().st_size for image in images) / count / 1000

@@ -1,13 +1,13 @@
 """The random walk by sparse products against the released code's dense power.
 
-Input of both are the affinities of an image's 34 directions, at stride 8, and the scores. Generated features: regions
-with noise, so that affinities spread over 0 to 1. Sizes are those of a 448 px crop and of a 500 x 375 image.
+Inputs of both are the scores, and the affinities of an image's 34 directions at stride 8. The generated features are
+regions with noise, so that affinities spread over 0 to 1. The sizes are a 448 px crop and a 500 x 375 image.
 
 - released: an hw x hw matrix, to the power beta, columns divided by their sum, squared logt times, times the scores;
 - ours: one sparse matrix, 2^logt products with the scores.
 
-Both must agree within 3e-7 a step before anything is timed (in float32 the dense power errs more than ours does).
-Memory is what a walk takes beside its input.
+Both must agree within 3e-7 a step before anything is timed (in float32 the dense power has a larger error than ours).
+Memory is the peak of a walk without its input.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PLANES = 2
 
 
 def generated(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features (1, 448, h, w) of 30 regions, and scores (1, 2, h, w)."""
+    """Return features (1, 448, h, w) of 30 regions, and scores (1, 2, h, w)."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(448, 5, 6, generator=generator)
     features = F.interpolate(means[None], size, mode="nearest") + 0.3 * torch.randn(1, 448, *size, generator=generator)
@@ -50,7 +50,7 @@ def generated(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tens
 
 
 def released(affinities: Tensor, scores: Tensor, logt: int) -> Tensor:
-    """Dense, as in infer_aff.py: affinities (1, D, h', w'), scores (1, K, h, w)."""
+    """Walk densely, as in infer_aff.py: affinities (1, D, h', w'), scores (1, K, h, w)."""
     cells = scores[0, 0].numel()
     grid = torch.arange(cells, device=scores.device).view(scores.shape[2:])
     near, far = (torch.stack(side).flatten() for side in zip(*pairs(grid, RADIUS), strict=True))
@@ -68,7 +68,7 @@ def main() -> None:
     device = options.device
     rows: list[dict[str, Any]] = []
     bars: dict[str, dict[str, float]] = {}
-    described, place = machine(device), folder(options.out, device)
+    described, out = machine(device), folder(options.out, device)
     for size, logt in CASES:
         features, scores = generated(size, device)
         affinities = pair_affinities(features, RADIUS)
@@ -90,11 +90,11 @@ def main() -> None:
             row["times less memory"] = group[0]["extra MB"] / row["extra MB"]
             row["largest difference"] = difference
         rows += group
-        write_json(place / "random_walk.json", described, rows, finished=(size, logt) == CASES[-1])
+        write_json(out / "random_walk.json", described, rows, finished=(size, logt) == CASES[-1])
         bars[f"{size[0]} x {size[1]}, {2**logt} steps"] = {row["way"]: row[time] for row in group}
     print_table("Random walk of one image", rows)
-    plot_bars(place / "random_walk.png", "Random walk of one image", "ms", bars)
-    print(place / "random_walk.json")
+    plot_bars(out / "random_walk.png", "Random walk of one image", "ms", bars)
+    print(out / "random_walk.json")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""How good the methods' seeds are on real images, at the end and on the way there: docs/results.md.
+"""Quality of the methods' seeds on real images, after training and at its checkpoints: docs/results.md.
 
     python bench/real_images.py [CONFIG ...] --set data.root=FOLDER [--seeds N ...] [--every STEPS] [--validation LIST]
 
-Trains every config (by default configs/voc_mini*.yaml) with each of --seeds (train.seed), or continues or takes what is
-in a run's folder, which is the config's own for seed 0 and NAME_seedN for others. Scores the CAM seeds at the best
-threshold of the training list: of that list, at all scales of the config and at scale 1 alone, and of the validation
-list at the same threshold. Prints means and spreads (sample standard deviations) over --seeds. The curve has the
-validation list's own best threshold at each checkpoint. Hours on a CPU, so it is not part of run_all.py; stopped, it
-goes on where it was. The JSON in --out keeps the configs and seeds that are not measured this time, each row with its
-machine and precision: so they may be measured one after the other, and on several machines.
+Trains every config (by default configs/voc_mini*.yaml) with each of --seeds (train.seed), or continues or reuses an
+earlier run. A run's folder has the config's name for seed 0, and NAME_seedN for other seeds. Scores the CAM seeds of
+the training list and of the validation list, both at the best threshold of the training list, at all scales of the
+config and at scale 1 alone. Prints means and spreads (sample standard deviations) over --seeds. The curve uses the
+validation list's best threshold at each checkpoint.
+
+It takes hours on a CPU, so it is not part of run_all.py. A stopped run continues. The JSON in --out keeps configs and
+seeds of earlier calls, each row with its machine and precision, so that they may be measured one after the other and on
+several machines.
 """
 
 from __future__ import annotations
@@ -33,22 +35,22 @@ NAMES = ("cam", "seam", "seam_prcm", "grid", "paper")
 
 
 SCORES = ("train", "threshold", "validation", "validation, oracle")
-"""What a run is measured by: mIoU (%) of its CAM seeds, and the threshold that is best for the training list."""
+"""Figures of a run: mIoU (%) of its CAM seeds, and the best threshold of the training list."""
 
 
 def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of one trained network at all scales and at one; ``about`` the machine."""
+    """Return rows of one trained network at all scales and at one; ``about`` describes the machine."""
     weights = train.run(config)
     rows = []
     for config_ in (config, at_scale(config, 1.0)):
-        found = scored_seeds(config_, weights, config_.data.train_list)
-        threshold = oracle_threshold(found)
+        training = scored_seeds(config_, weights, config_.data.train_list)
+        threshold = oracle_threshold(training)
         held_out = scored_seeds(config_, weights, validation, threshold)
         rows.append(
             {
                 "seed": config.train.seed,
                 "scales": ", ".join(f"{scale:g}" for scale in config_.cam.scales),
-                "train": 100 * float(found.oracle.mean_iou),
+                "train": 100 * float(training.oracle.mean_iou),
                 "threshold": threshold,
                 "validation": 100 * float(held_out.fixed.mean_iou),
                 "validation, oracle": 100 * float(held_out.oracle.mean_iou),
@@ -61,16 +63,16 @@ def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict
 
 
 def curve(config: Config, validation: Path, end: float) -> dict[int, float]:
-    """Steps -> mIoU (%) of the validation list's seeds at their own best threshold, which is ``end`` after the last."""
-    found = {}
+    """Return steps -> mIoU (%) of the validation list's seeds at their best threshold; ``end`` is the last value."""
+    points = {}
     *earlier, last = reversed(checkpoint.existing(config.run / "checkpoints"))
     for path in earlier:
-        if step(path) % config.train.checkpoint_every:  # of a stop on the way
+        if step(path) % config.train.checkpoint_every:  # a stopped run's checkpoint
             continue
-        beside = config.model_copy(update={"name": f"{config.name}-{path.stem}"})
-        scored = scored_seeds(beside, path, validation)
-        found[step(path)] = 100 * float(scored.oracle.mean_iou)
-    return found | {step(last): end}
+        renamed = config.model_copy(update={"name": f"{config.name}-{path.stem}"})
+        scored = scored_seeds(renamed, path, validation)
+        points[step(path)] = 100 * float(scored.oracle.mean_iou)
+    return points | {step(last): end}
 
 
 def step(path: Path) -> int:
@@ -78,23 +80,23 @@ def step(path: Path) -> int:
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation (None of one run) over the runs of each config and set of scales."""
+    """Return mean and sample standard deviation (None for one run) over the runs of each config and set of scales."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["config"], row["scales"]), []).append(row)
-    found = []
+    summaries = []
     for (name, scales), runs in groups.items():
         summary: dict[str, Any] = {"config": name, "scales": scales, "seeds": len(runs)}
         for key in SCORES:
             values = [run[key] for run in runs]
             deviation = statistics.stdev(values) if len(values) > 1 else None
             summary[key] = {"mean": statistics.mean(values), "spread": deviation}
-        found.append(summary)
-    return found
+        summaries.append(summary)
+    return summaries
 
 
 def written(summary: dict[str, Any]) -> dict[str, Any]:
-    """The same for a reader: 38.51 ± 0.25."""
+    """Return the summary as text: 38.51 ± 0.25."""
 
     def text(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -105,7 +107,7 @@ def written(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[int, dict[int, float]]]]:
-    """Rows and curves of a JSON that this script wrote; none without it."""
+    """Read rows and curves from this script's JSON. Both are empty without the file."""
     if not path.exists():
         return [], {}
     tree = read_json(path)
@@ -116,14 +118,14 @@ def earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[int, dict[
     return tree["rows"], curves
 
 
-def oracle_threshold(found: Evaluation) -> float:
-    (threshold,) = (result.threshold for result in found.results if result.kind == "oracle")
+def oracle_threshold(evaluation: Evaluation) -> float:
+    (threshold,) = (result.threshold for result in evaluation.results if result.kind == "oracle")
     assert threshold is not None
     return threshold
 
 
 def plot(path: Path, title: str, curves: dict[str, dict[int, dict[int, float]]]) -> None:
-    """Mean over the seeds of each config, and the range between them: ``curves[config][seed][step]``."""
+    """Plot the mean over the seeds of each config, and their range: ``curves[config][seed][step]``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,8 +134,8 @@ def plot(path: Path, title: str, curves: dict[str, dict[int, dict[int, float]]])
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, of_seeds in curves.items():
         points = list(of_seeds.values())
-        steps = sorted(set[int].intersection(*(set(own) for own in points)))
-        values = [[own[at] for own in points] for at in steps]
+        steps = sorted(set[int].intersection(*(set(of_seed) for of_seed in points)))
+        values = [[of_seed[at] for of_seed in points] for at in steps]
         (line,) = axes.plot(steps, [statistics.mean(v) for v in values], "o-", label=f"{name} ({len(points)})")
         axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
     axes.set(xlabel="optimiser steps", ylabel="validation mIoU of seeds at their best threshold, %", title=title)
@@ -159,10 +161,10 @@ def run(
         for seed in seeds:
             name = f"{base.name}_seed{seed}" if seed else base.name
             config = load(path, [*overrides, *steps, f"train.seed={seed}", f"name={name}"])
-            own = scores(config, validation, about)
+            measured = scores(config, validation, about)
             rows = [row for row in rows if (row["config"], row["seed"]) != (base.name, seed)]
-            rows += [{"config": base.name, **row} for row in own]
-            curves.setdefault(base.name, {})[seed] = curve(config, validation, own[0]["validation, oracle"])
+            rows += [{"config": base.name, **row} for row in measured]
+            curves.setdefault(base.name, {})[seed] = curve(config, validation, measured[0]["validation, oracle"])
             write_json(out / "real_images.json", about, rows, spread=spread(rows), curves=curves)
             plot(out / "real_images.png", "Seeds of real images", curves)
     print_table("mIoU of CAM seeds on real images, %", [written(summary) for summary in spread(rows)])
@@ -173,7 +175,9 @@ def main() -> None:
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="train.seed; default 0")
-    parser.add_argument("--every", type=int, default=1000, metavar="STEPS", help="between checkpoints; default 1000")
+    parser.add_argument(
+        "--every", type=int, default=1000, metavar="STEPS", help="steps between checkpoints; default 1000"
+    )
     parser.add_argument("--validation", type=Path, default=Path("ImageSets/Segmentation/val.txt"), metavar="LIST")
     options = parser.parse_args()
     configs = options.configs or [CONFIGS / f"voc_mini{name}.yaml" for name in ("", *(f"_{name}" for name in NAMES))]

@@ -1,7 +1,7 @@
 """Region pooling and region correlation (PRCM): eager, compiled eager, tiled and Triton, with and without backward.
 
-GB/s count every input and output once (forward reads and writes them, backward does so again with the gradients);
-errors are RMS against float64 over its RMS, worst of the output and the gradients.
+GB/s count every input and output once (forward reads and writes them, and backward does so again with the gradients).
+Errors are RMS of the difference from float64 over float64's RMS, the worst of the output and the gradients.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def correlation(cam: Tensor, keys: Tensor, queries: Tensor, *, backend: Any) -> 
 
 
 def step(op: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor) -> list[Tensor]:
-    """Output and the gradients of all inputs."""
+    """Return the output and the gradients of all inputs."""
     out = op(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
@@ -49,9 +49,9 @@ def forward(op: Callable[..., Tensor], constants: list[Tensor]) -> list[Tensor]:
     return [op(*constants)]
 
 
-def worst_error(found: list[Tensor], exact: list[Tensor]) -> float:
+def worst_error(results: list[Tensor], exact: list[Tensor]) -> float:
     errors = [
-        (f.double() - e).square().mean().sqrt() / e.square().mean().sqrt() for f, e in zip(found, exact, strict=True)
+        (r.double() - e).square().mean().sqrt() / e.square().mean().sqrt() for r, e in zip(results, exact, strict=True)
     ]
     return float(max(errors))
 

@@ -1,14 +1,14 @@
-"""Every bench in one command, the most valuable first, in eight minutes on a GPU; then one table of what they found.
+"""Run every bench, the most valuable first, in eight minutes on a GPU; then write one table of the results.
 
     python bench/run_all.py [SCRIPT ...] [--device DEVICE] [--out FOLDER] [--minutes M]
-    python bench/run_all.py --table     # only the tables, from the JSON files that are there
+    python bench/run_all.py --table     # only the tables, from the existing JSON files
 
-Nothing needs to be installed but what the scripts import: they measure the tree that this file lies in. One that needs
-a missing package or a GPU is skipped and says so. Each has a limit, its share of ``--minutes`` (8 on a GPU, 60 on a
-CPU), and writes its JSON file row by row, so that one that is stopped leaves what it has. What no time is left for is
-named. JSON and PNG files go to bench/results/<device>, with ``table.md``, made of all JSON files there; docs/speed.md
-shows the tables of all devices, and README a few of their rows. Without SCRIPTs all run. The exit code is 1 if one
-fails or runs out of time.
+Without SCRIPTs all benches run. They measure the tree that this file lies in, and need only the packages that they
+import. A bench that needs a missing package or a GPU is skipped and named. Each has a time limit, its share of
+``--minutes`` (8 on a GPU, 60 on a CPU), and writes its JSON file row by row, so that a stopped bench keeps its rows.
+Benches that did not start for lack of time are named. JSON and PNG files go to bench/results/<device>, with
+``table.md`` from all JSON files there. docs/speed.md shows the tables of all devices, and README a few of their rows.
+The exit code is 1 if a bench fails or runs out of time.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ BEGIN, END = "<!-- bench/run_all.py writes from here -->\n", "<!-- to here -->\n
 
 class Bench(NamedTuple):
     limit: int
-    """Seconds of eight minutes on a GPU."""
+    """Seconds, of eight minutes on a GPU."""
     value: tuple[str, ...]
-    """Columns that are compared, the first that ours and a peer have: times, or rates of images."""
+    """Columns to compare, times or rates of images. The first column that ours and a peer have is used."""
     way: str
-    """Column that names what a row measured."""
+    """Column with the name of the way that a row measured."""
     ours: tuple[str, ...]
-    """Of these, the first that was measured; the last row if there are none."""
+    """Our ways. The first that was measured is compared; the last row if this is empty."""
     peers: tuple[str, ...]
-    """Of these, the fastest."""
+    """The peers' ways. The fastest is compared."""
     each: tuple[str, ...] = ()
-    """Columns that must agree for rows to be compared."""
+    """Columns in which compared rows must agree."""
     what: str = ""
-    """What is compared where no column says it; keys of the JSON stand in braces."""
+    """Name of the comparison if ``each`` is empty, with keys of the JSON in braces."""
     headline: tuple[str, str] | None = None
-    """What README shows of it: a pattern that the row's "What" matches in full, and a name for people."""
+    """README's row: a pattern for the whole "What" of a row, and a name for people."""
 
 
 KERNEL = ("device ms", "call ms")
@@ -133,11 +133,11 @@ BENCHES = {  # in the order in which they run; the limits down to schedule add u
 }
 ONLY_ON_GPU = ("gpu_tests",)
 RESERVE = 10
-"""Seconds of the whole time that are kept for starting and for the tables."""
+"""Seconds of the total time that are reserved for the start and the tables."""
 
 
 def rows_of(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A JSON's rows, one for each thing measured: the data pipeline has two in a row."""
+    """Return a JSON's rows, one for each measurement. The data pipeline has two measurements in a row."""
     if name != "data_pipeline":
         return result["rows"]
     ways = ("ours", "pillow")
@@ -154,7 +154,7 @@ class Comparison(NamedTuple):
 
 
 def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
-    """Our row beside the fastest peer's, for each thing measured."""
+    """Yield our row with the fastest peer's row, for each comparison."""
     bench = BENCHES[name]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows_of(name, result):
@@ -162,7 +162,7 @@ def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
             row
         )
     for what, rows in groups.items():
-        for column in bench.value:  # none for what has no peer
+        for column in bench.value:  # empty for a bench without peers
             by_way = {row[bench.way]: row for row in rows if row.get(column) is not None}
             own = next((by_way[way] for way in bench.ours or reversed(by_way) if way in by_way), None)
             peers = [by_way[way] for way in bench.peers if way in by_way]
@@ -176,7 +176,7 @@ def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
 
 
 def table(place: Path) -> str:
-    """Markdown of all results in a folder: a line for each comparison, and what the files say of themselves."""
+    """Return Markdown of all results in a folder: a line for each comparison, and the files' notes."""
     lines, notes = [], []
     for name, bench in BENCHES.items():
         path = place / f"{name}.json"
@@ -198,12 +198,12 @@ def number(value: float) -> str:
 
 
 def devices() -> list[Path]:
-    """The folders of results that have a table, GPUs first."""
+    """Return the folders of results that have a table, GPUs first."""
     return sorted((path.parent for path in RESULTS.glob("*/table.md")), key=lambda place: (place.name == "cpu", place))
 
 
 def headlines(places: Iterable[Path]) -> str:
-    """Markdown of the rows that README shows, device by device."""
+    """Return Markdown of README's rows, device by device."""
     lines = []
     for place in places:
         for name, bench in BENCHES.items():
@@ -222,9 +222,9 @@ def headlines(places: Iterable[Path]) -> str:
 
 
 def in_page(page: str, text: str) -> str:
-    """A page with a text between its two markers."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
+    """Return a page with a new text between its two markers."""
+    before, old_and_after = page.split(BEGIN)
+    _, after = old_and_after.split(END)
     return before + BEGIN + text + END + after
 
 
@@ -236,7 +236,7 @@ class Outcome(NamedTuple):
 
 
 def run(script: Path, given: list[str], limit: float) -> Outcome:
-    """Run a bench for at most ``limit`` seconds; its standard output shows as it comes."""
+    """Run a bench for at most ``limit`` seconds. Its standard output appears at once."""
     begin = time.perf_counter()
 
     def took() -> float:
@@ -266,7 +266,7 @@ def run(script: Path, given: list[str], limit: float) -> Outcome:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a bench and the processes it started."""
+    """Kill a bench and the processes that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -275,7 +275,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def run_in_turn(scripts: dict[str, Path], given: list[str], limits: dict[str, float], seconds: float) -> list[Outcome]:
-    """Run one after another, each within its limit and all within ``seconds``; tells at once how each one ended."""
+    """Run benches one after another, each within its limit and all within ``seconds``. Print each outcome at once."""
     deadline = time.perf_counter() + seconds
     outcomes = []
     for name, script in scripts.items():
@@ -293,12 +293,12 @@ def run_in_turn(scripts: dict[str, Path], given: list[str], limits: dict[str, fl
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"of: {', '.join(BENCHES)}")
-    parser.add_argument("--minutes", type=float, help="for all together (default 8 on a GPU, 60 on a CPU)")
-    parser.add_argument("--table", action="store_true", help="run nothing, only write the tables anew")
+    parser.add_argument("--minutes", type=float, help="total time (default 8 on a GPU, 60 on a CPU)")
+    parser.add_argument("--table", action="store_true", help="run nothing, only write the tables again")
     options = parser.parse_args()
     unknown = [name for name in options.scripts if name not in BENCHES]
     if unknown:
-        parser.error(f"no such bench: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+        parser.error(f"no such bench: {', '.join(unknown)}; benches are {', '.join(BENCHES)}")
     place, gpu = folder(options.out, options.device), options.device.type == "cuda"
     minutes = options.minutes or (8 if gpu else 60)
     chosen = [name for name in ([] if options.table else options.scripts or BENCHES) if gpu or name not in ONLY_ON_GPU]

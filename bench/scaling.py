@@ -1,8 +1,8 @@
 """Training throughput of 1, 2, 4 ... processes under torchrun, each with the same number of images a step.
 
-On a CPU two Gloo processes of one thread train the demo's narrow net (the machine must have a free core for each); on
-GPUs NCCL processes, as many as there are GPUs, train ResNet38d at 448 px from random weights. All read JPEGs through
-the whole pipeline. Rates are the medians of metrics.jsonl without its first lines.
+On a CPU two Gloo processes of one thread train the demo's narrow net; the machine must have a free core for each. On
+GPUs one NCCL process per GPU trains ResNet38d at 448 px from random weights. All read JPEGs through the whole pipeline.
+Rates are the medians of metrics.jsonl without its first lines.
 
     python bench/scaling.py [--steps N] [--out FOLDER]
 """
@@ -48,7 +48,7 @@ def random_weights(root: Path) -> Path:
 
 
 def rate(root: Path, processes: int, steps: int, gpu: bool) -> float:
-    """Images/s of all processes together."""
+    """Return images/s of all processes together."""
     tree = config(root, processes, steps, gpu)
     path = root / f"{tree['name']}.yaml"
     path.write_text(yaml.safe_dump(tree))

@@ -1,12 +1,12 @@
-"""VOC's whole chain, from photos to the segmenter's val masks, in minutes on this machine: images x measured seconds.
+"""Minutes of VOC's whole chain on this machine, from photos to the segmenter's val masks: images x measured seconds.
 
-Every stage runs on a few images as ``cpn-fast run`` runs it, files and all, with random weights on ResNet38d (on a CPU
+Every stage runs on a few images as in ``cpn-fast run``, with its files, with random weights of ResNet38d (on a CPU
 MobileNetV2 as in configs/voc_mini.yaml). Stages that go through a list run on two lists after a warm-up: the difference
-is the rate, what is left is the start. Trainings run some steps: the rate is the median of metrics.jsonl without its
-first lines, the start is all that came before. CPN's own rate is taken from train_step.json where that was measured on
-the same device. The work is that of configs/voc.yaml. Not counted: scoring, which takes seconds.
+gives the rate, and the remaining time is the start. Trainings run a few steps: the rate is the median of metrics.jsonl
+without its first lines, and the start is the remaining time. CPN's rate comes from train_step.json if that has the same
+device. The work is that of configs/voc.yaml. Scoring is not counted; it takes seconds.
 
-The goal is 60 minutes on one H100 with 16 cores. Photos are generated, or from ``--images``.
+The goal is 60 minutes on one H100 with 16 cores. Photos are generated, or come from ``--images``.
 
     python bench/schedule.py [--images FOLDER] [--few N] [--steps N] [--out FOLDER]
 """
@@ -51,9 +51,9 @@ GOAL = 60.0
 TRAIN_AUG, TRAIN, VAL = 10_582, 1_464, 1_449
 """Images of VOC's lists."""
 LONGER = 10
-"""Superpixels are made of so many times the images: an image takes milliseconds."""
+"""Superpixels are made of this many times the images, because an image takes milliseconds."""
 POSSIBLE = 3
-"""Classes that the segmenter's random weights leave possible in an image beside background, for the CRF's time."""
+"""Classes besides background that the segmenter's random weights can predict. It sets the CRF's time."""
 
 
 class Rate(NamedTuple):
@@ -61,13 +61,13 @@ class Rate(NamedTuple):
     """Images."""
     low: float | None
     high: float | None
-    """20th and 80th percentile; None where two lists were compared."""
+    """20th and 80th percentile; None if two lists were compared."""
     start: float
     """Seconds before the first image."""
 
 
 def work(voc: Config) -> dict[str, int]:
-    """Images that each stage of the chain goes through."""
+    """Return the number of images of each stage."""
     assert isinstance(voc.affinity.train.batch, int)
     assert isinstance(voc.segment.train.batch, int)
     return {
@@ -83,7 +83,7 @@ def work(voc: Config) -> dict[str, int]:
 
 
 def configuration(root: Path, name: str, images: int, steps: int, *, gpu: bool, cores: int) -> Config:
-    """VOC's, or on a CPU that of its small part, on ``name.txt`` of the generated data."""
+    """Return VOC's config, or on a CPU that of its small part, for ``name.txt`` of the generated data."""
     short = ["epochs=null", f"steps={steps}", f"log_every={max(1, steps // 12)}", f"data_threads={cores}"]
     trainings = [f"{part}.{key}" for part in ("train", "affinity.train", "segment.train") for key in short]
     lists = [f"{key}={name}.txt" for key in ("data.train_list", "data.eval_list", "segment.eval_list")]
@@ -95,19 +95,19 @@ def configuration(root: Path, name: str, images: int, steps: int, *, gpu: bool, 
 
 
 def long_list(path: Path) -> Path:
-    """Beside a list, that of the superpixels."""
+    """Return the path of the superpixels' list, which belongs to a list."""
     return path.with_name(f"long-{path.name}")
 
 
 def write_data(root: Path, images: Path | None, count: int, classes: Sequence[str]) -> None:
-    """``count`` photos, of which 16 differ, with as many tags as VOC's have."""
+    """Write ``count`` photos, of which 16 are distinct, with as many tags as VOC's images have."""
     (root / "JPEGImages").mkdir(parents=True)
-    different = min(count, 16)
+    distinct = min(count, 16)
     if images is None:
         (root / "photos").mkdir()
-        generate(root / "photos", different)
+        generate(root / "photos", distinct)
         images = root / "photos"
-    photos = sorted(images.glob("*.jpg"))[:different]
+    photos = sorted(images.glob("*.jpg"))[:distinct]
     tags = {}
     for index in range(count):
         (root / "JPEGImages" / f"{index}.jpg").symlink_to(photos[index % len(photos)].resolve())
@@ -117,7 +117,7 @@ def write_data(root: Path, images: Path | None, count: int, classes: Sequence[st
 
 
 def write_weights(config: Config, root: Path) -> None:
-    """Random weights of all three networks, which keep features alive."""
+    """Write random weights of all three networks that keep features alive."""
     torch.manual_seed(0)
     deeplab = build_deeplab(config)
     assert deeplab.cls_conv.bias is not None
@@ -132,14 +132,14 @@ def write_weights(config: Config, root: Path) -> None:
 
 
 def write_network(network: Headed, path: Path) -> None:
-    """Its random weights, changed so that they keep features alive."""
+    """Write a network's random weights, scaled to keep features alive."""
     keep_alive(network)
     tensors = {key: tensor.contiguous() for key, tensor in to_released_keys(network.state_dict()).items()}
     path.write_bytes(safetensors.torch.save(tensors))
 
 
 def listed_stages(config: Config, weights: Path) -> dict[str, Callable[[], object]]:
-    """What goes through a list, in its order; each reads what those before it have written."""
+    """Return the stages that go through a list, in order. Each reads the files of the stages before it."""
     device, list_path = distributed.join().device, config.data.train_list
     samples, photos = (
         load_samples(config.data, config.classes, path, labels=True, masks=False)
@@ -170,7 +170,7 @@ def listed_stages(config: Config, weights: Path) -> dict[str, Callable[[], objec
 
 
 def trainings(config: Config) -> dict[str, tuple[Callable[[], object], Path]]:
-    """What trains, on what the stages above have made of the same list, and the folder of its run."""
+    """Return the trainings, which read the files of ``listed_stages`` for the same list, and their run's folders."""
     affinity = refine.affinity_config(config)
     masks = config.run / "refine" / "masks"
     return {
@@ -188,7 +188,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def listed_rate(few: int, many: int, of_few: float, of_many: float) -> Rate:
-    """From the seconds of two lists. Raises ValueError if the longer one took no longer."""
+    """Return the rate from the seconds of two lists. Raises ValueError if the longer list took no longer."""
     if of_many <= of_few:
         raise ValueError(f"{many} images took {of_many:.2f} s and {few} took {of_few:.2f}: take more with --few")
     rate = (many - few) / (of_many - of_few)
@@ -196,7 +196,7 @@ def listed_rate(few: int, many: int, of_few: float, of_many: float) -> Rate:
 
 
 def logged_rate(run: Path, images: int, whole: float) -> Rate:
-    """Of a training run of ``whole`` seconds on ``images``, without its first two lines."""
+    """Return the rate of a training run of ``whole`` seconds on ``images``, without its first two lines."""
     lines = (run / "metrics.jsonl").read_text().splitlines()[2:]
     rates = [json.loads(line)["images_per_second"] for line in lines]
     fifths = statistics.quantiles(rates, n=5, method="inclusive")
@@ -205,7 +205,7 @@ def logged_rate(run: Path, images: int, whole: float) -> Rate:
 
 
 def step_rate(out: Path, device: str) -> Rate | None:
-    """CPN's, from ``train_step.json`` of the same device, if it has the captured step."""
+    """Return CPN's rate from ``train_step.json`` of the same device, or None if it lacks the captured step."""
     path = out / "train_step.json"
     if not path.exists():
         return None
@@ -220,7 +220,7 @@ def step_rate(out: Path, device: str) -> Rate | None:
 
 
 def rows_of(images: dict[str, int], rates: dict[str, Rate]) -> list[dict[str, Any]]:
-    """A row for each stage and one for their sum; a stage without a rate has no minutes, and then there is no sum."""
+    """Return a row for each stage and one for their sum. Without a rate a stage has no minutes, nor has the sum."""
     rows: list[dict[str, Any]] = []
     for stage, count in images.items():
         rate = rates.get(stage)
@@ -239,7 +239,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=Path, help="a folder of JPEGs (default: generated ones)")
     parser.add_argument("--few", type=int, help="images of the shorter list; the longer has four times as many")
-    parser.add_argument("--steps", type=int, help="of each training (default 12, on a GPU 60)")
+    parser.add_argument("--steps", type=int, help="steps of each training (default 12, on a GPU 60)")
     options = parser.parse_args()
     device = distributed.join().device
     gpu, cores = device.type == "cuda", os.cpu_count() or 1
@@ -267,19 +267,19 @@ def main() -> int:
         return rows
 
     def listed(stage: str) -> Rate:
-        took = {name: seconds(own[stage], device) for name, own in stages.items()}
+        took = {name: seconds(of_list[stage], device) for name, of_list in stages.items()}
         images_of_few = LONGER * few if stage == "superpixels" else few
         return listed_rate(images_of_few, 4 * images_of_few, took["few"], took["many"])
 
     def trained(stage: str) -> Rate:
-        run, place = training[stage]
+        run, run_folder = training[stage]
         known = step_rate(out, described["device"]) if stage == "CPN, training" else None
         if known is not None:
             return known
         whole = seconds(run, device)
-        batch = load(place / "config.yaml").train.batch
+        batch = load(run_folder / "config.yaml").train.batch
         assert isinstance(batch, int)
-        return logged_rate(place, steps * batch, whole)
+        return logged_rate(run_folder, steps * batch, whole)
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -295,7 +295,7 @@ def main() -> int:
                 rates[stage] = trained(stage) if stage in training else listed(stage)
             except ModuleNotFoundError as error:
                 left_out[stage] = f"needs {error.name}, which is not installed"
-            except Exception as error:  # the stages that need nothing of this one can still be measured
+            except Exception as error:  # stages that do not need this one can still be measured
                 failures[stage] = f"{type(error).__name__}: {error}"
                 traceback.print_exc()
             save(finished=False)

@@ -1,7 +1,7 @@
-"""ResNet38d computed in other ways, with the same weights and, to rounding, the same results and gradients.
+"""ResNet38d computed in other ways, with the same weights and, up to rounding, the same results and gradients.
 
-Candidates for the training step, to be decided on a GPU: each is a row of ``train_step.py``. What brings nothing there
-goes; what does replaces the plain form in ``cpn_fast/models``.
+These are candidates for the training step, to be decided on a GPU: each is a row of ``train_step.py``. A variant that
+is not faster there will be removed. A faster one will replace the plain form in ``cpn_fast/models``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from cpn_fast.models.resnet38d import Block, Bottleneck, ResNet38d
 
 
 class Variant(ResNet38d):
-    """``interleaved``: dilated 3x3 convolutions run without dilation on every other pixel's image.
+    """``interleaved``: dilated 3x3 convolutions run without dilation on images of every d-th pixel.
 
     The pixels of a map are re-ordered into its d x d interleaved images, whose neighbours are d pixels apart in the
-    map: there a convolution of dilation d is a plain one, with the same zeros around it. 2 is for b5 alone, 4 for b5 to
-    b7, whose pixels are re-ordered once more by 2. Maps whose sides these do not divide are computed as ever. What is
-    between these convolutions is pixel by pixel and does not mind the order.
+    map. On them a convolution of dilation d is a plain one, with the same zero padding. The value 2 is for b5 alone; 4
+    is for b5 to b7, where b6 and b7 re-order the pixels once more by 2. Maps whose sides are not divisible use the
+    plain form. All operations between these convolutions are per pixel, so the order does not matter to them.
 
-    ``folded``: each frozen normalisation that follows a convolution is put into its weight and a bias, and the
-    convolution adds the bias and takes the ReLU in its own epilogue (cuDNN's, on a GPU). The gradient of the weight is
-    taken through that product. The 17 normalisations behind a residual sum stay.
+    ``folded``: each frozen normalisation after a convolution becomes part of the convolution's weight and a bias. The
+    convolution adds the bias and applies the ReLU in its epilogue (cuDNN's, on a GPU). The gradient of the weight goes
+    through the product of weight and scale. The 17 normalisations after a residual sum stay.
     """
 
     interleaved = 1
@@ -72,18 +72,18 @@ class Variant(ResNet38d):
         return block.conv_branch1(inputs) + branch, inputs
 
     def conv(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, order: int) -> Tensor:
-        """Convolution, normalisation and ReLU."""
+        """Apply convolution, normalisation and ReLU."""
         if self.folded:
             return conv_norm_relu(convolution, norm, x, order)
         return activate(norm, undilated(convolution, x, order))
 
     def plain(self, x: Tensor, order: int) -> Tensor:
-        """Out of the order of b6 and b7, into which pixels come in two steps of 2."""
+        """Undo the order of b6 and b7, which has two steps of 2."""
         return deinterleave(deinterleave(x, 2), 2) if order == 4 else x
 
 
 def variant(interleaved: int, folded: bool) -> Variant:
-    """The network computed so."""
+    """Return the network with these switches."""
     network = Variant()
     network.interleaved, network.folded = interleaved, folded
     return network
@@ -96,11 +96,11 @@ def interleave(x: Tensor, by: int) -> Tensor:
     count, channels, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(count, height // by, by, width // by, by, channels)
     images = pixels.permute(0, 2, 4, 1, 3, 5).reshape(count * by * by, height // by, width // by, channels)
-    return images.permute(0, 3, 1, 2)  # in channels-last memory, as everything else
+    return images.permute(0, 3, 1, 2)  # in channels-last memory, like all maps
 
 
 def deinterleave(x: Tensor, by: int) -> Tensor:
-    """Undoes ``interleave``."""
+    """Undo ``interleave``."""
     if by == 1:
         return x
     count, channels, height, width = x.shape
@@ -110,7 +110,7 @@ def deinterleave(x: Tensor, by: int) -> Tensor:
 
 
 def geometry(convolution: nn.Conv2d, order: int) -> tuple[list[int], list[int], list[int]]:
-    """Stride, padding and dilation of the convolution on pixels in interleaved order."""
+    """Return stride, padding and dilation of the convolution on pixels in interleaved order."""
     if convolution.kernel_size == (1, 1):
         return [*convolution.stride], [0, 0], [1, 1]
     dilation = [side // order for side in convolution.dilation]
@@ -119,7 +119,7 @@ def geometry(convolution: nn.Conv2d, order: int) -> tuple[list[int], list[int], 
 
 
 def undilated(convolution: nn.Conv2d, x: Tensor, order: int) -> Tensor:
-    """The convolution on pixels in interleaved order."""
+    """Apply the convolution to pixels in interleaved order."""
     return F.conv2d(x, convolution.weight, None, *geometry(convolution, order))
 
 
@@ -128,7 +128,10 @@ def activate(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def conv_norm_relu(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, order: int = 1) -> Tensor:
-    """``relu(norm(convolution(x)))`` by one convolution with the norm's factors in its weight; under autocast too."""
+    """Compute ``relu(norm(convolution(x)))`` by one convolution with the norm's factors in its weight.
+
+    It follows autocast.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -142,7 +145,7 @@ def conv_norm_relu(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, orde
 def conv_relu(
     x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    """Convolution, bias and ReLU in one kernel of cuDNN, whose output alone the backward pass needs of the three."""
+    """Convolution, bias and ReLU in one kernel of cuDNN. Of the three outputs backward needs only the last."""
     if x.is_cuda:
         return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, 1)
     return F.conv2d(x, weight, bias, stride, padding, dilation).relu_()
@@ -161,10 +164,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, output = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]  # the bias of a frozen norm is a constant
-    found = torch.ops.aten.convolution_backward(
+    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
         gradient * (output > 0), x, weight, None, *ctx.options, False, [0, 0], 1, wanted
     )
-    return found[0], found[1], None, None, None, None
+    return d_x, d_weight, None, None, None, None
 
 
 conv_relu.register_autograd(_backward, setup_context=_keep)

@@ -1,15 +1,15 @@
-"""How well superpixels follow objects: fast-slic's, scikit-image's and our kernel's, at 50, 200 and 1,000 asked for.
+"""How well superpixels follow objects: fast-slic's, scikit-image's and our kernel's, for counts of 50, 200 and 1,000.
 
 For each way, means over images of
 
-- superpixels: how many there are;
-- boundary recall: the share of true boundary pixels that a superpixel's boundary comes within 2 pixels of;
+- superpixels: their number;
+- boundary recall: the share of true boundary pixels that are within 2 pixels of a superpixel's boundary;
 - under-segmentation error: for each pair of a superpixel and a class, the smaller of its parts inside and outside the
   class, as a share of all pixels (Neubert and Protzel 2012);
-- compactness: 4 pi area / perimeter^2 of a superpixel, 1 for a circle, weighed by its area (Schick et al. 2012).
+- compactness: 4 pi area / perimeter^2 of a superpixel, 1 for a circle, weighted by its area (Schick et al. 2012).
 
-More superpixels score better, so each way is also asked for as many as gives it fast-slic's number. A picture shows the
-three on an image of the demo.
+More superpixels score better. So each way also runs with the count that gives it as many superpixels as fast-slic. A
+picture shows the three on an image of the demo.
 
     python bench/superpixel_quality.py [--voc VOC2012] [--scored 60] [--out FOLDER]
 """
@@ -57,19 +57,20 @@ WAYS: dict[str, Way] = {"fast-slic": fast_slic, "scikit-image": scikit_image, "k
 
 
 def compare(title: str, scenes: Sequence[tuple[np.ndarray, np.ndarray]], counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Superpixels of uint8 images against their true classes (255 unknown): a row for each way and count."""
+    """Score superpixels of uint8 images against their true classes (255 unknown): a row for each way and count."""
     rows = []
     for count in counts:
         maps = {name: [way(image, count) for image, _ in scenes] for name, way in WAYS.items()}
         for name in ("scikit-image", "kernel"):
             maps[f"{name}, as many as fast-slic"] = [
-                WAYS[name](image, max(1, round(count * number(wanted) / number(found))))
-                for (image, _), wanted, found in zip(scenes, maps["fast-slic"], maps[name], strict=True)
+                WAYS[name](image, max(1, round(count * number(wanted) / number(labels))))
+                for (image, _), wanted, labels in zip(scenes, maps["fast-slic"], maps[name], strict=True)
             ]
-        for name, found in maps.items():
-            scores = np.array([score(labels, truth) for labels, (_, truth) in zip(found, scenes, strict=True)])
+        for name, of_way in maps.items():
+            scores = np.array([score(labels, truth) for labels, (_, truth) in zip(of_way, scenes, strict=True)])
             recall, error, compactness = np.nanmean(scores, 0)
-            row = {"images": title, "way": name, "asked for": count, "superpixels": np.mean([number(m) for m in found])}
+            mean_number = np.mean([number(labels) for labels in of_way])
+            row = {"images": title, "way": name, "asked for": count, "superpixels": mean_number}
             row |= {"boundary recall": recall, "under-segmentation": error, "compactness": compactness}
             rows.append(row)
             print_table(f"{title}, {len(scenes)} images", rows[-1:])
@@ -81,15 +82,15 @@ def number(labels: np.ndarray) -> int:
 
 
 def score(labels: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
-    """Boundary recall (nan if there is no boundary), under-segmentation error and compactness."""
+    """Return boundary recall (NaN without a boundary), under-segmentation error and compactness."""
     known, count = truth != 255, int(labels.max()) + 1
-    # Unknown pixels line the objects: there, the true boundary is halfway between the nearest known ones.
+    # Unknown pixels surround the objects: the true boundary is halfway between the nearest known pixels.
     _, nearest = cv2.distanceTransformWithLabels((~known).astype(np.uint8), cv2.DIST_L2, 5, labelType=1)
     classes = np.zeros(nearest.max() + 1, truth.dtype)
     classes[nearest[known]] = truth[known]
     edges = find_boundaries(classes[nearest])
-    found = cv2.dilate(find_boundaries(labels).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    recall = float(found[edges].mean()) if edges.any() else math.nan
+    near = cv2.dilate(find_boundaries(labels).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    recall = float(near[edges].mean()) if edges.any() else math.nan
     pairs = np.bincount(labels[known].astype(np.int64) * 256 + truth[known], minlength=256 * count).reshape(count, 256)
     error = np.minimum(pairs, pairs.sum(1, keepdims=True) - pairs).sum() / known.sum()
     framed = np.pad(labels.astype(np.int64), 1, constant_values=-1)
@@ -106,19 +107,19 @@ def voc_scene(mask: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(path: Path) -> None:
-    """The three ways beside each other on an image of the demo, 50 and 200 asked for."""
+    """Draw the three ways next to each other on an image of the demo, with counts of 50 and 200."""
     with tempfile.TemporaryDirectory() as data:
         generate(Path(data), seed=3, train=1, val=1)
         image = read_image(next(Path(data).rglob("*.jpg")))
     figure, axes = pyplot.subplots(2, len(WAYS), figsize=(12, 8), squeeze=False)
     for row, count in zip(axes, (50, 200), strict=True):
-        for place, (name, way) in zip(row, WAYS.items(), strict=True):
+        for axis, (name, way) in zip(row, WAYS.items(), strict=True):
             labels = cv2.resize(way(image, count).astype(np.uint16), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
             shown = cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
             shown[find_boundaries(labels, mode="inner")] = (255, 255, 0)
-            place.imshow(shown)
-            place.set_title(f"{name}: {number(labels)} of {count}")
-            place.axis("off")
+            axis.imshow(shown)
+            axis.set_title(f"{name}: {number(labels)} of {count}")
+            axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -126,10 +127,10 @@ def draw(path: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--voc", type=Path, help="a folder with JPEGImages and SegmentationClass, beside generated images"
+        "--voc", type=Path, help="a folder with JPEGImages and SegmentationClass, instead of generated images"
     )
-    parser.add_argument("--scored", type=int, default=60, help="images to score of each kind")
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="superpixels asked for")
+    parser.add_argument("--scored", type=int, default=60, help="images to score")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="requested numbers of superpixels")
     options = parser.parse_args()
     out = folder(options.out, options.device)
     rows = []

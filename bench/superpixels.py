@@ -1,11 +1,12 @@
 """Time per image to make a complementary pair from a 448 x 448 crop: the released way against ours.
 
 The released way segments every augmented crop with scikit-image, as normalised floats (which scikit-image stretches to
-0..1 since 0.19), and looks up each pixel's patch in a list of hidden ones. Ours is fast-slic on the crop (online), our
-kernel on the crop (in plain torch on a CPU), or a PNG of the cache, then ``complementary_pair``. One thread each.
+0..1 since 0.19), and looks up each pixel's patch in a list of hidden patches. Ours takes superpixels from fast-slic on
+the crop (online), from our kernel on the crop (in plain torch on a CPU), or from a PNG of the cache, and then calls
+``complementary_pair``. Each uses one thread.
 
-A second table times the kernel alone: a batch of 16 crops on a GPU, where the goal is 5,000 crops/s, else one crop.
-What limits it is counted by ``bench/kernel_report.py``; quality is ``bench/superpixel_quality.py``'s.
+A second table times the kernel alone: a batch of 16 crops on a GPU, with a goal of 5,000 crops/s; on a CPU one crop.
+``bench/kernel_report.py`` counts its work; ``bench/superpixel_quality.py`` measures quality.
 
     python bench/superpixels.py [--images FOLDER] [--out FOLDER]
 """
@@ -69,10 +70,10 @@ def our_pair(image: torch.Tensor, labels: np.ndarray, generator: torch.Generator
 
 
 def time_pairs(title: str, crops: list[np.ndarray], repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """One row per way: superpixels, share hidden, and medians over crops and repeats of the parts and their sum in ms.
+    """Return a row for each way: superpixels, hidden share, and medians over crops and repeats of times in ms.
 
-    The released way stays on the CPU; of ours, hiding runs on ``device``. The ways take turns on each crop, so that
-    they share whatever else the machine is doing.
+    The released way runs on the CPU; our hiding runs on ``device``. The ways take turns on each crop, so that other
+    work on the machine slows all of them.
     """
     config, generator = FAST, torch.Generator(device).manual_seed(0)
     floats = [normalise(crop) for crop in crops]
@@ -117,9 +118,9 @@ def time_pairs(title: str, crops: list[np.ndarray], repeats: int, device: torch.
                         runs[name].append((middle - start, end - middle, len(np.unique(labels)), hidden))
     rows = []
     for name, run in runs.items():
-        segmentation, hiding, found, shares = np.array(run).T
+        segmentation, hiding, numbers, shares = np.array(run).T
         total = 1e3 * (segmentation + hiding)
-        row = {"images": title, "way": name, "superpixels": found.mean(), "hidden": shares.mean()}
+        row = {"images": title, "way": name, "superpixels": numbers.mean(), "hidden": shares.mean()}
         row |= {"segmentation ms": 1e3 * np.median(segmentation), "hiding ms": 1e3 * np.median(hiding)}
         row |= {"total ms": np.median(total), "p20 ms": np.quantile(total, 0.2), "p80 ms": np.quantile(total, 0.8)}
         rows.append(row)
@@ -129,14 +130,14 @@ def time_pairs(title: str, crops: list[np.ndarray], repeats: int, device: torch.
 
 
 def check(pair: Pair, image: torch.Tensor) -> None:
-    """A time counts for nothing unless the pair is complementary and its share is what is visible."""
+    """Check that the pair is complementary and that its share is the visible one."""
     visible, complement, share = (part.to(image.device) for part in pair)
     torch.testing.assert_close(visible + complement, image)
     torch.testing.assert_close((visible != 0).all(1).double().mean((1, 2)), share.double(), atol=1e-5, rtol=0)
 
 
 def kernel_rate(crops: list[np.ndarray], device: torch.device) -> dict[str, Any]:
-    """Crops per second of ``cpn_fast.kernels.slic``, by the device's own time on a GPU."""
+    """Return crops per second of ``cpn_fast.kernels.slic``, on a GPU by the device's time."""
     batch = 16 if device.type == "cuda" else 1
     images = torch.from_numpy(np.stack([crops[index % len(crops)] for index in range(batch)])).permute(0, 3, 1, 2)
     images, settings = images.to(device), Superpixels()
@@ -148,7 +149,7 @@ def kernel_rate(crops: list[np.ndarray], device: torch.device) -> dict[str, Any]
 
 
 def generated_scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image of curved, textured regions and the map of the regions."""
+    """Return an image of curved, textured regions and the map of the regions."""
     rng = np.random.default_rng(seed)
     points, warp = rng.random((25, 2)) * SIZE, cv2.resize(rng.normal(0, 15, (8, 8, 2)), (SIZE, SIZE))
     grid = np.moveaxis(np.mgrid[:SIZE, :SIZE], 0, -1) + warp
@@ -159,7 +160,7 @@ def generated_scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def center_crop(path: Path) -> np.ndarray:
-    """The middle of an image whose short side was resized to the crop's."""
+    """Return the centre of an image whose short side was resized to the crop's side."""
     image = read_image(path)
     scale = SIZE / min(image.shape[:2])
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
@@ -168,15 +169,15 @@ def center_crop(path: Path) -> np.ndarray:
 
 
 def spread(items: Sequence[Path], count: int) -> list[Path]:
-    """About ``count`` of the items, evenly spread."""
+    """Return about ``count`` of the items, evenly spread."""
     return list(items[:: max(1, len(items) // count)][:count])
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--images", type=Path, help="a folder of JPEGs to time beside the generated images")
+    parser.add_argument("--images", type=Path, help="a folder of JPEGs to time in addition to the generated images")
     parser.add_argument("--count", type=int, default=6, help="images to time of each kind")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each image is timed")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions for each image")
     options = parser.parse_args()
     device, out = options.device, folder(options.out, options.device)
     torch.set_num_threads(1)

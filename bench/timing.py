@@ -1,4 +1,4 @@
-"""What the benches share: timing, memory, the machine's own matrix rate, tables, JSON and bars."""
+"""Shared code of the benches: timing, memory, the machine's rate of matrix products, tables, JSON and bars."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-# The benches measure the tree that they lie in, installed or not, and so do the processes that they start.
+# The benches and the processes that they start measure the tree that they lie in, even if another one is installed.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 class Times(NamedTuple):
-    """Seconds of the repetitions of a call."""
+    """Seconds of a call over its repetitions."""
 
     median: float
     low: float
@@ -39,11 +39,11 @@ class Times(NamedTuple):
 def call_times(
     run: Callable[[], object], device: torch.device, *, repeats: int = 20, budget: float = 5.0, flush: bool = True
 ) -> Times:
-    """A call as a program makes it: on an idle device, from Python until all of its work is done.
+    """Time a call as a program makes it: on an idle device, from Python until all of its work is done.
 
-    Calls that compile, tune and fill caches come first and are not counted. Then ``repeats`` are, or as many as start
-    within ``budget`` seconds, but at least 10 on a GPU and 3 on a CPU. Before each one a GPU's L2 cache is overwritten
-    unless ``flush`` is off, as it may be where a call moves far more than L2 holds.
+    Warm-up calls, which compile and fill caches, are not counted. Then ``repeats`` calls are timed, or as many as start
+    within ``budget`` seconds, but at least 10 on a GPU and 3 on a CPU. Before each call a GPU's L2 cache is
+    overwritten. ``flush=False`` skips this, for a call that moves far more than L2 holds.
     """
     warm_up(run, device)
     overwrite = overwriting(device) if flush else None
@@ -64,9 +64,9 @@ def call_times(
 def device_times(
     run: Callable[[], object], device: torch.device, *, repeats: int = 20, budget: float = 5.0, flush: bool = True
 ) -> Times:
-    """What a call costs the GPU alone: replays of a CUDA graph of it, timed by events; the rest as ``call_times``.
+    """Time a call on the GPU alone: events around replays of its CUDA graph. Arguments are as for ``call_times``.
 
-    Raises RuntimeError for a call that cannot be captured, as one that reads a figure back.
+    Raises RuntimeError for a call that cannot be captured, for example one that reads a value back.
     """
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -80,7 +80,7 @@ def device_times(
     def once() -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if overwrite is not None:
-            overwrite()  # meanwhile the CPU launches the graph
+            overwrite()  # while it runs, the CPU launches the graph
         begin.record()
         graph.replay()
         end.record()
@@ -94,9 +94,9 @@ def device_times(
 def kernel_columns(
     run: Callable[[], object], device: torch.device, *, repeats: int = 20, budget: float = 5.0
 ) -> dict[str, Any]:
-    """A kernel bench's columns: times of a call and, on a GPU, of the device alone, each with its spread.
+    """Return a kernel bench's columns: times of a call and, on a GPU, of the device alone, each with its spread.
 
-    ``device ms`` is None where the call cannot be captured; ``not captured`` then says why.
+    ``device ms`` is None if the call cannot be captured; then ``not captured`` gives the reason.
     """
     columns = {**milliseconds("call", call_times(run, device, repeats=repeats, budget=budget))}
     if device.type != "cuda":
@@ -110,26 +110,26 @@ def kernel_columns(
         return {**missing, **columns, "not captured": str(error).splitlines()[0]}
 
 
-def milliseconds(what: str, times: Times) -> dict[str, Any]:
-    """Columns ``WHAT ms``, ``WHAT p20``, ``WHAT p80`` and ``repeats``."""
-    shown = {f"{what} {name}": 1e3 * seconds for name, seconds in zip(("ms", "p20", "p80"), times[:3], strict=True)}
+def milliseconds(clock: str, times: Times) -> dict[str, Any]:
+    """Return columns ``CLOCK ms``, ``CLOCK p20``, ``CLOCK p80`` and ``repeats``; the clock is "call" or "device"."""
+    shown = {f"{clock} {name}": 1e3 * seconds for name, seconds in zip(("ms", "p20", "p80"), times[:3], strict=True)}
     return {**shown, "repeats": times.repeats}
 
 
 def kernel_time(*rows: dict[str, Any]) -> str:
-    """The column by which rows are compared: the device's time if all of them have it, else the call's."""
+    """Return the column to compare rows by: the device's time if all rows have it, else the call's."""
     return "device ms" if all(row.get("device ms") is not None for row in rows) else "call ms"
 
 
 def warm_up(run: Callable[[], object], device: torch.device) -> None:
-    """Compile, tune and fill caches: three calls on a GPU, one on a CPU, where each may take seconds."""
+    """Compile and fill caches: three calls on a GPU, one on a CPU, where a call may take seconds."""
     for _ in range(3 if device.type == "cuda" else 1):
         run()
     wait(device)
 
 
 def repeated(once: Callable[[], float], device: torch.device, repeats: int, budget: float) -> Times:
-    """Repetitions of what returns its own seconds, as many as ``call_times`` says."""
+    """Repeat a function that returns its seconds, as often as ``call_times`` says."""
     least = 10 if device.type == "cuda" else 3
     seconds: list[float] = []
     begin = time.perf_counter()
@@ -140,26 +140,26 @@ def repeated(once: Callable[[], float], device: torch.device, repeats: int, budg
 
 
 def overwriting(device: torch.device) -> Callable[[], object] | None:
-    """A call that fills a GPU's L2 cache with something else."""
+    """Return a function that overwrites a GPU's L2 cache, or None on a CPU."""
     return torch.empty(256 << 20, dtype=torch.int8, device=device).zero_ if device.type == "cuda" else None
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def logged_rate(run: Path, skip: int = 0) -> float:
-    """Median images/s of a training run's metrics.jsonl, without its first ``skip`` lines."""
+    """Return the median images/s of a training run's metrics.jsonl, without its first ``skip`` lines."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(line)["images_per_second"] for line in lines[skip:])
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Peak memory during a call beyond what was held before it.
+    """Return the peak memory during a call, without the memory held before it.
 
-    CUDA: the allocator's own count. CPU: the allocations that torch's profiler saw, added up as they came and went.
+    CUDA: the allocator's count. CPU: the running sum of allocations and frees in torch's profiler.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -181,7 +181,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Dense FLOP/s that this machine reaches on a large square product."""
+    """Return the dense FLOP/s of this machine on a large square product."""
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = device_times if device.type == "cuda" else call_times
@@ -189,7 +189,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine of the figures."""
     described: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
     try:
         import triton
@@ -207,7 +207,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """``--device`` and ``--out``, which every bench takes."""
+    """Return a parser with ``--device`` and ``--out``, which every bench has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(default), help=f"default {default}")
@@ -216,7 +216,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def folder(out: Path | None, device: torch.device) -> Path:
-    """Where a bench's files go: ``out``, or bench/results/cpu, bench/results/nvidia-h100..."""
+    """Return the folder of a bench's files: ``out``, or bench/results/cpu, bench/results/nvidia-h100..."""
     if out is None:
         name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace(" ", "-")
         out = RESULTS / name
@@ -225,7 +225,7 @@ def folder(out: Path | None, device: torch.device) -> Path:
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Rows as a table on the terminal; what a row lacks is a dash."""
+    """Print rows as a table on the terminal, with a dash for a missing value."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title)
     for key in keys:
@@ -239,10 +239,9 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 def write_json(
     path: Path, machine_: dict[str, Any], rows: list[dict[str, Any]], *, finished: bool = True, **more: Any
 ) -> None:
-    """One result file: the machine, the command line, the rows. It is there whole or as it was.
+    """Write a result file with the machine, the command line and the rows, whole or not at all.
 
-    A bench that takes long writes it after every row with ``finished`` off, so that one that is stopped leaves what it
-    has measured.
+    A long bench writes it after every row with ``finished`` off, so that a stopped bench keeps its rows.
     """
     command = " ".join(["python", "bench/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     content = {"command": command, "machine": machine_, "finished": finished, **more, "rows": rows}
@@ -252,7 +251,7 @@ def write_json(
 
 
 def plot_bars(path: Path, title: str, unit: str, groups: dict[str, dict[str, float]]) -> None:
-    """Grouped horizontal bars, log scale: ``groups[group][bar]``."""
+    """Plot grouped horizontal bars on a log scale: ``groups[group][bar]``."""
     import matplotlib
 
     matplotlib.use("Agg")

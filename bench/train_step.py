@@ -1,18 +1,18 @@
-"""A CPN training step: the released structure, then what makes ours fast, one thing at a time.
+"""A CPN training step: the released structure, then our optimisations, added one at a time.
 
 "As released" follows the released trainer: a Python loop over pixels that hides patches, three forward passes in fp32
 with an affinity of all pixel pairs, six 21-channel maps upsampled to the crop and about sixty passes over them, and a
-loss that is read back after every step. Each row keeps what the rows above it have. Data loading and SLIC are outside:
-images and superpixels are random and ready. The released loader hides patches in worker processes, so that with enough
-of them the second row is where it starts from.
+loss that is read back after every step. Each row keeps the optimisations of the rows above it. Data loading and SLIC
+are not timed: images and superpixels are random and ready. The released loader hides patches in worker processes, so
+with enough of them the released code starts from the second row.
 
-All rows give the same loss and gradients for the same patches without dropout; that is checked first. FLOPs are those
-of the convolutions, forward and backward; MFU is their rate over that of a large matrix product in the same run (bf16
-on a GPU, the faster of fp32 and bf16 on a CPU). "first s" is the time until a step's first call is done, with all that
-is compiled. On a CPU one thread computes, and all seconds are those it was busy, so that other work on the
-machine counts little; MobileNetV2 runs at 225 px. On a GPU ResNet38d runs at 448 px. There rows follow for variants of
-the network (``step_variants.py``), each beside all of ours, and for four times the images; the rows that decide are
-measured first, and the file is written after every row. The profile of all of ours is written beside the figures.
+All rows give the same loss and gradients for the same patches without dropout; this is checked first. FLOPs count the
+convolutions, forward and backward. MFU is their rate over the rate of a large matrix product in the same run (bf16 on a
+GPU, the faster of fp32 and bf16 on a CPU). "first s" is the time of a step's first call, with all compilation. On a CPU
+one thread computes MobileNetV2 at 225 px, and all seconds are CPU time, so that other work on the machine has little
+effect. On a GPU ResNet38d runs at 448 px. More rows follow there: variants of the network (``step_variants.py``), each
+with all our optimisations, and four times the images. The most important rows are measured first, and the file is
+written after every row. A profile of the step with all our optimisations is written next to it.
 
     python bench/train_step.py [--batch N] [--device DEVICE] [--out FOLDER]
 """
@@ -65,7 +65,7 @@ PRESENT = (1, 2, 1, 1, 3, 1, 2, 1)  # classes of successive images, as often as 
 
 @dataclass(frozen=True)
 class Ways:
-    """Which of our ways a step takes; all off is as released."""
+    """Our optimisations of a step. With all off it is as released."""
 
     patches_by_gather: bool = False
     one_forward: bool = False
@@ -78,9 +78,9 @@ class Ways:
     cuda_graph: bool = False
     interleaved: int = 1
     folded: bool = False
-    """These two are of ``step_variants.Variant``."""
+    """``interleaved`` and ``folded`` belong to ``step_variants.Variant``."""
     by_blocks: bool = False
-    """torch.compile of each residual block alone, where equal ones share what is generated."""
+    """torch.compile of each residual block alone; equal blocks share the generated code."""
 
 
 WORDS = {
@@ -114,7 +114,7 @@ class Data:
 
 
 class Step:
-    """A network and its optimiser, with fixed random weights; calling it makes one training step."""
+    """A network and its optimiser, with fixed random weights. A call makes one training step."""
 
     def __init__(self, ways: Ways, data: Data, backbone: str) -> None:
         torch.manual_seed(0)
@@ -159,7 +159,7 @@ class Step:
         self.seen = 0.0
         self.replay: Callable[[], None] | None = None
         self.captured_bytes: int | None = None
-        """What the captured step needs beyond what is held between steps."""
+        """Memory of the captured step, without the memory held between steps."""
 
     def __call__(self) -> None:
         if self.ways.cuda_graph:
@@ -177,7 +177,7 @@ class Step:
                 raw, refined = (maps.unflatten(0, (3, -1)) for maps in cams)  # type: ignore[union-attr]
             else:
                 maps = [self.forward(view.contiguous(memory_format=self.layout)) for view in views]
-                raw, refined = (torch.stack(own) for own in zip(*maps, strict=True))
+                raw, refined = (torch.stack(of_views) for of_views in zip(*maps, strict=True))
         return self.losses(raw, refined, pair.share, self.data.labels, self.size)
 
     def _step(self) -> None:
@@ -195,7 +195,7 @@ class Step:
             self.seen = float(loss.detach())
 
     def draws(self) -> list[list[int]]:
-        """Per image the released draw of hidden patches, with replacement."""
+        """Draw hidden patches for each image as released, with replacement."""
         counts = [int(labels.max()) + 1 for labels in self.data.superpixels]
         return [self.rng.integers(0, count, count // 2).tolist() for count in counts]
 
@@ -218,14 +218,14 @@ class Step:
 
 
 def keep_alive(net: Headed) -> None:
-    """Convolutions that keep the variance, so that random weights do not fade into zeros on their way through."""
+    """Scale convolutions to keep the variance, so that features of random weights do not fade to zeros."""
     for module in net.backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
 
 
 def looped_pair(images: Tensor, superpixels: Tensor, hidden: list[list[int]]) -> Pair:
-    """Pixel by pixel in Python, as released: a mask of what is hidden, and what it leaves."""
+    """Make a pair pixel by pixel in Python, as released: from a mask of hidden patches and its complement."""
     signs = []
     for labels, numbers in zip(superpixels.cpu().numpy(), hidden, strict=True):
         drawn = set(numbers)
@@ -241,7 +241,7 @@ def looped_pair(images: Tensor, superpixels: Tensor, hidden: list[list[int]]) ->
 
 @contextmanager
 def affinity_stored(stored: bool) -> Iterator[None]:
-    """Have the network take the plain formulas, which hold an affinity of all pixels with all."""
+    """Make the network use the plain formulas, which store an affinity of all pixel pairs."""
     if not stored:
         yield
         return
@@ -252,7 +252,7 @@ def affinity_stored(stored: bool) -> Iterator[None]:
 
 
 def our_losses(raw: Tensor, refined: Tensor, visible: Tensor, labels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """From maps (3, B, 1 + CLASSES, h, w), as ``methods.Cpn`` adds them up."""
+    """Return the sum of losses of maps (3, B, 1 + CLASSES, h, w), as in ``methods.Cpn``."""
     tall, wide = size
     thrice = labels.repeat(3, 1)
     logits = pooled_logits(raw.flatten(0, 1)[:, 1:], size=(tall, wide))
@@ -262,25 +262,29 @@ def our_losses(raw: Tensor, refined: Tensor, visible: Tensor, labels: Tensor, si
 
 
 def released_losses(raw: Tensor, refined: Tensor, visible: Tensor, labels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The same sum at the crop's resolution, term after term."""
+    """Return the sum of ``our_losses``, computed at the crop's resolution, term after term."""
     present = torch.cat([torch.ones_like(labels[:, :1]), labels], 1)[:, :, None, None]
     shares = [torch.ones_like(visible), visible, 1 - visible]
     total = raw.new_zeros((), dtype=torch.float32)
     scaled: list[list[Tensor]] = [[], []]
-    for cam, own, share in zip(raw, refined, shares, strict=True):
-        cam, own = (F.interpolate(maps.float(), size, mode="bilinear", align_corners=True) for maps in (cam, own))
+    for cam, refined_cam, share in zip(raw, refined, shares, strict=True):
+        cam, refined_cam = (
+            F.interpolate(maps.float(), size, mode="bilinear", align_corners=True) for maps in (cam, refined_cam)
+        )
         logits = F.adaptive_avg_pool2d(cam, (1, 1))[:, 1:, 0, 0]
-        strongest = (own * present)[:, 1:].amax(1).flatten(1)
+        strongest = (refined_cam * present)[:, 1:].amax(1).flatten(1)
         lowest = strongest.topk(int(0.25 * strongest.shape[1]), largest=False)[0]
         total = total + (F.multilabel_soft_margin_loss(logits, labels) + lowest.relu().mean()) / 3
-        for maps, kept in ((cam, scaled[0]), (own, scaled[1])):
+        for maps, kept in ((cam, scaled[0]), (refined_cam, scaled[1])):
             kept.append(share[:, None, None, None] * stretched(maps) * present)
 
-    (cam, cam_1, cam_2), (own, own_1, own_2) = scaled
+    (cam, cam_1, cam_2), (refined_cam, refined_1, refined_2) = scaled
     total = total + (cam_2.detach() + cam_1.detach() - cam)[:, 1:].abs().mean()
-    total = total + (own - own_1 - own_2)[:, 1:].abs().mean()
-    cam, cam_1, cam_2, own_1, own_2 = (with_background(maps) for maps in (cam, cam_1, cam_2, own_1, own_2))
-    for seen, other in ((cam_1, own_2), (cam_2, own_1)):
+    total = total + (refined_cam - refined_1 - refined_2)[:, 1:].abs().mean()
+    cam, cam_1, cam_2, refined_1, refined_2 = (
+        with_background(maps) for maps in (cam, cam_1, cam_2, refined_1, refined_2)
+    )
+    for seen, other in ((cam_1, refined_2), (cam_2, refined_1)):
         target = (cam - seen).detach()
         target = target * (target == target.amax(1, keepdim=True))
         errors = (target - other).abs().flatten(1)
@@ -299,14 +303,14 @@ def with_background(maps: Tensor) -> Tensor:
 
 
 def generated(batch: int, side: int, device: torch.device) -> Data:
-    """Smooth images, superpixels that are the cells of random points, and VOC's number of classes."""
+    """Return smooth images, superpixels around random points, and labels with VOC's number of classes."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(batch, 3, side // 16, side // 16, generator=generator)
     noise = torch.randn(batch, 3, side, side, generator=generator)
     images = F.interpolate(coarse, (side, side), mode="bicubic") + noise / 10
     grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2).float()
     centres = side * torch.rand(batch, SUPERPIXELS, 2, generator=generator)
-    superpixels = torch.stack([torch.cdist(grid, own).argmin(1) for own in centres]).view(batch, side, side)
+    superpixels = torch.stack([torch.cdist(grid, points).argmin(1) for points in centres]).view(batch, side, side)
     labels = torch.zeros(batch, CLASSES)
     for index, row in enumerate(labels):
         row[torch.randperm(CLASSES, generator=generator)[: PRESENT[index % len(PRESENT)]]] = 1
@@ -314,7 +318,7 @@ def generated(batch: int, side: int, device: torch.device) -> Data:
 
 
 def check(data: Data, backbone: str) -> dict[str, float]:
-    """Errors of the last fp32 row against "as released" on one pair: of the loss, and of fc8's and f9's gradients."""
+    """Return errors of the last fp32 row against "as released" on one pair: loss, and gradients of fc8 and f9."""
     hidden = Step(Ways(), data, backbone).draws()
     looped = looped_pair(data.images, data.superpixels, hidden)
     gathered = torch.zeros(len(hidden), SUPERPIXELS, dtype=torch.bool)
@@ -334,14 +338,14 @@ def check(data: Data, backbone: str) -> dict[str, float]:
         results.append([loss.detach(), *(gradient for gradient in gradients if gradient is not None)])
     torch.backends.cudnn.allow_tf32 = True
     errors = [float((a - b).square().mean().sqrt() / a.square().mean().sqrt()) for a, b in zip(*results, strict=True)]
-    found = dict(zip(("loss", "gradient of fc8", "gradient of f9"), errors, strict=True))
-    assert found["loss"] < 1e-4, found
-    assert all(error < 2e-2 for error in errors), found  # fails for NaN too
-    return found
+    named = dict(zip(("loss", "gradient of fc8", "gradient of f9"), errors, strict=True))
+    assert named["loss"] < 1e-4, named
+    assert all(error < 2e-2 for error in errors), named  # fails for NaN too
+    return named
 
 
 def convolution_flops(step: Callable[[], object]) -> int:
-    """Of one step, forward and backward."""
+    """Return the FLOPs of a step's convolutions, forward and backward."""
     ours = {torch.ops.aten.convolution_backward: backward_flops}
     with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         step()
@@ -350,13 +354,13 @@ def convolution_flops(step: Callable[[], object]) -> int:
 
 
 def backward_flops(gradient: list[int], images: list[int], weight: list[int], *options: Any, out_shape: Any) -> int:
-    """As many as the forward pass for each gradient wanted. torch counts a depthwise weight's as if it were dense."""
+    """Return the forward pass's FLOPs for each wanted gradient. torch counts a depthwise weight's as if dense."""
     *_, (of_images, of_weight, _) = options
     return (of_images + of_weight) * conv_flop_count(images, weight, gradient)
 
 
 def step_times(run: Callable[[], object], device: torch.device) -> Times:
-    """Of calls after the warm-up: wall clock on a GPU, busy seconds on a CPU, within about 10 s."""
+    """Time calls after the warm-up, within about 10 s: wall clock on a GPU, CPU time on a CPU."""
     if device.type == "cuda":
         return call_times(run, device, budget=10, flush=False)  # a step moves far more than L2 holds
     warm_up(run, device)
@@ -370,7 +374,7 @@ def step_times(run: Callable[[], object], device: torch.device) -> Times:
 
 
 def multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Dense FLOP/s, by the same clock as the steps."""
+    """Return the dense FLOP/s, by the clock of ``step_times``."""
     if device.type == "cuda":
         return matmul_rate(device, dtype)
     a, b = (torch.randn(1536, 1536).to(dtype) for _ in range(2))
@@ -391,33 +395,33 @@ class Case(NamedTuple):
     name: str
     ways: Ways
     times: int = 1
-    """So many times the images."""
+    """Factor of the number of images."""
 
 
 def cases(gpu: bool, batch: int) -> list[Case]:
-    """The rows in their order: what makes ours fast, one thing at a time; on a GPU its variants and more images."""
-    ways, found = Ways(), [Case("as released", Ways())]
+    """Return the rows in order: our optimisations, added one at a time; on a GPU also variants and more images."""
+    ways, ladder = Ways(), [Case("as released", Ways())]
     for name, words in WORDS.items():
         if gpu or name not in ONLY_ON_GPU:
             ways = replace(ways, **{name: True})
-            found.append(Case(words, ways))
+            ladder.append(Case(words, ways))
     if gpu:
-        found += [Case(name, replace(ways, **switches)) for name, switches in VARIANTS.items()]
-        found.append(Case(f"+ {4 * batch} images a step", ways, 4))
-    return found
+        ladder += [Case(name, replace(ways, **switches)) for name, switches in VARIANTS.items()]
+        ladder.append(Case(f"+ {4 * batch} images a step", ways, 4))
+    return ladder
 
 
-def decisive_first(found: list[Case]) -> list[Case]:
-    """As released, all of ours, more images, variants; then what is between, the last first."""
-    if not any(case.ways.cuda_graph for case in found):
-        return found
-    between = [case for case in found[1:] if not case.ways.cuda_graph]
-    whole, *variants, larger = (case for case in found if case.ways.cuda_graph)
-    return [found[0], whole, larger, *variants, *reversed(between)]
+def decisive_first(ladder: list[Case]) -> list[Case]:
+    """Reorder: as released, all of ours, more images, variants; then the rows between, the last one first."""
+    if not any(case.ways.cuda_graph for case in ladder):
+        return ladder
+    between = [case for case in ladder[1:] if not case.ways.cuda_graph]
+    whole, *variants, larger = (case for case in ladder if case.ways.cuda_graph)
+    return [ladder[0], whole, larger, *variants, *reversed(between)]
 
 
 def measured(case: Case, data: Data, backbone: str, flops: float, peak: float) -> tuple[dict[str, Any], Step]:
-    """A row, and the step for a profile."""
+    """Return a row, and the step for a profile."""
     device, count = data.images.device, len(data.images)
     begin = time.perf_counter()
     step = Step(case.ways, data, backbone)
@@ -455,7 +459,7 @@ def main() -> int:
     peak = rates["torch.bfloat16"] if gpu else max(rates.values())
     flops = convolution_flops(Step(Ways(True, True, True, True), data, backbone)) / batch
 
-    found: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     left_out = {} if gpu else {WORDS[name]: why for name, why in ONLY_ON_GPU.items()}
     title = f"CPN step of {batch} images, {backbone} at {side} px, {described['device']}"
@@ -463,8 +467,8 @@ def main() -> int:
     whole = next(case for case in reversed(ladder) if case.name in WORDS.values())  # all of ours
 
     def rows() -> list[dict[str, Any]]:
-        shown = [found[case.name] for case in ladder if case.name in found]
-        released = found.get("as released")
+        shown = [by_name[case.name] for case in ladder if case.name in by_name]
+        released = by_name.get("as released")
         return [row | {"times faster": row["images/s"] / released["images/s"]} if released else row for row in shown]
 
     def save(*, finished: bool) -> None:
@@ -485,16 +489,16 @@ def main() -> int:
 
     for case in decisive_first(ladder):
         try:
-            own = data if case.times == 1 else generated(case.times * batch, side, device)
-            found[case.name], step = measured(case, own, backbone, flops, peak)
+            case_data = data if case.times == 1 else generated(case.times * batch, side, device)
+            by_name[case.name], step = measured(case, case_data, backbone, flops, peak)
             save(finished=False)
             if case is whole:
                 (out / "train_step_profile.txt").write_text(f"{title}: {case.name}\n{profiled(step, device)}\n")
             del step
-        except RuntimeError as error:  # such as out of memory: the rows below may still fit
+        except RuntimeError as error:  # out of memory, for example: the next rows may still fit
             failures[case.name] = str(error).splitlines()[0]
         torch.compiler.reset()
-        gc.collect()  # the next step finds the memory that this one held
+        gc.collect()  # to free this step's memory for the next one
         torch.cuda.empty_cache()
     save(finished=True)
     print_table(title, rows())
@@ -506,7 +510,7 @@ def main() -> int:
         out / "train_step.png",
         "CPN step",
         "images/s",
-        {name: {"images/s": row["images/s"]} for name, row in found.items()},
+        {name: {"images/s": row["images/s"]} for name, row in by_name.items()},
     )
     return 1 if failures else 0
 

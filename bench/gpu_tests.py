@@ -35,6 +35,11 @@ class Rows:
         self.write(self.rows, finished=False)
 
 
+def modules() -> list[str]:
+    """Return the files of tests that have a test for GPUs."""
+    return [str(file) for file in sorted(ROOT.glob("tests/**/test_*.py")) if "@pytest.mark.gpu" in file.read_text()]
+
+
 def main() -> int:
     options = arguments(__doc__).parse_args()
     if not torch.cuda.is_available():
@@ -42,9 +47,8 @@ def main() -> int:
     device = torch.device("cuda")
     described, path = machine(device), folder(options.out, device) / "gpu_tests.json"
     results = Rows(lambda rows, finished: write_json(path, described, rows, finished=finished))
-    modules = [str(file) for file in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in file.read_text()]
     flags = ["-m", "gpu", "--continue-on-collection-errors", "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-    code = pytest.main([*flags, *modules], plugins=[results])
+    code = pytest.main([*flags, *modules()], plugins=[results])
     results.write(results.rows, finished=True)
     print_table("GPU tests", [{key: row[key] for key in ("test", "outcome", "s")} for row in results.rows])
     return int(code)

@@ -94,6 +94,13 @@ def test_eight_minutes_hold_the_benches_that_a_gpu_is_for() -> None:
     assert all((BENCH / f"{name}.py").is_file() for name in names)
 
 
+def test_the_gpu_tests_come_from_every_folder() -> None:
+    import gpu_tests
+
+    folders = {Path(file).parent.name for file in gpu_tests.modules()}
+    assert {"kernels", "pipelines", "stages", "training"} <= folders
+
+
 def test_ours_is_compared_with_the_fastest_peer() -> None:
     import run_all
 

@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    # kernels, pipelines and configs are linked to from inside cpn_fast: bare, they would shadow other packages.
+    # cpn_fast has links to kernels, pipelines and configs. As top-level packages they would shadow other packages.
     packages=find_packages(include=["cpn_fast", "cpn_fast.*"]),
     package_data={"cpn_fast": ["py.typed"], "cpn_fast.commands": ["report.html"], "cpn_fast.configs": ["*.yaml"]},
     entry_points={"console_scripts": ["cpn-fast = cpn_fast.cli:main"]},

@@ -23,7 +23,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def small_voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set in VOC's layout: 12 training and 4 validation images with tags and masks."""
+    """Generate a data set in VOC's layout: 12 training and 4 validation images with tags and masks."""
     root = tmp_path_factory.mktemp("voc")
     generate(root, seed=0, train=12, val=4)
     return root
@@ -31,7 +31,7 @@ def small_voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_run(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two steps on the small data set, with seeds and scores of its validation images. Read only."""
+    """A finished run of two steps on the small data set, with seeds and scores of its validation images. Read-only."""
     settings = parse(
         {
             "name": "small",
@@ -54,15 +54,16 @@ def small_run(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def small_segmenter(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``RUN/segment/deeplab`` of a segmenter that has seen the ground truth; its validation masks are in
-    ``RUN/segment/val``. Read only.
+    """``RUN/segment/deeplab`` of a segmenter that was trained on ground truth. Read-only.
+
+    Its validation masks are in ``RUN/segment/val``.
     """
     masks = tmp_path_factory.mktemp("masks")
     for path in (small_voc / "SegmentationClass").iterdir():
         mask = read_mask(path).copy()
         kept = np.zeros(mask.shape, bool)
         kept[::4, ::4] = True
-        mask[(mask == 0) & ~kept] = IGNORE  # on all of the background, so few steps would find nothing else
+        mask[(mask == 0) & ~kept] = IGNORE  # with all of the background, so few steps would predict only background
         write_mask(masks / path.name, mask)
     settings = parse(
         {
@@ -89,7 +90,10 @@ def small_segmenter(small_voc: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def tiny_config(small_voc: Path, tmp_path: Path):
-    """Writes a config of a few training steps on the small data set; keyword arguments are merged into it."""
+    """Return a function that writes a config of a few training steps on the small data set.
+
+    Its keyword arguments are merged into the config.
+    """
 
     def write(**changes: dict) -> Path:
         tree: dict = {
@@ -121,7 +125,7 @@ def tiny_config(small_voc: Path, tmp_path: Path):
 
 @pytest.fixture
 def short_chain(tiny_config) -> Path:
-    """A config of which every stage takes seconds: trainings of one step on the validation list."""
+    """A config whose stages take seconds: trainings of one step on the validation list."""
     short = {"batch": 2, "steps": 1, "data_threads": 1}
     size = {"long_side": [64, 96], "crop": 64}
     val = "ImageSets/Segmentation/val.txt"

@@ -1,8 +1,8 @@
-"""File events of a process and of those that it starts: they are counted, and at one of them it is killed (kill.py).
+"""File events of a process and its children: count them, and kill the process at one of them (kill.py).
 
-An event is the opening of a file for writing, fsync, rename, unlink, truncate, link, mkdir or rmdir, in one folder. It
-is noticed just before it happens, and what was before it is after the one before: so killing at every event means
-before and after each.
+An event is the opening of a file for writing, fsync, rename, unlink, truncate, link, mkdir or rmdir, in one folder. The
+kill comes just before its event, which is after the event before. So kills at all events cover the moments before and
+after each event.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ AUDITED = {
     "os.mkdir": "mkdir",
     "os.rmdir": "rmdir",
 }
-"""Python's audit event -> kind; ``fsync`` has none and is wrapped."""
+"""Python's audit event -> kind. ``fsync`` has no audit event and is wrapped."""
 END = "end"
-"""The kind of a kill when all is done but the exit."""
+"""The kind of a kill after all work, before the exit."""
 PLACE = "CPN_FAST_FILE_EVENTS"
-"""Environment variable: the file of the record, and the folder that is watched."""
+"""Environment variable with the file of the record and the watched folder."""
 
 
 class Record:
-    """What processes share about their events: a small file in memory."""
+    """The processes' shared state: a small memory-mapped file."""
 
     FORM = struct.Struct("<qqq??16s")
 
@@ -45,8 +45,10 @@ class Record:
             self._memory = mmap.mmap(file.fileno(), self.FORM.size)
 
     def begin(self, main: int, *, at: int, group: bool, half: bool) -> None:
-        """Kill at event ``at`` (-1: at the end; 0: never) the process ``main``, or with it its ``group``; ``half``: a
-        file that is about to be on disk loses its second half first."""
+        """Set the kill: at event ``at`` (-1: at the end; 0: never) of the process ``main``, or of its whole ``group``.
+
+        With ``half`` a file loses its second half if the kill is at its fsync.
+        """
         self._memory[:] = self.FORM.pack(0, at, main, group, half, b"")
 
     @property
@@ -55,18 +57,20 @@ class Record:
 
     @property
     def killed_at(self) -> str:
-        """The kind of event at which a process was killed."""
+        """Kind of the event at which a process was killed."""
         return self.FORM.unpack(self._memory[:])[5].rstrip(b"\0").decode()
 
     def note(self, kind: str, descriptor: int | None = None) -> None:
-        """An event is about to happen."""
+        """Count an event that is about to happen, and kill if it is the chosen one."""
         count, at, main, group, half, killed_at = self.FORM.unpack(self._memory[:])
         count += kind != END
         fatal = at == (-1 if kind == END else count)
         self._memory[:] = self.FORM.pack(count, at, main, group, half, kind.encode() if fatal else killed_at)
         if not fatal:
             return
-        if half and kind == "fsync" and descriptor is not None and (group or main == os.getpid()):  # who lives goes on
+        if (
+            half and kind == "fsync" and descriptor is not None and (group or main == os.getpid())
+        ):  # not in a process that survives
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         if group:
             os.killpg(0, signal.SIGKILL)
@@ -74,9 +78,9 @@ class Record:
 
 
 def watch() -> Record:
-    """Count this process's events from now on, as the environment says where."""
-    place, folder = os.environ[PLACE].split(os.pathsep)
-    record, lock = Record(Path(place)), threading.RLock()
+    """Count this process's events from now on, in the record and folder that the environment variable names."""
+    record_path, folder = os.environ[PLACE].split(os.pathsep)
+    record, lock = Record(Path(record_path)), threading.RLock()
     busy = False
 
     def noticed(kind: str, path: Any) -> None:
@@ -84,8 +88,8 @@ def watch() -> Record:
         with lock:
             if busy:  # the truncation of a kill
                 return
-            named = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fsdecode(path)  # noqa: PTH115
-            if not os.path.abspath(named).startswith(folder + os.sep):  # noqa: PTH100
+            name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fsdecode(path)  # noqa: PTH115
+            if not os.path.abspath(name).startswith(folder + os.sep):  # noqa: PTH100
                 return
             busy = True
             record.note(kind, path if isinstance(path, int) else None)

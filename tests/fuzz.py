@@ -1,6 +1,7 @@
-"""Fuzzes the readers: whatever a file holds, a reader gives a valid value or raises UserError, in bounded memory.
+"""Fuzz the readers: for every content of a file a reader gives a valid value or raises UserError, in bounded memory.
 
-By hand: ``python tests/fuzz.py --minutes 10`` (all readers in turn, or ``--reader seed``); a failure's file is kept.
+By hand: ``python tests/fuzz.py --minutes 10`` (all readers in turn, or ``--reader seed``). The file of a failure is
+kept.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ from cpn_fast.training import checkpoint
 
 CLASSES = ("cat", "dog")
 MEMORY = 2**31
-"""Bytes that a reader may reserve beyond what the process has."""
+"""Bytes that a reader may reserve in addition to the process's memory."""
 
 
 class Reader(NamedTuple):
     file: str
-    """Name of the file that it reads."""
+    """Name of the file."""
     valid: bytes
-    """A sound one, to be spoilt."""
+    """Content of a valid file, which the fuzzer changes."""
     read: Callable[[Path], Any]
-    """Reads it and asserts that the value is one that later code can live with."""
+    """Reads the file and asserts that later code can use the value."""
 
 
 def written(write: Callable[[Path], Any], name: str) -> bytes:
@@ -78,7 +79,7 @@ def picture(form: str, mode: str = "RGB") -> bytes:
 
 
 def params() -> bytes:
-    """MXNet's form, of one array."""
+    """Return a file in MXNet's format with one array."""
     name, content = b"arg:conv1a_weight", np.zeros((2, 3), "<f4").tobytes()
     array = struct.pack("<IiIqqqiii", 0xF993FAC9, 0, 2, 2, 3, 0, 0, 0, 0)[: 4 + 4 + 4 + 16]
     array += struct.pack("<iii", 1, 0, 0) + content
@@ -104,21 +105,21 @@ def lists(path: Path) -> None:
 
 
 def seed(path: Path) -> None:
-    found = read_seed(path)
-    assert found.cam.shape[:1] == found.classes.shape
-    assert ((found.cam >= 0) & (found.cam <= 1)).all()
-    found.mask(0.5)
+    cams = read_seed(path)
+    assert cams.cam.shape[:1] == cams.classes.shape
+    assert ((cams.cam >= 0) & (cams.cam <= 1)).all()
+    cams.mask(0.5)
 
 
 def mask(path: Path) -> None:
-    found = read_mask(path)
-    assert (found.dtype, found.ndim) == (np.uint8, 2)
+    values = read_mask(path)
+    assert (values.dtype, values.ndim) == (np.uint8, 2)
 
 
 def image(path: Path) -> None:
     encoded = read_encoded(path)
-    found = read_image(path)
-    assert found.shape == (encoded.height, encoded.width, 3)
+    pixels = read_image(path)
+    assert pixels.shape == (encoded.height, encoded.width, 3)
 
 
 def weights(path: Path) -> None:
@@ -137,20 +138,20 @@ def metrics(path: Path) -> None:
 
 
 def settings(path: Path) -> None:
-    found = config_file.load(path)
-    assert config_file.parse(yaml.safe_load(config_file.dump(found)), "again") == found
+    config = config_file.load(path)
+    assert config_file.parse(yaml.safe_load(config_file.dump(config)), "again") == config
 
 
 def instances(path: Path) -> None:
-    """Outlines are drawn too, as far as the JSON holds any."""
+    """Read COCO's JSON and draw the outlines that it holds."""
     tree, _ = import_coco._read(path)
     values = {category.id: 1 for category in tree.categories}
     for image in tree.images:
         if image.width * image.height > 10_000:
             continue
-        own = [found for found in tree.annotations if found.image_id == image.id and found.category_id in values]
-        with suppress(ValueError):  # which the import catches
-            import_coco.mask_of(image, own, values)
+        outlines = [item for item in tree.annotations if item.image_id == image.id and item.category_id in values]
+        with suppress(ValueError):  # import-coco catches it
+            import_coco.mask_of(image, outlines, values)
 
 
 def text(*rows: tuple[str, ...]) -> bytes:
@@ -224,47 +225,50 @@ TOKENS = (
 )  # fmt: skip
 
 
-def spoilt(valid: bytes, other: bytes, dice: random.Random) -> bytes:
-    """A sound file after one or several of: bytes, numbers or words overwritten or put in, parts lost or repeated."""
+def spoilt(valid: bytes, other: bytes, rng: random.Random) -> bytes:
+    """Return a valid file after one or several random changes.
+
+    Bits flip, numbers and words are written or inserted, parts are removed, repeated, or come from another file.
+    """
     content = bytearray(valid)
-    for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
-        at, size = dice.randrange(len(content) + 1), dice.choice((1, 2, 4, 8, 40, 400))
-        kind = dice.randrange(8)
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
+        at, size = rng.randrange(len(content) + 1), rng.choice((1, 2, 4, 8, 40, 400))
+        kind = rng.randrange(8)
         if kind == 0 and content:
-            content[at % len(content)] ^= 1 << dice.randrange(8)
+            content[at % len(content)] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            number = dice.choice(EXTREMES).to_bytes(8, dice.choice(("little", "big")))
-            width = dice.choice((1, 2, 4, 8))
-            content[at : at + width] = number[:width] if dice.random() < 0.5 else number[-width:]
+            number = rng.choice(EXTREMES).to_bytes(8, rng.choice(("little", "big")))
+            width = rng.choice((1, 2, 4, 8))
+            content[at : at + width] = number[:width] if rng.random() < 0.5 else number[-width:]
         elif kind == 2:
-            content[at:at] = dice.choice(TOKENS) * dice.choice((1, 1, 1, 2, 1000))
+            content[at:at] = rng.choice(TOKENS) * rng.choice((1, 1, 1, 2, 1000))
         elif kind == 3:
-            word = dice.choice(TOKENS)
+            word = rng.choice(TOKENS)
             content[at : at + len(word)] = word
         elif kind == 4:
             del content[at : at + size]
         elif kind == 5:
             del content[at:]
         elif kind == 6:
-            start = dice.randrange(len(content) + 1)
+            start = rng.randrange(len(content) + 1)
             content[at:at] = content[start : start + size]
         else:
-            start = dice.randrange(len(other) + 1)
+            start = rng.randrange(len(other) + 1)
             content[at : at + size] = other[start : start + size]
     return bytes(content)
 
 
 def attempt(reader: Reader, content: bytes, folder: Path) -> bool:
-    """Whether the file was taken for a valid one; raises what is neither that nor a UserError."""
+    """Return whether the reader accepts the file. False for a UserError; other exceptions pass."""
     path = folder / reader.file
     path.write_bytes(content)
     try:
         reader.read(path)
     except UserError as error:
-        said = str(error)
+        message = str(error)
     else:
         return True
-    assert len(said) < 20_000
+    assert len(message) < 20_000
     return False
 
 
@@ -279,15 +283,15 @@ def main() -> None:
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.reader or READERS:
-            reader, dice = READERS[name], random.Random(options.seed)
+            reader, rng = READERS[name], random.Random(options.seed)
             until, slowest = time.monotonic() + 60 * options.minutes, 0.0
             runs = taken = 0
             others = [other.valid for other in READERS.values()]
             folder = Path(scratch, name)
             folder.mkdir()
             while time.monotonic() < until:
-                content = spoilt(reader.valid, dice.choice(others), dice)
-                began = time.perf_counter()
+                content = spoilt(reader.valid, rng.choice(others), rng)
+                begin = time.perf_counter()
                 try:
                     taken += attempt(reader, content, folder)
                 except BaseException:
@@ -296,7 +300,7 @@ def main() -> None:
                     print(f"{name}: {kept}\n{traceback.format_exc()}", flush=True)
                     failed = True
                     break
-                slowest = max(slowest, time.perf_counter() - began)
+                slowest = max(slowest, time.perf_counter() - begin)
                 runs += 1
             print(f"{name}: {runs:,} executions, {taken:,} valid, slowest {slowest * 1e3:.0f} ms", flush=True)
     sys.exit(failed)

@@ -1,11 +1,11 @@
-"""Kills every command that writes, at its file events, and compares what it leaves to an undisturbed run.
+"""Kill every command that writes, at its file events, and compare its files with those of an undisturbed run.
 
-A trial kills a command several times in a row, each at an event chosen at random (``file_events``): the command's
-process alone, or with all that it started. Then the command is given once more. It must end with 0, every file but logs
-must have the bytes of the undisturbed run, no other file may be there, and no process may be left.
+A trial kills a command several times in a row, each time at a random event (``file_events``). It kills the command's
+process alone, or with all processes that it started. Then it gives the command once more. The command must end with 0.
+Every file except logs must have the bytes of the undisturbed run. No other file and no process may be left.
 
-By hand: ``python tests/kill.py --kills 1000`` (``--seed`` for other moments, ``--command NAME`` for some alone).
-Commands run in forked processes, so that only this one imports everything.
+By hand: ``python tests/kill.py --kills 1000`` (``--seed`` for other events, ``--command NAME`` for one command).
+Commands run in forked processes, so that only this process imports everything.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from cpn_fast.stages import chain  # noqa: F401
 from cpn_fast.training import batch_size
 
 LOGS = ("metrics.jsonl", "events.", "verified.json", "masks.json")
-"""Files that tell of times, or of the starts themselves."""
+"""Starts of names of files that depend on times or on the number of starts."""
 TRAIN = {"batch": 2, "steps": 4, "checkpoint_every": 2, "log_every": 2, "data_threads": 1}
 SIZE = {"long_side": [64, 96], "crop": 64}
 LIST = "ImageSets/Segmentation/train.txt"
@@ -68,7 +68,7 @@ SEEDS = "runs/kill/cams/train/seeds"
 class Command(NamedTuple):
     words: str
     needs: Sequence[str] = ()
-    """Commands whose files it reads."""
+    """Commands whose files this command reads."""
 
 
 WEIGHTS = "runs/kill/model.safetensors"
@@ -98,11 +98,11 @@ COMMANDS = {
         "--set train.steps=4"
     ),
 }
-"""In an order in which each finds what it needs."""
+"""In an order in which each command comes after the commands that it needs."""
 
 
 def prepare(world: Path) -> None:
-    """A data set, a config, and COCO's JSON of some of the images."""
+    """Write a data set, a config, and a COCO JSON of some of the images."""
     generate(world / "data", train=4, val=2)
     (world / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     images = []
@@ -121,7 +121,7 @@ def prepare(world: Path) -> None:
 
 
 def shrink() -> None:
-    """In the process of a command: what a demo trains on is small, and what ``init`` measures is always the same."""
+    """Make the demo's data small and the measurement of ``init`` constant, in the process of a command."""
     few = [f"train.{key}={value}" for key, value in TRAIN.items()]
     small = [*few, *(f"{section}.{override}" for section in ("affinity", "segment") for override in few)]
     small += ["augment.long_side=[64,96]", "augment.crop=64", "superpixels.count=30", "cam.scales=[0.5]"]
@@ -131,20 +131,20 @@ def shrink() -> None:
 
 
 class Trials:
-    """A folder in which commands run, at the same path each time, since some results hold absolute paths."""
+    """A folder in which commands run. Its path is always the same, because some results hold absolute paths."""
 
-    def __init__(self, scratch: Path, dice: random.Random) -> None:
-        self.scratch, self.dice = scratch, dice
+    def __init__(self, scratch: Path, rng: random.Random) -> None:
+        self.scratch, self.rng = scratch, rng
         self.world, self.states = scratch / "world", scratch / "states"
         self.record = Record(scratch / "events")
         self.sessions: set[int] = set()
         self.events: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        """Command -> how many events it has, and how long it takes, when nothing disturbs it."""
+        """Command -> seconds of an undisturbed run; ``events`` has its number of events."""
 
     def start(self, name: str, *, at: int = 0) -> str | None:
-        """Give a command; the kind of event at which it was killed, or None when it ended with 0."""
-        group, half = self.dice.random() < 0.5, self.dice.random() < 0.5
+        """Run a command. Return the kind of event at which it was killed, or None if it ended with 0."""
+        group, half = self.rng.random() < 0.5, self.rng.random() < 0.5
         sys.stdout.flush()
         process = os.fork()
         if not process:
@@ -157,7 +157,7 @@ class Trials:
         return None
 
     def _be(self, name: str, *, at: int, group: bool, half: bool) -> NoReturn:
-        """The command, in a forked process."""
+        """Run the command in a forked process, and exit."""
         code = 1
         try:
             os.setsid()
@@ -168,7 +168,7 @@ class Trials:
             os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
             os.environ[PLACE] = f"{self.scratch / 'events'}{os.pathsep}{self.world}"
             os.environ["TMPDIR"] = tempfile.tempdir = str(self.scratch)
-            sys.modules["__main__"] = types.ModuleType("__main__")  # CRF processes would import this file
+            sys.modules["__main__"] = types.ModuleType("__main__")  # or CRF processes would import this file
             forkserver = multiprocessing.get_context("forkserver")
             preload = forkserver.set_forkserver_preload
             type(forkserver).set_forkserver_preload = lambda self, names: preload([*names, "file_events"])  # type: ignore[method-assign, assignment]
@@ -185,18 +185,18 @@ class Trials:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
-            vars(multiprocessing.util)["_exit_function"]()  # as an interpreter does that exits
+            vars(multiprocessing.util)["_exit_function"]()  # as the interpreter does at its exit
             if not code:
                 self.record.note(END)
             os._exit(code)
 
     def enter(self, state: str) -> None:
-        """Make the world as it was before, or after, a command."""
+        """Restore the world's state before or after a command."""
         shutil.rmtree(self.world, ignore_errors=True)
         shutil.copytree(self.states / state, self.world, symlinks=True)
 
     def undisturbed(self, names: Sequence[str]) -> None:
-        """Give commands, one after the other, and keep what was there before and after each."""
+        """Run commands one after another, and keep the world's state before and after each."""
         for name in names:
             self._keep(f"before {name}")
             began = time.monotonic()
@@ -209,28 +209,28 @@ class Trials:
         shutil.copytree(self.world, self.states / state, symlinks=True)
 
     def trial(self, name: str, most: int, kills: Counter[str]) -> None:
-        """Kill a command up to ``most`` times, count the events' kinds in ``kills``, and compare what it makes then."""
+        """Kill a command up to ``most`` times, count the kinds of events in ``kills``, and compare the final files."""
         self.enter(f"before {name}")
-        span, told = self.events[name] + 1, "killed at"
+        span, history = self.events[name] + 1, "killed at"
         for _ in range(most):
-            at = self.dice.randint(1, self.dice.choice((span, span, max(2, span // 3))))
+            at = self.rng.randint(1, self.rng.choice((span, span, max(2, span // 3))))
             at = -1 if at == span else at
             kind = self.start(name, at=at)
             if kind is None:
                 break
             kills[kind] += 1
-            told += f" {kind} {at}"
+            history += f" {kind} {at}"
         else:
             assert self.start(name) is None
         try:
             self.compare(name)
         except AssertionError as error:
-            raise AssertionError(f"{error} ({told})") from None
+            raise AssertionError(f"{error} ({history})") from None
 
     def compare(self, name: str) -> None:
-        expected, found = files(self.states / f"after {name}"), files(self.world)
-        assert found.keys() == expected.keys(), f"{name}: {sorted(found.keys() ^ expected.keys())}"
-        differing = [path for path in expected if found[path] != expected[path]]
+        expected, actual = files(self.states / f"after {name}"), files(self.world)
+        assert actual.keys() == expected.keys(), f"{name}: {sorted(actual.keys() ^ expected.keys())}"
+        differing = [path for path in expected if actual[path] != expected[path]]
         assert not differing, f"{name}: {differing}"
         until = time.monotonic() + 20
         while alive := self.alive():
@@ -239,28 +239,28 @@ class Trials:
         self.sessions.clear()
 
     def alive(self) -> list[str]:
-        """Processes that killed commands left."""
-        found = []
+        """Return processes that killed commands have left."""
+        processes = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 state, _, _, session = path.read_text().rpartition(") ")[2].split()[:4]
                 if int(session) in self.sessions and state != "Z":
-                    found.append(path.parent.name)
-        return found
+                    processes.append(path.parent.name)
+        return processes
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file but logs; of a link where it leads to, of a folder that it is there."""
-    found = {}
+    """Return the content of every file except logs. A link's content is its target, a folder's is empty."""
+    contents = {}
     for path in sorted(folder.rglob("*")):
         if not path.name.startswith(LOGS):
             content = b"" if path.is_dir() else path.read_bytes()
-            found[str(path.relative_to(folder))] = os.fsencode(path.readlink()) if path.is_symlink() else content
-    return found
+            contents[str(path.relative_to(folder))] = os.fsencode(path.readlink()) if path.is_symlink() else content
+    return contents
 
 
 def needed(names: Sequence[str]) -> list[str]:
-    """Commands with those whose files they read, in order."""
+    """Return commands and the commands whose files they read, in order."""
     wanted = {*names, *(need for name in names for need in COMMANDS[name].needs)}
     return [name for name in COMMANDS if name in wanted]
 
@@ -269,30 +269,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--command", choices=COMMANDS, action="append", help="only these")
-    parser.add_argument("--most", type=int, default=4, help="kills in a row of a command")
+    parser.add_argument("--command", choices=COMMANDS, action="append", help="only this command; may be repeated")
+    parser.add_argument("--most", type=int, default=4, help="most kills of a command in a row")
     options = parser.parse_args()
-    dice = random.Random(options.seed)
+    rng = random.Random(options.seed)
     names = options.command or list(COMMANDS)
     if "convert to .onnx" in names:
         importlib.import_module("onnxscript")
     kills: dict[str, Counter[str]] = {name: Counter() for name in names}
     failed = 0
-    scratch = tempfile.mkdtemp()  # not TemporaryDirectory, which forked processes would remove
+    scratch = tempfile.mkdtemp()  # not TemporaryDirectory: forked processes would remove it
     try:
-        trials = Trials(Path(scratch).resolve(), dice)
+        trials = Trials(Path(scratch).resolve(), rng)
         prepare(trials.world)
         trials.undisturbed(needed(names))
-        while (total := sum(own.total() for own in kills.values())) < options.kills:
+        while (total := sum(kinds.total() for kinds in kills.values())) < options.kills:
             name = min(
                 names, key=lambda name: kills[name].total() * trials.seconds[name] ** 0.5
-            )  # long ones less often
+            )  # long commands less often
             try:
-                trials.trial(name, min(dice.randint(1, options.most), options.kills - total), kills[name])
+                trials.trial(name, min(rng.randint(1, options.most), options.kills - total), kills[name])
             except AssertionError as error:
                 failed += 1
                 print(f"FAILED: {error}", flush=True)
-            done = sum(own.total() for own in kills.values())
+            done = sum(kinds.total() for kinds in kills.values())
             if done // 50 > total // 50:
                 print(f"{done} kills, {failed} failures", flush=True)
         for name in names:

@@ -1,4 +1,4 @@
-"""Runs a function in several processes that find themselves as torchrun would have started them, on the CPU."""
+"""Run a function in several processes on the CPU, as if torchrun had started them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["cpn_fast.stages.cam", "cpn_fast.stages.evaluate", "cpn_fast.stages.train"]
-)  # imported once for all
+)  # so that they are imported only once
 
 
 def run_in_processes(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
-    """What ``function(*arguments)`` returned in each of ``world`` processes; fails when one of them does."""
+    """Return the results of ``function(*arguments)`` in ``world`` processes. Fails if a process fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,4 +67,4 @@ def _run(number: int, world: int, port: int, pipe: Any, function: Callable[..., 
     pipe.close()
     from cpn_fast.runtime import distributed
 
-    distributed.join().wait()  # none may leave while another still talks to it
+    distributed.join().wait()  # no process may end while another still talks to it

@@ -1,4 +1,4 @@
-"""Faults of files: each is made, a command given, and it ends and says as its row has it; and docs/faults.md."""
+"""Faults of files: a test makes each fault, runs a command, and checks its exit code and words. Also docs/faults.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TESTS = set(
 
 
 class World(NamedTuple):
-    """A data set, a config, and a finished run, all to be spoilt."""
+    """A data set, a config, and a finished run, for faults."""
 
     root: Path
     run: Path
@@ -73,7 +73,7 @@ class World(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of the image: height and width."""
+        """Height and width of the image."""
         return self.picture().size[::-1]
 
     def save(self, picture: Image.Image, form: str) -> None:
@@ -141,7 +141,7 @@ def flip(path: Path) -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A picture of that size which holds no pixels."""
+    """Return a PNG whose header gives this size, without pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -160,7 +160,7 @@ def xml(*names: str, head: str = "") -> str:
 
 
 class Payload:
-    """Runs when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable, tuple[str]]:
         return print, ("the payload ran",)
@@ -173,7 +173,7 @@ def npy(value: object) -> bytes:
 
 
 def superpixels(world: World) -> Path:
-    """The folder of a finished cache."""
+    """Build the cache, and return its folder."""
     settings = config_file.load(world.config)
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
@@ -182,7 +182,7 @@ def superpixels(world: World) -> Path:
 
 
 def with_a_claim(path: Path) -> None:
-    """A seed of a few bytes whose header says 2^60 numbers."""
+    """Write a seed of a few bytes whose header claims 2^60 numbers."""
     header = b"{'descr': '<u2', 'fortran_order': False, 'shape': (1, 1073741824, 1073741824), }".ljust(117) + b"\n"
     member = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
     with np.load(path) as arrays:
@@ -193,7 +193,7 @@ def with_a_claim(path: Path) -> None:
 
 
 def again(world: World, **train: float) -> None:
-    """Writes the config that the run was trained with, with some keys of section train changed."""
+    """Write the config of the finished run again, with changed keys in the section train."""
     tree = yaml.safe_load((world.run / "config.yaml").read_text())
     tree["train"] |= train
     tree["out"] = str(world.run.parent)
@@ -201,7 +201,7 @@ def again(world: World, **train: float) -> None:
 
 
 def spoil(path: Path) -> None:
-    """As a foreign tool would write them, without a checksum."""
+    """Put NaN into weights, and save them without a checksum, as another tool would."""
     tensors = load_file(path)
     tensors["fc8.weight"][0] = float("nan")
     save_file(tensors, path)
@@ -298,7 +298,7 @@ class Row(NamedTuple):
     command: str
     code: int
     words: tuple[str, ...]
-    """What the command says."""
+    """Parts of the command's output."""
 
 
 def row(fault: str, command: str, code: int, *words: str) -> Row:
@@ -516,7 +516,7 @@ def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["cpn-fast", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    if isinstance(ended.value.code, str):  # what the interpreter does with it
+    if isinstance(ended.value.code, str):  # as the interpreter does
         print(ended.value.code, file=sys.stderr)
         return 1
     return ended.value.code or 0

@@ -18,17 +18,17 @@ def test_sound_files_are_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-@given(dice=st.randoms(use_true_random=False), other=st.sampled_from(sorted(READERS)))
+@given(rng=st.randoms(use_true_random=False), other=st.sampled_from(sorted(READERS)))
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_reader_gives_a_valid_value_or_a_user_error(
-    name: str, tmp_path: Path, dice: random.Random, other: str
+    name: str, tmp_path: Path, rng: random.Random, other: str
 ) -> None:
-    """fuzz.py does the same for as long as one likes."""
-    attempt(READERS[name], spoilt(READERS[name].valid, READERS[other].valid, dice), tmp_path)
+    """fuzz.py does the same for as long as you like."""
+    attempt(READERS[name], spoilt(READERS[name].valid, READERS[other].valid, rng), tmp_path)
 
 
 def with_every_extreme(content: bytes) -> list[bytes]:
-    """At every place of a small file, a number too large for anything."""
+    """Return copies of a small file with a huge number at every position."""
     width = 8
     return [
         content[:at] + struct.pack("<Q", number)[:size] + content[at + size :]
@@ -62,7 +62,7 @@ def test_nothing_is_reserved_for_what_a_small_file_claims(name: str, tmp_path: P
 
 
 def test_a_seed_that_would_unfold_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousandth of the zeros is in the file."""
+    """The file has a thousandth of the zeros' bytes."""
     monkeypatch.setattr("cpn_fast.data.seeds.LARGEST", 2**20)
     path = tmp_path / "a.npz"
     np.savez_compressed(path, classes=np.zeros(1, np.uint8), cam=np.zeros((1, 1024, 1024), np.uint16))

@@ -11,7 +11,7 @@ from cpn_fast.cli import app
 
 
 def test_commands_that_are_killed_at_file_events_end_bit_equal_and_leave_nothing() -> None:
-    """A few kills of the commands that take least; ``python tests/kill.py`` kills them all."""
+    """Kill the fastest commands a few times; ``python tests/kill.py`` kills all commands."""
     names = ("init", "import-coco", "superpixels", "shards", "segment")
     chosen = [word for name in names for word in ("--command", name)]
     command = [sys.executable, str(Path(kill.__file__)), "--kills", "10", *chosen]

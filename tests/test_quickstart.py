@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb, from its first cell to its last."""
+"""docs/quickstart.ipynb runs from its first cell to its last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTEBOOK = Path(__file__).parent.parent / "docs/quickstart.ipynb"
 
 
 def shown(notebook: nbformat.NotebookNode) -> list[set[str]]:
-    """Kinds of what each cell shows, such as image/jpeg; an error is one too."""
+    """Return the kinds of each cell's outputs, such as image/jpeg. An error is a kind too."""
     outputs = [cell.get("outputs", []) for cell in notebook.cells]
     return [{kind for output in cell for kind in output.get("data", {output.output_type: ""})} for cell in outputs]
 
@@ -24,8 +24,8 @@ def test_the_quickstart_runs_and_shows_what_it_was_committed_with(tmp_path: Path
     folder.mkdir()
     NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
-    ).execute()  # raises what it raises
-    for cell in notebook.cells:  # progress, on a machine that is slow
+    ).execute()  # raises a cell's error
+    for cell in notebook.cells:  # drop progress, which only slow machines print
         cell["outputs"] = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
     assert shown(notebook) == shown(committed)
     assert sum("image/jpeg" in kinds for kinds in shown(notebook)) == 2

@@ -1,4 +1,4 @@
-"""Imports go one way: a module takes from its own folder and from those below it."""
+"""Imports go one way: a module imports from its folder and from the folders below it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODULES = {
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The folder or module right below cpn_fast of every import at any depth."""
+    """Yield the folder or module directly below cpn_fast for every import, at any depth of the code."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module == "cpn_fast":
@@ -40,13 +40,13 @@ def imported(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("parts", MODULES, ids=".".join)
 def test_imports_go_down(parts: tuple[str, ...]) -> None:
-    place = ORDER.index(parts[0]) if parts[0] in ORDER else len(ORDER)
+    level = ORDER.index(parts[0]) if parts[0] in ORDER else len(ORDER)
     for room in imported(MODULES[parts]):
-        assert room in ORDER[place:] or room.startswith("__"), f"{'.'.join(parts)} takes from {room}, which is above it"
+        assert room in ORDER[level:] or room.startswith("__"), f"{'.'.join(parts)} imports {room}, which is above it"
 
 
 def test_every_module_can_be_imported_first_and_none_brings_dynamo() -> None:
-    """Two modules that import each other work in one order only. Dynamo takes more than a second to import."""
+    """Two modules that import each other work in only one order. Dynamo takes more than a second to import."""
     names = sorted(".".join(("cpn_fast", *parts)).removesuffix(".__init__") for parts in MODULES)
     script = (
         "import importlib, sys\n"

@@ -1,4 +1,4 @@
-"""The benches' own machinery: what they compare is checked here, how fast it is only when they run."""
+"""The code of the benches: these tests check their comparisons, not the speed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_benches_run_in_order_each_within_its_limit_and_all_within_theirs(monkey
     monkeypatch.setattr(run_all, "run", run)
     limits = {"a": 30.0, "b": 60.0, "c": 50.0, "d": 100.0, "e": 10.0}
     outcomes = run_all.run_in_turn({name: Path(f"{name}.py") for name in needed}, [], limits, 150)
-    assert given == [("a", 30.0), ("b", 60.0), ("c", 50.0), ("d", 60.0)]  # of d's 100 s there are 60 left, of e's none
+    assert given == [("a", 30.0), ("b", 60.0), ("c", 50.0), ("d", 60.0)]  # 60 s are left for d's 100 s, and none for e
     assert [outcome.word for outcome in outcomes] == ["done", "out of time", "done", "out of time", "not started"]
     assert "e: not started no time was left" in capsys.readouterr().out
 
@@ -108,7 +108,7 @@ def test_ours_is_compared_with_the_fastest_peer() -> None:
         return {"size": size, "pass": "forward", "backend": backend, "call ms": ms}
 
     rows = [row("eager", 9), row("compiled eager", 6), row("tiled", 3), row("triton", 2), row("eager", 8, "b")]
-    ((what, column, own, peer, ratio),) = run_all.compared("affinity_kernel", {"rows": rows})  # "b" has none of ours
+    ((what, column, own, peer, ratio),) = run_all.compared("affinity_kernel", {"rows": rows})  # "b" has no row of ours
     assert (what, column, own["backend"], peer["backend"], ratio) == (
         "a, forward",
         "call ms",
@@ -153,7 +153,7 @@ def test_kernels_are_compared_by_the_device_where_it_was_timed() -> None:
     def row(backend: str, call: float, device: float | None) -> dict:
         return {"size": "a", "pass": "forward", "backend": backend, "call ms": call, "device ms": device}
 
-    rows = [row("eager", 1, None), row("compiled eager", 2, 1.5), row("triton", 3, 0.5)]  # eager was not captured
+    rows = [row("eager", 1, None), row("compiled eager", 2, 1.5), row("triton", 3, 0.5)]  # eager cannot be captured
     ((_, column, own, peer, ratio),) = run_all.compared("affinity_kernel", {"rows": rows})
     assert (column, own["backend"], peer["backend"], ratio) == ("device ms", "triton", "compiled eager", 3)
 
@@ -169,13 +169,13 @@ def test_calls_that_warm_up_are_not_timed() -> None:
 
     with mock.patch.object(time, "perf_counter", clock):
         times = timing.call_times(run, torch.device("cpu"), budget=5.0)
-    assert times.repeats == 3  # the compiling call is outside; three fill the budget
+    assert times.repeats == 3  # without the compiling call; three calls fill the budget
     assert (times.low, times.median, times.high) == pytest.approx((1.4, 2.0, 2.6))
 
 
 @pytest.fixture
 def pretended_gpu(monkeypatch) -> SimpleNamespace:
-    """What ``timing`` calls of torch.cuda, which notes captures and replays and whose events are 2 ms apart."""
+    """Replace the parts of torch.cuda that ``timing`` uses. It counts captures and replays; events are 2 ms apart."""
     import timing
 
     seen = SimpleNamespace(captures=0, replays=0, fails=None)
@@ -260,7 +260,7 @@ def test_benches_and_commands_run_from_a_checkout_that_is_not_installed(tmp_path
         "subprocess.run([sys.executable, '-S', '-c', child], check=True, cwd='/')\nexec(child)\n")  # fmt: skip
 
     def printed(*command: str) -> list[str]:
-        # -S: without site, and so without what installs a checkout
+        # -S: without site, so without an editable install
         given = [sys.executable, "-S", *command]
         return subprocess.run(given, check=True, cwd=tmp_path, env=environment, stdout=-1, text=True).stdout.split()
 
@@ -302,7 +302,7 @@ def test_a_convolution_costs_as_much_again_for_each_of_its_gradients(groups) -> 
 
     images = torch.randn(2, 8, 15, 13)
     weight = torch.randn(8, 8 // groups, 3, 3, requires_grad=True)
-    forward = 2 * (2 * 8 * 8 * 7) * 9 * 8 // groups  # a multiplication and an addition for each tap of each output
+    forward = 2 * (2 * 8 * 8 * 7) * 9 * 8 // groups  # one multiplication and one addition for each tap of each output
 
     def counted(images: torch.Tensor) -> int:
         convolve = functools.partial(F.conv2d, images, weight, stride=2, padding=1, groups=groups)
@@ -354,10 +354,10 @@ def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_pa
     assert f"{(one + other) / 2:.2f} ± {abs(one - other) / 2**0.5:.2f}" in capsys.readouterr().out
     assert (tmp_path / "real_images.png").stat().st_size
     checkpoints = tmp_path / "runs/cpn/checkpoints"
-    shutil.copy(checkpoints / "step-00000002.pt", checkpoints / "step-00000003.pt")  # as a stop leaves one
+    shutil.copy(checkpoints / "step-00000002.pt", checkpoints / "step-00000003.pt")  # as from a stopped run
     assert measured() == first
 
-    # What is measured again takes its place, and the rest stays.
+    # A new measurement replaces the old one; other rows stay.
     real_images.run(paths[1:], [3], ["train.steps=4"], 2, validation, tmp_path, {"device": "another CPU"})
     again = json.loads((tmp_path / "real_images.json").read_text())
     devices = {(row["config"], row["seed"]): row["device"] for row in again["rows"]}
@@ -392,7 +392,7 @@ def test_features_show_how_prcm_s_softmax_hardens_with_their_size(tiny_config, s
 
 
 class ThinLayers:
-    """``torch.nn`` with a sixteenth of the channels, for a ResNet38d that a test can afford in float64."""
+    """``torch.nn`` with a sixteenth of the channels, for a ResNet38d that is small enough for float64."""
 
     Module = torch.nn.Module
 
@@ -406,7 +406,7 @@ class ThinLayers:
 
 
 def thin(kind: type, **switches: Any) -> torch.nn.Module:
-    """With statistics and factors of batch normalisation that are not those of the start."""
+    """Return a network with random statistics and factors of batch normalisation."""
     from cpn_fast.models import resnet38d
 
     with mock.patch.object(resnet38d, "nn", ThinLayers):
@@ -427,7 +427,7 @@ def features_and_gradients(net: torch.nn.Module, images: torch.Tensor) -> list[t
     weights = [torch.randn_like(feature) for feature in features]
     sum((feature * weight).sum() for feature, weight in zip(features, weights, strict=True)).backward()
     trained = [parameter.grad for parameter in net.parameters() if parameter.requires_grad]
-    assert len(trained) == 35  # every convolution from b3 on
+    assert len(trained) == 35  # all convolutions from b3 on
     assert all(bool(gradient.any()) for gradient in trained)
     return [*features, *trained]
 
@@ -449,7 +449,7 @@ def test_a_variant_of_resnet38d_gives_its_features_and_gradients(switches: dict,
     largest = 4 if side == (64, 96) else 2 if side == (48, 80) else 1
     used = switches.get("interleaved", 1)
     used = used if largest % used == 0 else 1
-    assert dilations == {1: {1, 2, 4}, 2: {1, 4}, 4: {1}}[used]  # so it is what it says, and not the plain form
+    assert dilations == {1: {1, 2, 4}, 2: {1, 4}, 4: {1}}[used]  # so the variant runs, not the plain form
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert float(((one - other).abs().max() / other.abs().max()).detach()) < 1e-10
@@ -487,7 +487,7 @@ def test_the_schedule_adds_starts_and_rates_up_to_minutes() -> None:
     rows = schedule.rows_of({"a": 118, "b": 59}, {"a": rate, "b": rate})
     assert [row["minutes"] for row in rows] == pytest.approx([61 / 60, 31.5 / 60, 92.5 / 60])
     rows = schedule.rows_of({"a": 118, "b": 59}, {"a": rate})
-    assert [row["minutes"] for row in rows[1:]] == [None, None]  # no sum without all of its parts
+    assert [row["minutes"] for row in rows[1:]] == [None, None]  # a sum needs all its parts
 
 
 def test_the_schedule_takes_the_step_s_rate_of_the_same_device(tmp_path: Path) -> None:

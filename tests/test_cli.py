@@ -20,7 +20,7 @@ from cpn_fast.stages import train
 
 @pytest.fixture
 def entered(monkeypatch, capsys):
-    """The entry point in this process, which has imported everything; what it says, and that no more is raised."""
+    """Run the entry point in this process, which has imported everything, and return its output; nothing may raise."""
 
     def enter(*arguments: object, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["cpn-fast", *map(str, arguments)])
@@ -40,7 +40,7 @@ def test_from_images_and_tags_to_a_score(tiny_config, entered) -> None:
     assert "cpn-fast train" in entered("superpixels", path)
     missing = entered("cam", path, code=1)
     assert "model.safetensors: no such file; `cpn-fast train" in missing
-    entered("train", path, "--set", "model.weights=nowhere.pth", code=1)  # keeps no other config from the folder
+    entered("train", path, "--set", "model.weights=nowhere.pth", code=1)  # leaves the folder free for another config
     override = ("--set", "train.data_threads=2")
     said = entered("train", path, *override)
     weights = runs / "tiny" / "model.safetensors"
@@ -85,7 +85,7 @@ def test_from_images_and_tags_to_a_score(tiny_config, entered) -> None:
 )
 def test_what_a_user_can_mend_is_said(arguments, message, tiny_config, entered) -> None:
     path = tiny_config()
-    code = 2 if message in ("'train'", "--set") else 1  # the command line itself is wrong
+    code = 2 if message in ("'train'", "--set") else 1  # an error in the command line
     assert message in entered(*[path if argument == "CONFIG" else argument for argument in arguments], code=code)
 
 
@@ -93,7 +93,7 @@ def test_what_a_user_can_mend_is_said(arguments, message, tiny_config, entered) 
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
-        RuntimeError("[/opt/dali/x.cc:1] CUDA allocation failed: out of memory"),  # DALI's
+        RuntimeError("[/opt/dali/x.cc:1] CUDA allocation failed: out of memory"),  # from DALI
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
         MemoryError(),
     ],
@@ -140,7 +140,7 @@ def test_help_says_what_every_command_and_each_of_its_arguments_is() -> None:
 def test_shells_complete_commands_and_options() -> None:
     def complete(words: str) -> list[str]:
         place = {"_CPN_FAST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        # A shell asks the installed script, whose name tells typer which variable to read.
+        # A shell calls the installed script, whose name gives typer the variable to read.
         script = Path(sys.executable).with_name("cpn-fast")
         done = subprocess.run([script], env={**os.environ, **place}, capture_output=True, text=True, check=True)
         return done.stdout.split()

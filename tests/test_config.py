@@ -31,7 +31,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(path: Path, write) -> Non
     assert config_file.load(write(config_file.dump(loaded))) == loaded
 
 
-# The values of SEAM's released code, which CPN's later stages are.
+# The values of SEAM's released code, which CPN uses for its later stages.
 STAGES = {
     "crf": {"parameters": "seam-labels", "low_alpha": 4, "high_alpha": 24},
     "affinity": {
@@ -45,7 +45,7 @@ STAGES = {
             "saturation": 0.3,
             "hue": 0.1,
         },
-        # its weight decay is in momentum's place
+        # the released code passes weight decay as momentum
         "train": {
             "batch": 8,
             "accumulate": 1,
@@ -57,7 +57,7 @@ STAGES = {
             "weight_decay": 0.0005,
         },
     },
-    "walk": {"alpha": 6, "beta": 8, "logt": 6, "crf": None},  # its CRF is switched off
+    "walk": {"alpha": 6, "beta": 8, "logt": 6, "crf": None},  # the released CRF is switched off
     "segment": {
         "augment": {  # hue by 10 of 180, saturation and value by 10 of 255
             "scale": (0.5, 1.5),
@@ -189,7 +189,7 @@ def test_every_key_is_documented() -> None:
 
 
 def numbers(node: Any, definitions: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Path and schema of every number in a JSON schema."""
+    """Yield path and schema of every number in a JSON schema."""
     if "$ref" in node:
         yield from numbers(definitions[node["$ref"].rpartition("/")[2]], definitions, path)
     if node.get("type") in ("integer", "number") and "enum" not in node:

@@ -1,4 +1,4 @@
-"""Masks in the forms of annotation tools say the same pixels."""
+"""Masks in the formats of annotation tools have the same pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = ("dog", 'a "b" <c> & \x1b', "cat")
 
 
 def blobs(height: int, width: int, seed: int) -> np.ndarray:
-    """uint8 (H, W) with smooth regions of the values 0 to 3."""
+    """Return uint8 (H, W) with smooth regions of the values 0 to 3."""
     noise = np.random.default_rng(seed).random((height // 8 + 2, width // 8 + 2), np.float32)
     return (4 * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 0.99)).astype(np.uint8)
 

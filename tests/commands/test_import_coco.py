@@ -28,7 +28,7 @@ CROWD[40:, :50] = 1
 
 
 def runs(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed runs."""
+    """Return COCO's uncompressed run lengths."""
     flat = mask.T.ravel()
     edges = [0, *(np.flatnonzero(np.diff(flat)) + 1), len(flat)]
     return ([0] if flat[0] else []) + [int(length) for length in np.diff(edges)]
@@ -40,7 +40,7 @@ def square(left: int, top: int, right: int, bottom: int) -> list[float]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
-    """Five images, in a folder of their own, and the objects of four of them; ids have gaps as COCO's have."""
+    """Write a folder of five images, and return a tree with the objects of four. Ids have gaps, as in COCO."""
     rng = np.random.default_rng(0)
     images = []
     for number, name in enumerate(["9.jpg", "a b.png", "sub/c.jpg", "d.jpg", "empty.jpg"], 10):
@@ -51,9 +51,9 @@ def tree(tmp_path: Path) -> dict[str, Any]:
     compressed = rasteriser.encode(np.asfortranarray(CROWD))["counts"].decode()
     outlines = [
         (10, 90, [square(8, 8, 56, 56)], 0),
-        (10, 17, [square(20, 20, 30, 30), square(40, 40, 50, 50)], 0),  # two parts of one, on the larger object
+        (10, 17, [square(20, 20, 30, 30), square(40, 40, 50, 50)], 0),  # one object in two parts, on the larger object
         (11, 17, {"size": [SIZE, SIZE], "counts": runs(CROWD)}, 1),
-        (11, 17, [square(0, 44, 20, 60), [3, 3, 9, 9]], 0),  # a line beside its area
+        (11, 17, [square(0, 44, 20, 60), [3, 3, 9, 9]], 0),  # its second part is a line
         (12, 1, {"size": [SIZE, SIZE], "counts": compressed}, 0),
         (13, 90, [square(-5, -5, 30, 80)], 0),  # beyond the border
     ]
@@ -191,7 +191,7 @@ def test_a_changed_json_makes_its_masks_anew(source: Path, tree: dict[str, Any],
 
 
 def broken(tree: dict[str, Any], kind: str) -> Any:
-    """The tree with something wrong."""
+    """Return the tree with an error."""
     images, objects = tree["images"], tree["annotations"]
     match kind:
         case "missing image":
@@ -262,7 +262,7 @@ def test_what_is_wrong_with_files_is_said(source: Path, tmp_path: Path) -> None:
     (masks / "mine.png").touch()
     with pytest.raises(UserError, match=r"it is there already and not of cpn-fast"):
         import_coco.run(source, tmp_path / "photos", tmp_path / "data")
-    (masks / "mine.png").rename(masks / ".made_by.json.tmp")  # as of an import that was killed when it began
+    (masks / "mine.png").rename(masks / ".made_by.json.tmp")  # as after an import that was killed at its start
     assert import_coco.run(source, tmp_path / "photos", tmp_path / "data").images
     assert not (masks / ".made_by.json.tmp").exists()
     (tmp_path / "other/JPEGImages/part").mkdir(parents=True)
@@ -315,7 +315,7 @@ def test_many_objects_of_a_large_image_are_drawn_one_at_a_time() -> None:
     mask = import_coco.mask_of(image, objects, {1: 1, 2: 2})
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most < 12 * side**2  # all at once would be 60
+    assert most < 12 * side**2  # all masks at once would take 60
     assert mask[0, 0] == 2  # the smallest is on top
 
 

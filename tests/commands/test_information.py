@@ -71,7 +71,7 @@ def test_each_size_is_measured_and_drawn(small_run, small_voc, few_sizes, capsys
         ("superpixel", 50),
         ("grid", 16),
     ]
-    # The image's own map does not depend on patches; the sum does.
+    # The map of the image does not depend on patches; the sum does.
     assert one["counts"]["plain"] == many["counts"]["plain"] == grid["counts"]["plain"]
     assert many["counts"]["pair"] != grid["counts"]["pair"]
     assert 0 < many["object found, pair"] <= 1

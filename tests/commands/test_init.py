@@ -1,4 +1,4 @@
-"""``cpn-fast init`` on folders of photos as people have them."""
+"""``cpn-fast init`` on typical folders of photos."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cpn_fast.stages import train
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Twenty photos of 40 x 30 pixels in a folder, half of them in one more."""
+    """Write twenty photos of 40 x 30 pixels into a folder, half of them into its subfolder."""
     rng = np.random.default_rng(0)
     for k in range(20):
         path = tmp_path / "my photos" / ("more" if k % 2 else "") / f"p{k}.jpg"
@@ -35,7 +35,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def started(photos: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Config, str]:
-    """The config that the command writes, and what it says; a step is said to take two seconds."""
+    """Return the config that the command writes, and its output. A step is assumed to take two seconds."""
     monkeypatch.chdir(photos.parent)
     monkeypatch.setattr("cpn_fast.training.batch_size.try_steps", lambda *_: 2.0)
     result = CliRunner().invoke(app, ["init", str(photos), *map(str, arguments)], catch_exceptions=False)

@@ -1,4 +1,4 @@
-"""Does what docs/own_data.md says, on the demo's pictures and with a network that trains in seconds."""
+"""Run the commands of docs/own_data.md, on the demo's images and with a network that trains in seconds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def home(small_voc: Path, tmp_path: Path) -> Path:
-    """A working directory with the page's photos and tags; the classes are the demo's."""
+    """Make a working directory with the page's photos and tags, but the demo's classes."""
     photos = tmp_path / "photos"
     shutil.copytree(small_voc / "JPEGImages", photos)
     shutil.copytree(small_voc / "SegmentationClass", photos / "SegmentationClass")

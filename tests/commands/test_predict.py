@@ -31,7 +31,7 @@ from cpn_fast.models.weights import to_released_keys
 from cpn_fast.runtime.errors import UserError
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
-"""A name in Latin-1, which Linux takes and UTF-8 is not."""
+"""A name in Latin-1: Linux accepts it, but it is not UTF-8."""
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ assert "cpn_fast" not in sys.modules
 
 
 def largest_error(session: Any, graph: torch.nn.Module, *inputs: torch.Tensor) -> float:
-    """Of all outputs that onnxruntime computes, against torch's."""
+    """Return the largest error of onnxruntime's outputs against torch's."""
     given = {each.name: tensor.numpy() for each, tensor in zip(session.get_inputs(), inputs, strict=True)}
     with torch.no_grad():
         expected = graph.eval()(*inputs)
@@ -213,7 +213,7 @@ def test_the_segmenter_becomes_a_program_of_plain_torch(small_segmenter: Path, t
 
 
 def test_the_segmenter_of_a_run_segments_photos_as_its_stage_does(small_segmenter: Path, tmp_path: Path) -> None:
-    """Scales, flip and CRF included; it needs no tags."""
+    """This includes scales, flip and CRF. It needs no tags."""
     settings = config_file.load(small_segmenter / "config.yaml")
     samples = load_samples(settings.data, settings.classes, settings.segment.eval_list, labels=False, masks=False)
     images, out = [str(sample.image) for sample in samples], tmp_path / "out"
@@ -243,7 +243,7 @@ def test_the_segmenter_of_a_run_segments_photos_as_its_stage_does(small_segmente
         for index, scores in zip(prediction.seed.classes, prediction.seed.cam, strict=True):
             assert scores.max() == pytest.approx(prediction.probabilities[settings.classes[index]])
         found.update(values)
-    assert len(found) > 1  # otherwise this shows nothing
+    assert len(found) > 1  # with one class the test would show nothing
 
     checkpoint = next((small_segmenter / "checkpoints").glob("*.pt"))
     assert np.array_equal(
@@ -287,7 +287,7 @@ def test_what_is_wrong_is_said(small_run: Path, samples, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"none: no images in that folder"):
         predict.run(small_run, [tmp_path / "none"], tmp_path, None)
     shutil.copy(small_run / "model.safetensors", tmp_path)
-    assert cpn_fast.load(tmp_path).config == cpn_fast.load(small_run).config  # which the weights know
+    assert cpn_fast.load(tmp_path).config == cpn_fast.load(small_run).config  # the weights hold the config
     save_file(load_file(small_run / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"no config\.yaml beside it"):
         cpn_fast.load(tmp_path)
@@ -314,7 +314,7 @@ def test_folders_keep_their_names_hidden_files_are_passed_over_and_bad_ones_name
     (photos / "c.webp").write_bytes(b"")
     Image.open(samples[1].image).save(photos / "c.webp")
     (out / "b").mkdir(parents=True)
-    (out / "b/.gone_mask.png.tmp").touch()  # of another photo, as a killed command leaves it
+    (out / "b/.gone_mask.png.tmp").touch()  # as a killed command leaves it, of another photo
     result = invoke(photos, "--model", small_run, "--out", out, "--tags", "fish")
     assert not list(out.rglob(".*"))
     assert isinstance(result.exception, UserError)

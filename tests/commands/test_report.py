@@ -29,12 +29,12 @@ from cpn_fast.stages import evaluate
 
 @pytest.fixture
 def run(small_run: Path, tmp_path: Path) -> Path:
-    """A copy of the small run that may be changed."""
+    """Return a copy of the small run that a test may change."""
     return shutil.copytree(small_run, tmp_path / "small")
 
 
 PLOTS, CAMS = 4 + 3, 4 * 3 + 2 * 5
-"""Curves, threshold curve, classes, confusion; image, ground truth and mask of 4 images, two maps of their 5 tags."""
+"""Plots: curves, threshold curve, classes, confusion. Image, ground truth and mask of 4 images; 2 maps of 5 tags."""
 
 
 def pictures(html: str) -> list[Image.Image]:
@@ -46,9 +46,9 @@ def test_the_page_stands_alone_and_says_what_was_measured(run: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run)], catch_exceptions=False)
     assert result.exit_code == 0
     html = (run / "report.html").read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)  # nothing is fetched
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)  # the page loads nothing
     assert "<script" not in html
-    assert "<td>superpixels.compactness" not in html  # as by default
+    assert "<td>superpixels.compactness" not in html  # because it has its default
     tree = json.loads((run / "evaluation/val/cams-val-seeds/evaluation.json").read_text())
     assert f"{100 * tree['results'][0]['mean_iou']:.2f}" in html
     assert "(oracle)" in html
@@ -65,7 +65,7 @@ def test_the_page_stands_alone_and_says_what_was_measured(run: Path) -> None:
     for caption in ("image", "ground truth", r"plain CAM: \w+", r"refined CAM: \w+", "mask"):
         assert re.search(rf"<figcaption>{caption}\b", html)
     assert html.index("Best images") < html.index("Worst images")
-    assert "Seeds on val" not in html  # what is scored need not be compared with tags
+    assert "Seeds on val" not in html  # scored seeds are not compared with tags
     for anchor in re.findall(r'href="#([^"]+)"', html):
         assert f'id="{anchor}"' in html
 
@@ -114,7 +114,7 @@ def test_masks_and_several_lists_have_their_sections_and_names_are_escaped(run: 
     assert "masks &amp; more" in html
     assert "masks & more" not in html
     shown = pictures(html)
-    assert len(shown) == PLOTS + CAMS + 2 + CAMS  # masks have no threshold, and their CAMs beside them too
+    assert len(shown) == PLOTS + CAMS + 2 + CAMS  # masks have no threshold plot, and their CAMs appear too
 
 
 def test_without_tags_masks_are_shown_without_cams(run: Path, small_voc: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_photos_without_scores_are_ordered_by_how_their_tags_and_the_network_agr
     for sample, certainty in zip(samples, (0.9, 0.3, 0.7, 0.6), strict=True):
         path = run / f"cams/val/seeds/{sample.id}.npz"
         write_seed(path, read_seed(path), "", np.where(sample.label, certainty, 0.05))
-    absent = int(np.flatnonzero(~samples[0].label)[0])  # of the photo that is surest of its tags
+    absent = int(np.flatnonzero(~samples[0].label)[0])  # of the photo with the most certain tags
     path = run / f"cams/val/seeds/{samples[0].id}.npz"
     write_seed(path, read_seed(path), "", np.where(np.arange(5) == absent, 0.8, np.where(samples[0].label, 0.9, 0)))
     (found,) = all_found(run, settings)
@@ -237,7 +237,7 @@ def test_masks_of_a_segmenter_are_compared_with_tags(run: Path) -> None:
     assert [(photo.sample.id, photo.agreement) for photo in found.photos] == [
         (samples[1].id, 1),
         (samples[3].id, 1),
-        (samples[2].id, 0),  # the first has no mask, and is not there
+        (samples[2].id, 0),  # the first has no mask, so it is missing
     ]
     assert "is a tag and not found" in found.photos[-1].doubt
     html = report.run(run).page.read_text()
@@ -246,7 +246,7 @@ def test_masks_of_a_segmenter_are_compared_with_tags(run: Path) -> None:
 
 
 def test_names_of_photos_and_classes_are_escaped(run: Path) -> None:
-    """They come from anywhere, and land in text and in attributes."""
+    """Names come from anywhere, and appear in text and in attributes."""
     shutil.rmtree(run / "evaluation")
     evil = '<b onclick="x">&'
     tree = load(run / "config.yaml")
@@ -257,7 +257,7 @@ def test_names_of_photos_and_classes_are_escaped(run: Path) -> None:
 
 
 def test_the_next_step_works_at_every_stage(tiny_config, small_voc: Path, tmp_path: Path, monkeypatch) -> None:
-    """As after ``cpn-fast init``: tags, photos and no mask; in the end new photos are segmented."""
+    """The data are as after ``cpn-fast init``: tags, photos and no mask. The last step segments new photos."""
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "my photos"
     shutil.copytree(small_voc / "JPEGImages", photos / "JPEGImages")

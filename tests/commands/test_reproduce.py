@@ -34,7 +34,7 @@ def planned(key: str, path: Path, overrides: tuple[str, ...] = ()) -> reproduce.
 
 
 def differing(a: Config, b: Config) -> set[str]:
-    """Keys, such as train.batch."""
+    """Return the keys whose values differ, such as train.batch."""
 
     def flat(tree: dict, prefix: str = "") -> dict:
         found: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def test_a_base_alone_has_the_same_methods_by_overrides(tmp_path: Path) -> None:
         assert variant.file == voc
         assert config_file.load(voc, variant.overrides) == variant.config
         assert differing(variant.config, config_file.load(VOC.with_stem(f"voc_{method}"))) == {"name"}
-        # Thresholds and alphas of later stages are a file's own, and so is the scale that goes with a small crop.
+        # A file may set thresholds and alphas of later stages, and the scale for its small crop.
         own = {"name", "cam.mask_threshold", "crf.low_alpha", "crf.high_alpha", "walk.alpha", "seam.scale"}
         if method != "grid":
             assert differing(planned(key, mini).config, config_file.load(VOC.with_stem(f"voc_mini_{method}"))) <= own
@@ -95,7 +95,7 @@ def test_a_base_alone_has_the_same_methods_by_overrides(tmp_path: Path) -> None:
 def test_seam_beside_the_papers_equations_is_the_released_one(key: str) -> None:
     found = planned(key, VOC.with_stem("voc_paper")).config
     different = differing(found, config_file.load(VOC.with_stem(f"voc_{METHODS[key]}")))
-    # Neither patches and superpixels nor these terms of the loss are read by SEAM.
+    # SEAM reads neither patches and superpixels nor these terms of the loss.
     cpns = {"detach_refined_pair", "cpcr_target", "background", "refined_background", "hard_over"}
     read = {key for key in different if key.partition(".")[0] not in ("patches", "superpixels")}
     assert read == {"name", *(f"loss.{key}" for key in cpns)}
@@ -135,7 +135,7 @@ def test_a_table_is_trained_scored_and_drawn_once(tiny_config, monkeypatch, caps
 
 
 def scores(value: float) -> Scores:
-    """mIoU, IoU of the background and of the foreground are about ``value``."""
+    """Return scores whose mIoU, background IoU and foreground mIoU are about ``value``."""
     hits = round(1000 * value)
     misses = 1000 - hits
     return Scores(np.array([[2 * hits, misses], [misses, 2 * hits]]))
@@ -143,7 +143,7 @@ def scores(value: float) -> Scores:
 
 @pytest.fixture
 def faked(monkeypatch) -> Counter:
-    """Training, scoring and timing replaced; counts calls by what and the run's name."""
+    """Replace training, scoring and timing. The counter counts calls by kind and the run's name."""
     calls: Counter = Counter()
 
     def trained(config: Config) -> Path:
@@ -218,7 +218,7 @@ def test_a_figure_draws_ours_and_the_papers_over_what_changes(name, labels, know
 @pytest.mark.parametrize("kind", ["superpixel", "grid"])
 def test_patches_are_timed_on_one_thread_after_a_first_call(kind, tiny_config, monkeypatch) -> None:
     settings = config_file.load(tiny_config(patches={"kind": kind, "grid_sizes": [16]}))
-    lengths = [1000.0, 16.0, 8.0, 800.0]  # the first call, not counted, and three whose median is 16
+    lengths = [1000.0, 16.0, 8.0, 800.0]  # the first call does not count; the median of the others is 16
     clock = (time for length in lengths for time in (0, length))
     seen = []
 
@@ -233,7 +233,7 @@ def test_patches_are_timed_on_one_thread_after_a_first_call(kind, tiny_config, m
     try:
         assert reproduce.seconds_of_patches(settings, images=8, times=3) == 2
         assert torch.get_num_threads() == 2
-        with pytest.raises(StopIteration):  # the clock's
+        with pytest.raises(StopIteration):  # from the clock
             reproduce.seconds_of_patches(settings)
         assert torch.get_num_threads() == 2
     finally:
@@ -265,13 +265,13 @@ def test_the_runs_of_a_table_can_be_made_elsewhere(tiny_config, tmp_path, monkey
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code in (0, None)
-    monkeypatch.setattr(train, "TrainingPipeline", None)  # nothing is left to train
+    monkeypatch.setattr(train, "TrainingPipeline", None)  # every run is trained already
     assert reproduce.run("table1", path, ["train.seed=3"]).exists()
 
 
 def test_the_whole_chain_is_one_command() -> None:
     assert reproduce.commands("table5", VOC, []) == [f"cpn-fast run {VOC}"]
-    assert len(reproduce.commands("fig7", VOC, [])) == 7  # CPN's own and six grids
+    assert len(reproduce.commands("fig7", VOC, [])) == 7  # CPN and six grids
 
 
 @pytest.mark.parametrize("name", TABLES)

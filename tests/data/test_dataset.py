@@ -394,7 +394,7 @@ def test_an_interrupted_check_keeps_what_passed(data, monkeypatch):
 
 
 def test_what_the_index_and_what_the_files_have_wrong_is_said_in_one_go(data):
-    (data.root / "labels.csv").write_text("a,dgo\n")  # and b has none
+    (data.root / "labels.csv").write_text("a,dgo\n")  # b has no label
     (data.root / "JPEGImages/b.jpg").write_bytes(b"no JPEG")
     (data.root / "list.txt").write_text("a\nb\nb\nmissing\n")
     with pytest.raises(DatasetError) as error:
@@ -408,4 +408,4 @@ def test_what_the_index_and_what_the_files_have_wrong_is_said_in_one_go(data):
     ):
         assert expected in str(error.value)
     assert "missing.jpg" in str(error.value)
-    assert str(error.value).count("missing.jpg") == 1  # missing, and not undecodable too
+    assert str(error.value).count("missing.jpg") == 1  # as missing, but not as undecodable

@@ -210,7 +210,7 @@ def test_csv_json_and_npy_agree(tmp_path_factory, tags):
 
 
 def save(path: Path, content: object, protocol: int = 4) -> Path:
-    """As np.save, in any pickle protocol."""
+    """Save as np.save does, in any pickle protocol."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
     path.write_bytes(file.getvalue() + pickle.dumps(content, protocol=protocol))
@@ -230,7 +230,7 @@ def test_npy_of_numpy_1_and_2(tmp_path, protocol, module, dtype):
     path = save(tmp_path / "l.npy", boxed({"a": np.array([1, 0, 1], dtype), "b": np.zeros(3, dtype)}), protocol)
     raw = path.read_bytes()
     here = b"numpy._core.multiarray" if b"numpy._core.multiarray" in raw else b"numpy.core.multiarray"
-    if protocol == 4:  # names carry their length and stand in a frame that carries its own
+    if protocol == 4:  # names and the frame around them carry their lengths
         raw = pickle_unframed(raw).replace(b"\x8c" + bytes([len(here)]) + here, b"\x8c" + bytes([len(module)]) + module)
     else:
         raw = raw.replace(here, module)
@@ -255,7 +255,7 @@ def test_the_real_label_file():
 
 
 class Runs:
-    """Pickles as a call that would create a file."""
+    """An object whose pickle is a call that creates a file."""
 
     def __init__(self, path: Path, call: object = os.mkdir) -> None:
         self.path, self.call = path, call

@@ -224,7 +224,7 @@ def test_write_gallery_puts_runs_beside_the_truth(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_of_pixels_is_found(tmp_path) -> None:
-    """Pillow compares no checksum of what holds the pixels."""
+    """Pillow checks no checksum of the pixels' chunks."""
     path = tmp_path / "a.png"
     write_mask(path, EVERY_VALUE, "made of this")
     content = path.read_bytes()

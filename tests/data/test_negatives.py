@@ -1,4 +1,4 @@
-"""Images that show no class: what each loss makes of them, and a whole run with half of them."""
+"""Images that show no class: their effect on each loss, and a whole run in which half of the images are such."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_finite_with_negatives(name: str, labels: list[
     assert all(torch.isfinite(value) for value in found.parts.values())
     gradients = [parameter.grad for parameter in method.network.parameters() if parameter.grad is not None]
     assert all(torch.isfinite(value).all() for value in gradients)
-    assert gradient(method, "fc8") > 0  # what is not there is learned
+    assert gradient(method, "fc8") > 0  # absence is learned
 
 
 def test_of_a_negative_the_released_terms_of_consistency_train_nothing() -> None:
@@ -110,7 +110,7 @@ def test_one_class_and_as_many_negatives_from_training_to_scores(tiny_config, sm
     tree["data"] = {"root": str(small_voc), "labels": str(tags), "masks": str(masks)}
     path.write_text(yaml.safe_dump(tree))
     config = load(path)
-    assert config.data.train_list == config.data.eval_list == tags  # left out: all tagged images
+    assert config.data.train_list == config.data.eval_list == tags  # without --list: all tagged images
     folder = cam.run(config, train.run(config))
     assert len(read_seed(folder / f"seeds/{ids[0]}.npz").classes) == 0
     assert read_mask(folder / f"masks/{ids[0]}.png").max() == 0

@@ -49,14 +49,14 @@ def test_is_read_once_and_again_when_it_changed(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(reading, "opened", lambda *given: reads.append(given) or opened(*given))
     first = image_digest(path)
     assert (image_digest(path), len(reads)) == (first, 1)
-    shutil.copystat(path, other)  # of the same size, with the same time of change, as `cp -p` and `rsync -t` leave it
+    shutil.copystat(path, other)  # same size and modification time, as after `cp -p` or `rsync -t`
     other.replace(path)
     assert image_digest(path) != first
     assert len(reads) == 2
 
 
 def test_a_file_changed_just_now_is_not_remembered(tmp_path: Path, monkeypatch) -> None:
-    """It may change again without a change of its times, where those are coarse."""
+    """If times are coarse, it may change again without a change of its times."""
     monkeypatch.setattr(provenance, "SETTLED", 3600)
     path = tmp_path / "x.jpg"
     path.write_bytes(b"a")
@@ -85,7 +85,7 @@ def test_errors_while_reading_name_the_file(tmp_path: Path, monkeypatch) -> None
 
     class Broken:
         def update(self, chunk: bytes) -> None:
-            raise OSError(5, "Input/output error")  # as read() raises it: without a name
+            raise OSError(5, "Input/output error")  # without a name, as from read()
 
     monkeypatch.setattr(hashlib, "sha256", Broken)
     with pytest.raises(UserError, match=r"x\.jpg.*Input/output error"):

@@ -131,7 +131,7 @@ def test_mask_takes_the_best_class_above_the_threshold_and_the_lower_of_equals()
 
 
 def released_unit_scale(cam: np.ndarray) -> np.ndarray:
-    """Step by step as in CPN's infer_cam.py."""
+    """Compute the unit scale step by step as CPN's infer_cam.py."""
     cam = cam.copy()
     cam[cam < 0] = 0
     high = cam.max((1, 2), keepdims=True)

@@ -1,8 +1,8 @@
 """Every Triton kernel and gradient on the CPU against eager float64. Run by test_kernels_triton.py in the interpreter.
 
-All memory that the package allocates starts as NaN, so that a partial write cannot pass. Three liberties of the
-interpreter are taken back: it cuts float32 off to bfloat16 where a GPU rounds, multiplies TF32 in full float32, and
-keeps NaN in a maximum that a GPU takes of the other number.
+All memory that the package allocates starts as NaN, so that a partial write cannot pass. The tests undo three
+differences of the interpreter from a GPU: it truncates float32 to bfloat16 instead of rounding, it multiplies TF32 in
+full float32, and its maximum keeps NaN, where a GPU takes the other number.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _bfloat16_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _extrema_drop_nan_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless told not to. A reduction by a function of our own is a call for each element, so NumPy stands in."""
+    """Drop NaN unless the kernel keeps it. NumPy reduces, because our reduction would be a call for each element."""
     apply = interpreter.ReduceOps.apply_impl
     keep = {losses_triton._larger: np.max, losses_triton._smaller: np.min}
 
@@ -80,7 +80,7 @@ def _extrema_drop_nan_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products drop the lowest 13 bits of float32 operands, as tensor cores do."""
+    """Drop the lowest 13 bits of float32 operands in products, as tensor cores do."""
     dot = interpreter.InterpreterBuilder.create_dot
 
     def cut(operand: Any) -> Any:
@@ -100,7 +100,7 @@ def rms_error(found: Tensor, exact: Tensor) -> float:
 
 
 def assert_close(name: str, found: Tensor, exact: Tensor, bound: float) -> None:
-    """RMS of the error over RMS of the float64 result."""
+    """Bound the RMS of the error over the RMS of the float64 result."""
     assert found.isfinite().all(), f"{name} is not finite"
     scale = float(exact.double().square().mean().sqrt())
     assert rms_error(found, exact) <= bound * scale + 1e-9, (
@@ -109,7 +109,7 @@ def assert_close(name: str, found: Tensor, exact: Tensor, bound: float) -> None:
 
 
 def results(op: Callable[..., Tensor], arguments: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
-    """Output and gradients."""
+    """Return output and gradients."""
     leaves = [t.detach().to(dtype).clone().requires_grad_() for t in arguments]
     out = op(*leaves, backend=backend)
     gradient = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
@@ -117,7 +117,7 @@ def results(op: Callable[..., Tensor], arguments: list[Tensor], dtype: torch.dty
 
 
 def assert_matches(op: Callable[..., Tensor], arguments: list[Tensor]) -> None:
-    """Output and gradients err at most 4 times as much as plain PyTorch in the same dtype, plus one rounding."""
+    """Bound the error of output and gradients by 4 times plain PyTorch's in the same dtype, plus one rounding."""
     dtype = arguments[0].dtype
     rounding = torch.finfo(dtype).eps
     found_plain_exact = zip(
@@ -181,7 +181,7 @@ def test_chunks_of_channels(depth: int) -> None:
 
 
 def blocks(table: launch.Table) -> set[tuple[int, int, bool]]:
-    """The different blocks of a table; warps and stages mean nothing to the interpreter."""
+    """Return the distinct blocks of a table. Warps and stages do not matter to the interpreter."""
     return {(entry.targets, entry.sources, entry.resident) for entry in table.values()}
 
 
@@ -212,7 +212,7 @@ def test_a_nan_reaches_all_that_eager_gives_it(dtype: torch.dtype, where: str) -
     )
     for mine, reference in zip(found, expected, strict=True):
         assert (mine | ~reference).all()
-        assert mine[0].any() == reference[0].any()  # and the other image is left alone
+        assert mine[0].any() == reference[0].any()  # and the other image is unchanged
 
 
 def test_groups_of_classes() -> None:
@@ -311,7 +311,7 @@ def test_losses_over_several_blocks_of_the_small_map() -> None:
 
 
 def test_losses_where_everything_ties() -> None:
-    """Whole numbers upsampled by halves are exact in every backend."""
+    """Integers upsampled by halves are exact in every backend."""
     cam, refined, visible, labels = maps([2, 1], 2, 3, 3)
     refined = refined.round()
     refined[:, :, 2] = refined[:, :, 1]
@@ -348,7 +348,7 @@ PIXEL, LAST, WHOLE = (1, 1), (2, 3), (slice(None), slice(None))
 def test_what_is_not_finite_reaches_losses_and_gradients_as_in_eager(
     place: str, channel: str, branch: int, at: tuple[Any, ...], flaw: float, options: dict[str, Any]
 ) -> None:
-    """A GPU's maximum drops NaN, and so does the interpreter's here."""
+    """A GPU's maximum drops NaN. Here the interpreter's does too."""
     data = maps([1], 2, 3, 4)
     present = int(data[3][0].argmax()) + 1
     i_channel = {"present": present, "absent": 3 - present, "background": 0}[channel]
@@ -387,7 +387,7 @@ def test_what_is_not_finite_reaches_background_suppression_as_in_eager(flaw: flo
 def test_regions_are_finite_where_eager_is(
     op: str, c: int, h: int, w: int, share: float, flaw: float, seed: int
 ) -> None:
-    """Maps and queries of which most is -inf (whole blocks of pixels, whole rows) or a little is not finite."""
+    """Maps and queries are mostly -inf (whole blocks of pixels, whole rows), or a few values are not finite."""
     cam, keys, features = tensors(1, c, 8, h, w, torch.float32, False)
     generator = torch.Generator().manual_seed(seed)
     cam, features = cam.clone(), features.clone()
@@ -412,7 +412,7 @@ def test_regions_are_finite_where_eager_is(
 
 
 def test_float16_shares_of_more_pixels_than_float16_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pixel has the whole share: a share times the number of pixels would be infinite."""
+    """One pixel has the whole share. A share times the number of pixels would be infinite."""
     monkeypatch.setattr(region_triton, "BP", 1 << 14)
     pixels = 70_000
     cam, features = torch.zeros(1, 1, 1, pixels).half(), random(1, 1, 1, pixels).half()
@@ -473,7 +473,7 @@ def test_background_suppression(counts: list[int]) -> None:
     ("size", "options", "masked"),
     [
         ((2, 13, 17), {"count": 4, "compactness": 10, "iterations": 2}, True),
-        ((1, 9, 8), {"count": 12, "compactness": 0.5, "iterations": 2}, False),  # many small parts, joined in rounds
+        ((1, 9, 8), {"count": 12, "compactness": 0.5, "iterations": 2}, False),  # many small parts that join in rounds
         ((1, 1, 40), {"count": 3, "compactness": 10_000, "iterations": 1}, False),
         ((1, 40, 60), {"count": 2, "compactness": 10, "iterations": 1}, False),  # more than one program for a cell
     ],
@@ -526,6 +526,6 @@ def test_compiles_to_one_graph() -> None:
 
 
 def test_a_compiled_step_holds_the_triton_operators(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where they are what ``backend=None`` takes."""
+    """On a GPU ``backend=None`` means these operators too."""
     monkeypatch.setattr(kernels, "_fitting", lambda modules, *tensors: kernels.Choice("triton", None))
     check_graphs(config_file.load(tiny_config()), REFINED, LOSSES, lambda operation: "triton")

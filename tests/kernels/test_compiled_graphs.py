@@ -1,6 +1,6 @@
-"""What ``torch.compile`` makes of the networks and losses: one graph each, and in it our operators.
+"""``torch.compile`` turns the networks and losses into one graph each, with our operators in it.
 
-``python -m pytest tests/kernels/interpreted_kernels.py`` (TRITON_INTERPRET=1) asks the same of the Triton operators.
+``python -m pytest tests/kernels/interpreted_kernels.py`` (TRITON_INTERPRET=1) checks the same for Triton operators.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cpn_fast.training.step import Step, make_optimizer
 
 REFINED = ["pixel_correlation", "region_pooling", "region_correlation"]
 LOSSES = ["complementary_losses", "background_suppression"]
-# Method, changes of the config, operators in the network's graph and in that of the losses.
+# Method, changes of the config, operators in the network's graph and in the losses' graph.
 CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "cam": ({"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map": "raw"}}, [], []),
     "seam": ({"method": "seam", "model": {"prcm": False}}, REFINED[:1], LOSSES[1:]),
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 
 
 class Graphs:
-    """A backend of torch.compile that runs what it is given and remembers our operators in it."""
+    """A backend of torch.compile that runs graphs unchanged and records our operators in them."""
 
     def __init__(self) -> None:
         self.forward: list[set[str]] = []
@@ -66,7 +66,7 @@ def batch_of(settings: Config, side: int = 32) -> Batch:
 
 
 def step_graphs(method: Method, batch: Batch) -> tuple[Graphs, Graphs]:
-    """Of the network and of the losses, as a compiled step has them; a graph break is an error."""
+    """Return the graphs of the network and of the losses in a compiled step. A graph break is an error."""
     network, losses = Graphs(), Graphs()
     views = method.views(batch, torch.Generator())
     forward = torch.compile(method.network.train(), backend=network.backend, fullgraph=True, dynamic=False)
@@ -84,7 +84,7 @@ def check_graphs(settings: Config, network_ops: list[str], loss_ops: list[str], 
     expected = {f"{name}_{suffix(name)}" for name in network_ops if suffix(name)}
     for forward, backward in zip(network.forward, network.backward, strict=True):
         assert expected == forward
-        # Operators' derivatives are operators of their own; the CAM of the refinement is a constant.
+        # An operator's derivative is another operator; the CAM of the refinement is a constant.
         assert {f"{name}_backward" for name in expected} == backward
     found = set().union(*losses.forward)
     assert found == {f"{name}_{suffix(name)}" for name in loss_ops}
@@ -94,13 +94,13 @@ def check_graphs(settings: Config, network_ops: list[str], loss_ops: list[str], 
 def test_a_compiled_step_holds_our_operators(name: str, tiny_config) -> None:
     changes, network_ops, loss_ops = CASES[name]
     settings = config_file.load(tiny_config(**changes))
-    # On a CPU the region operators are eager's formulas, which are as fast there.
+    # On a CPU the region operators are eager's formulas, which are as fast.
     check_graphs(settings, network_ops, loss_ops, lambda op: "" if op.startswith("region") else "tiled")
 
 
 @pytest.mark.parametrize("kind", ["affinity", "segmentation"])
 def test_the_later_trainings_are_one_graph_each(kind: str, tiny_config, tmp_path: Path) -> None:
-    """They have no operation of ours, and nothing that torch.compile would leave to Python."""
+    """They have no operator of ours, and torch.compile leaves nothing to Python."""
     torch._dynamo.reset()
     settings = config_file.load(tiny_config())
     method: Method = Affinity(settings) if kind == "affinity" else Segmentation(settings, tmp_path)
@@ -111,7 +111,7 @@ def test_the_later_trainings_are_one_graph_each(kind: str, tiny_config, tmp_path
 
 
 def test_a_step_compiles_network_and_losses_as_they_are_tested_here(tiny_config, monkeypatch) -> None:
-    """``Step`` asks torch.compile for static shapes, and its call of either is the compiled one."""
+    """``Step`` asks torch.compile for static shapes, and calls the compiled network and losses."""
     torch._dynamo.reset()
     graphs, real = Graphs(), torch.compile
     given: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ def test_a_step_compiles_network_and_losses_as_they_are_tested_here(tiny_config,
         given.append(options)
         return real(function, backend=graphs.backend, fullgraph=True, dynamic=options["dynamic"])
 
-    monkeypatch.setattr(torch, "compile", compiled)  # nn.Module.compile calls it too
+    monkeypatch.setattr(torch, "compile", compiled)  # nn.Module.compile also calls it
     settings = config_file.load(tiny_config(train={"compile": True}))
     method = METHODS["cpn"](settings)
     method.network.train()
@@ -146,7 +146,7 @@ def test_what_an_operation_takes_and_why() -> None:
         plain = kernels.backends(cuda, torch.float32)
         assert "TF32" in (plain["pixel_correlation"].reason or "")
         assert plain["complementary_losses"] == plain["slic"] == ("triton", None)
-        images = torch.empty(1, 3, 8, 8, device="cuda")  # float32: no products of it are TF32
+        images = torch.empty(1, 3, 8, 8, device="cuda")  # float32: its products are not TF32
         assert kernels._fitting(kernels._SLIC, images).backend == "triton"
         assert "256" in (kernels.backends(cuda, torch.bfloat16, channels=300)["pixel_correlation"].reason or "")
         assert "float64" in (kernels.backends(cuda, torch.float64)["region_pooling"].reason or "")
@@ -163,7 +163,7 @@ def test_an_exported_program_needs_no_operator_of_ours(strict: bool) -> None:
     program = torch.export.export(Correlation(), (cam, embedding), strict=strict)
     assert not [node for node in program.graph.nodes if "cpn_fast" in str(node.target)]
     torch.testing.assert_close(program.module()(cam, embedding), kernels.pixel_correlation(cam, embedding))
-    # And what was exported does not decide what is compiled.
+    # And an export does not change a later compilation.
     graphs = Graphs()
     torch.compile(Correlation(), backend=graphs.backend, fullgraph=True)(cam, embedding)
     assert graphs.forward == [{"pixel_correlation_tiled"}]

@@ -1,4 +1,4 @@
-"""Pixel correlation, region pooling and region correlation: tiled against eager, and what every backend promises."""
+"""Pixel correlation, region pooling and region correlation: tiled against eager, and promises of every backend."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def inputs(n: int, c: int, d: int, h: int, w: int, dtype: torch.dtype = torch.fl
 
 
 def results(op: Op, arguments: tuple[Tensor, ...], backend: str) -> list[Tensor]:
-    """Output and the gradients of all arguments that it depends on."""
+    """Return the output and the gradients of all arguments that it depends on."""
     out = op(*arguments, backend)
     gradient = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
     grads = torch.autograd.grad(out, arguments, gradient, allow_unused=True)
@@ -52,7 +52,7 @@ def results(op: Op, arguments: tuple[Tensor, ...], backend: str) -> list[Tensor]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """RMS of the error over RMS of the reference."""
+    """Return the RMS of the error over the RMS of the reference."""
     difference = found.detach().double() - expected.detach().double()
     return float(difference.square().mean().sqrt() / expected.detach().double().square().mean().sqrt().clamp_min(1e-30))
 
@@ -220,7 +220,7 @@ def test_triton_replays_from_a_cuda_graph(op: Op) -> None:
         grads = torch.autograd.grad(out, arguments, gradient, allow_unused=True)
         return [out.detach(), *(grad for grad in grads if grad is not None)]
 
-    expected = run()  # and compiles
+    expected = run()  # this call compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels of regions and losses, read from its own text; no GPU is needed."""
+"""Checks of the compiler's intermediate code of region and loss kernels. They need no GPU."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ARCH = 90
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCH))
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # which the benches change
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the benches change it
     return importlib.import_module("kernel_report")
 
 
 def kernels(report: ModuleType, dtype: str, *starts: str) -> Iterator[tuple[str, Any]]:
-    """Names and compiled kernels at the paper's size."""
+    """Yield names and compiled kernels at the paper's size."""
     found = [case for case in report.cases(dtype, ARCH, "paper") if case.name.startswith(starts)]
     assert found
     for case in found:
@@ -36,7 +36,7 @@ def kernels(report: ModuleType, dtype: str, *starts: str) -> Iterator[tuple[str,
 
 
 def test_no_extremum_of_the_losses_drops_nan(report: ModuleType) -> None:
-    """The hardware's max and min take the other number unless told NaN, and a NaN in a CAM would leave no trace."""
+    """The hardware's max and min drop NaN by default, and a NaN in a CAM would leave no trace."""
     kept = 0
     for name, kernel in kernels(report, "fp32", "losses", "suppression"):
         extrema = re.findall(r"\b(?:max|min)\.[\w.]*f32\b", kernel.asm["ptx"])
@@ -46,8 +46,8 @@ def test_no_extremum_of_the_losses_drops_nan(report: ModuleType) -> None:
 
 
 def narrow_products(ttir: str) -> list[str]:
-    """Products of two variables in 32 bits that addresses are made of; D and E alone are numbers of channels, and times
-    classes they are small."""
+    """Return 32-bit products of two variables in addresses. D and E are numbers of channels; times classes they are
+    small."""
     definitions: dict[str, tuple[str, str]] = {}
     for name, operation, rest in re.findall(r"(%[\w#]+)(?::\d+)? = (?:\"?)([\w.]+)(?:\"?) ?(.*)", ttir):
         definitions[name] = operation, rest
@@ -71,7 +71,7 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 def test_addresses_of_regions_are_made_in_64_bits(report: ModuleType) -> None:
-    """Channels times pixels may pass 2^31: no product of the two may be one of 32-bit numbers."""
+    """Channels times pixels may exceed 2^31, so their product must not be a 32-bit one."""
     for name, kernel in kernels(report, "bf16", "region"):
         assert narrow_products(kernel.asm["ttir"]) == [], name
 

@@ -27,7 +27,7 @@ VARIANTS = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.prod
 
 
 def maps(counts: list[int], classes: int, h: int, w: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Raw and refined maps, lambdas (the first 0) and labels with ``counts`` present classes an image."""
+    """Return raw and refined maps, lambdas (the first 0) and labels with ``counts`` present classes per image."""
     generator = torch.Generator().manual_seed(seed)
     shape = (3, len(counts), 1 + classes, h, w)
     cam = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3
@@ -41,7 +41,7 @@ def maps(counts: list[int], classes: int, h: int, w: int, seed: int = 0) -> tupl
 
 
 def results(data: tuple[Tensor, ...], size: tuple[int, int], backend: Any, **options: Any) -> list[Tensor]:
-    """The three losses and the gradients of their weighted sum."""
+    """Return the three losses and the gradients of their weighted sum."""
     cam, refined, visible, labels = data
     losses = kernels.complementary_losses(cam, refined, visible, labels, size=size, backend=backend, **options)
     grads = torch.autograd.grad(losses.tcp + 2 * losses.tcp_refined + 3 * losses.cpcr, (cam, refined))
@@ -98,7 +98,7 @@ def test_with_few_classes_the_hardest_fifth_is_five_times_the_mean() -> None:
 
 
 def test_ties_share_their_gradient() -> None:
-    """Small whole numbers, upsampled by halves, are exact: extrema, strongest classes and errors tie all over."""
+    """Small integers, upsampled by halves, are exact: extrema, strongest classes and errors tie everywhere."""
     cam, _, visible, labels = maps([3, 2], 3, 3, 3)
     generator = torch.Generator().manual_seed(1)
     whole = [torch.randint(0, 3, cam.shape, generator=generator).double().requires_grad_() for _ in range(2)]
@@ -141,7 +141,7 @@ def test_what_is_not_finite_reaches_losses_and_gradients_as_in_eager(
     counts: list[int], small: tuple[int, int], more: tuple[int, int], variant: dict[str, Any], flaw: float,
     whole: bool, choose: st.DataObject,
 ) -> None:  # fmt: skip
-    """In raw or refined maps, of present or absent classes or the background; -inf is cut off by the relu."""
+    """It may be in raw or refined maps, of present or absent classes or the background. The relu cuts off -inf."""
     cam, refined, visible, labels = maps(counts, 3, *small)
     at = tuple(choose.draw(st.integers(0, side - 1)) for side in cam.shape)
     at = at[:3] if whole else at
@@ -193,7 +193,7 @@ def test_gradcheck(backend: Any) -> None:
     cam, refined, visible, labels = maps([2], 2, 2, 3)
 
     def losses(image: Tensor, refined: Tensor) -> Tensor:
-        """CPCR stops the gradient of the raw maps, so it is given constant ones."""
+        """CPCR stops the gradient of the raw maps, so it gets constant ones."""
         whole = torch.cat([image, cam[1:].detach()])
         options: dict[str, Any] = {"size": (5, 4), "hard_share": 1.0, "backend": backend}
         tcp = kernels.complementary_losses(whole, None, visible + 0.4, labels, **options).tcp

@@ -1,6 +1,6 @@
-"""Every operation and backend where torch's own work too: torch.func, forward mode, graphs, odd tensors.
+"""Every operation and backend works where torch's operators do: torch.func, forward mode, graphs, odd tensors.
 
-With TRITON_INTERPRET=1 (tests/kernels/interpreted_kernels.py) the same table holds the Triton backend.
+With TRITON_INTERPRET=1 (tests/kernels/interpreted_kernels.py) the same tests run the Triton backend.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def correlation(cam: Tensor, keys: Tensor, queries: Tensor, backend: Any) -> Ten
 
 
 def losses(cam: Tensor, refined: Tensor, backend: Any) -> Tensor:
-    """Images leading, as for the other operations."""
+    """Return the losses of maps with images as the first axis, as in the other operations."""
     labels = (torch.arange(C - 1) < 2).to(cam.device, cam.dtype).expand(len(cam), -1)
     visible = torch.full((len(cam),), 0.3, dtype=cam.dtype, device=cam.device)
     found = kernels.complementary_losses(
         cam.transpose(0, 1), refined.transpose(0, 1), visible, labels, size=SIZE, backend=backend,
-        hard_share=1.0 if INTERPRETED else 0.2,  # selection is slow there, and tested in interpreted_kernels.py
+        hard_share=1.0 if INTERPRETED else 0.2,  # selection is slow in the interpreter; interpreted_kernels.py tests it
     )  # fmt: skip
     return torch.stack(found)
 
@@ -78,11 +78,11 @@ ONCE = {
     losses: "complementary_losses",
     suppression: "background_suppression",
 }
-"""What is differentiable once, but for eager."""
+"""Names of operations that are differentiable only once, except in eager."""
 
 
 def chosen(op: Op, backend: Any) -> str:
-    """The backend that None stands for on a CPU."""
+    """Return the backend that None means on a CPU."""
     return backend or ("eager" if op in (pooling, correlation) else "tiled")
 
 
@@ -96,14 +96,14 @@ def inputs(op: Op, seed: int = 0, dtype: torch.dtype = DTYPE) -> tuple[Tensor, .
 
 
 def gradients(op: Op, arguments: tuple[Tensor, ...], backend: Any) -> list[Tensor | None]:
-    """Of the sum of sines, for the arguments that require one; None for the others."""
+    """Return gradients of the sum of sines for the arguments that require one, and None for the others."""
     leaves = [a for a in arguments if a.requires_grad]
     found = iter(torch.autograd.grad(op(*arguments, backend).sin().sum(), leaves))
     return [next(found) if a.requires_grad else None for a in arguments]
 
 
 def exact(op: Op, arguments: tuple[Tensor, ...]) -> list[Tensor]:
-    """Eager's gradients in float64."""
+    """Return eager's gradients in float64."""
     leaves = tuple(a.detach().double().requires_grad_() for a in arguments)
     return [g.to(DTYPE) for g in gradients(op, leaves, "eager") if g is not None]
 
@@ -112,7 +112,7 @@ def exact(op: Op, arguments: tuple[Tensor, ...]) -> list[Tensor]:
 @every_backend
 def test_jvp_is_the_slope_by_finite_differences(op: Op, backend: Any) -> None:
     points, directions = inputs(op), inputs(op, 1)
-    if op is losses:  # stop gradients, which differences do not see: by reverse mode
+    if op is losses:  # differences do not see stopped gradients, so reverse mode
         rows = torch.autograd.functional.jacobian(lambda *a: op(*a, "eager"), tuple(p.double() for p in points))
         slope = sum((row * d.double()).flatten(1).sum(dim=1) for row, d in zip(rows, directions, strict=True))
     else:
@@ -287,7 +287,7 @@ def test_a_compiled_graph_holds_the_operator_and_its_backward(op: Op, backend: A
     run = torch.compile(op, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=compiler))
     found = torch.autograd.grad(run(*leaves, backend).sin().sum(), leaves)
     operator = f"{ONCE[op]}_{chosen(op, backend)}"
-    backward = set() if op in (losses, suppression) else {f"{operator}_backward"}  # theirs is left to the compiler
+    backward = set() if op in (losses, suppression) else {f"{operator}_backward"}  # the compiler fuses their backward
     assert graphs == ([set(), set()] if chosen(op, backend) == "eager" else [{operator}, backward])
     for gradient, reference in zip(found, exact(op, leaves), strict=True):
         close(gradient, reference)

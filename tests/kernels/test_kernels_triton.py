@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: numerics in the interpreter, and what the assembler makes of them."""
+"""The Triton kernels without a GPU: numerics in the interpreter, and the assembler's output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    """Run a command in a new process, because Triton reads TRITON_INTERPRET at import."""
     rest = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=rest | environment, capture_output=True, text=True, check=False
@@ -88,7 +88,7 @@ def test_gpus_without_our_instructions_are_refused_by_name(
 
 
 def test_a_maximum_keeps_nan_in_the_machine_code() -> None:
-    """The hardware's plain maximum drops it; the interpreter, which is NumPy, does not."""
+    """The hardware's plain maximum drops NaN. The interpreter, which is NumPy, does not."""
     finished = run(
         "-c",
         "import sys; sys.path.insert(0, 'bench'); import kernel_report as report\n"
@@ -101,7 +101,7 @@ def test_a_maximum_keeps_nan_in_the_machine_code() -> None:
 
 
 def test_symbolic_sizes_leave_short_guards() -> None:
-    """Channels and classes become constants, pixels and images stay symbols, in guards that a reader can read."""
+    """Channels and classes become constants. Pixels and images stay symbols, in readable guards."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from cpn_fast.kernels import pixel_triton

@@ -1,4 +1,4 @@
-"""Superpixels of our own: properties of the definition, and the kernels where they can run."""
+"""Our SLIC: properties of its definition, and the kernels on machines that can run them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = {"count": 20, "compactness": 10.0, "iterations": 4}
 
 
 def smooth(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Photo-like: colours that change slowly, with noise on top."""
+    """Return photo-like images: slowly changing colours with noise."""
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(batch):
@@ -36,7 +36,7 @@ def example(kind: str, height: int, width: int, seed: int) -> Tensor:
 
 
 def assert_regions(labels: Tensor, count: int, shown: Tensor | None = None) -> None:
-    """Labels from 0 without gaps, numbered by their first pixels, at most ``count``, each one 4-connected region."""
+    """Labels run from 0 without gaps by first pixels, at most ``count``, and each is one 4-connected region."""
     assert labels.dtype == torch.int32
     for image, visible in zip(labels, labels >= 0 if shown is None else shown, strict=True):
         assert torch.equal(image >= 0, visible)
@@ -69,7 +69,7 @@ def test_labels_are_a_partition_into_regions(size, count, kind, compactness, see
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(sizes, st.sampled_from([1, 5, 30]), kinds, st.data())
 def test_what_a_mask_leaves_out_does_not_matter(size, count, kind, data):
-    """A rectangle, as a padded crop's: -1 around it, and other colours there change nothing."""
+    """The mask is a rectangle, as of a padded crop. Around it labels are -1, and colours do not matter."""
     top, bottom = sorted(data.draw(st.tuples(*[st.integers(0, size[0])] * 2)))
     left, right = sorted(data.draw(st.tuples(*[st.integers(0, size[1])] * 2)))
     shown = torch.zeros(1, *size, dtype=torch.bool)
@@ -105,7 +105,7 @@ def test_superpixels_follow_edges():
 
 @pytest.mark.parametrize("turn", [(2,), (3,), (2, 3)])
 def test_a_flipped_image_has_the_flipped_regions(turn):
-    """But for pixels equally far from two centres, of which the first counts."""
+    """Exceptions are pixels at the same distance from two centres, where the first centre wins."""
     images = smooth(1, 96, 96)
     one = slic(images, **OPTIONS | {"count": 36})[0].flatten()
     other = slic(images.flip(turn), **OPTIONS | {"count": 36}).flip([axis - 1 for axis in turn])[0].flatten()
@@ -133,7 +133,7 @@ def test_floats_are_rounded_to_bytes():
 
 
 def test_colours_are_cielab():
-    """4,096 of them; scaled and rounded, they differ from scikit-image's by less than 0.2."""
+    """4,096 scaled and rounded colours differ from scikit-image's by less than 0.2."""
     rgb2lab = pytest.importorskip("skimage.color").rgb2lab
     levels = torch.arange(0, 256, 17, dtype=torch.uint8)
     colours = torch.cartesian_prod(levels, levels, levels).T[None, :, :, None]

@@ -17,7 +17,7 @@ def make_pair(images, superpixels, config, seed=0, fill=None, patch_limit=50, pl
 
 
 def blocks(batch: int, height: int, width: int, labels: list[int]) -> torch.Tensor:
-    """Maps of vertical stripes that carry the given labels from left to right."""
+    """Return maps of vertical stripes with the given labels from left to right."""
     columns = torch.tensor(labels).repeat_interleave(math.ceil(width / len(labels)))[:width]
     return columns.int().expand(batch, height, width).contiguous()
 
@@ -52,7 +52,7 @@ def test_pair_is_complementary(batch, height, width, config, filled, seed, data)
 
 
 def share_of(shown, superpixels, config, otherwise):
-    """Counted shares of a mask (grids by patches are counted in a test of their own)."""
+    """Count the shares of a mask. Another test counts grids by patches."""
     if config.share == "pixels":
         return shown.float().mean((1, 2))
     if config.kind == "grid":
@@ -76,7 +76,7 @@ def test_a_patch_has_one_fate(height, width, config, seed):
 
 @pytest.mark.parametrize("share", ["pixels", "patches"])
 def test_padding_counts_nowhere(share):
-    """What the pair shows of an image, and of the same one in a larger padded crop, is the same."""
+    """The pair shows the same of an image and of this image in a larger padded crop."""
     images, superpixels = torch.rand(3, 3, 12, 20) + 1, blocks(3, 12, 20, [0, 3, 9, 4])
     padding = (2, 5, 30, 1)
     padded = torch.nn.functional.pad(images, padding), torch.nn.functional.pad(superpixels, padding, value=-1)
@@ -119,7 +119,7 @@ def test_mean_hidden_share_at_one_half(sampling, hidden, spread):
 
 
 def test_draws_are_bounded_by_the_patches_present():
-    """Three patches of 50 possible ones: floor(0.5 * 3) is one draw, which hides exactly one of them."""
+    """An image has three of 50 possible patches: floor(0.5 * 3) is one draw, which hides exactly one of them."""
     config = Patches(hide=0.5, share="patches")
     for seed in range(20):
         pair = make_pair(torch.ones(2, 3, 6, 9), blocks(2, 6, 9, [48, 7, 30]), config, seed)
@@ -150,7 +150,7 @@ def test_share_by_pixels_and_by_patches_differ():
 
 @pytest.mark.parametrize(("height", "width", "size"), [(7, 10, 4), (56, 56, 56), (1, 13, 5), (9, 9, 100)])
 def test_grid_cells(height, width, size):
-    """Cells start at the top left corner, have one fate each, and count alike even where they are cut off."""
+    """Cells start at the top left corner, are hidden or shown as a whole, and count equally even if cut off."""
     config = Patches(kind="grid", grid_sizes=(size,), share="patches")
     pair = make_pair(torch.ones(8, 3, height, width), None, config)
     for mask, share in zip(pair.visible[:, 0] == 1, pair.share, strict=True):
@@ -163,7 +163,7 @@ def test_every_grid_size_is_drawn():
     config = Patches(kind="grid", grid_sizes=(2, 8), hide=0.5)
     rows = (make_pair(torch.ones(200, 3, 1, 16), None, config).visible[:, 0, 0] == 1).tolist()
     coarse = sum(len(set(row[:8])) == len(set(row[8:])) == 1 for row in rows)
-    # Cells of 2 look like cells of 8 in one row of 64.
+    # In one row of 64, cells of 2 look like cells of 8.
     assert 70 < coarse < 130
 
 
@@ -207,7 +207,7 @@ def test_needs_superpixels_unless_grid():
 
 @pytest.mark.parametrize("kind", ["superpixel", "grid"])
 def test_shapes_and_steps_depend_on_no_value(kind):
-    """Tensors of the meta device hold no values: reading one on the host would raise."""
+    """Tensors of the meta device have no values: a read on the host would raise."""
     images, superpixels = torch.empty(2, 3, 9, 7, device="meta"), torch.empty(2, 9, 7, device="meta").int()
     pair = make_pair(images, superpixels, Patches(kind=kind))
     assert [part.shape for part in pair] == [(2, 3, 9, 7), (2, 3, 9, 7), (2,)]

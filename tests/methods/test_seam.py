@@ -33,7 +33,7 @@ def batch(labels: list[list[int]], side: int = 40) -> Batch:
 
 
 def plain(raw, refined, labels, sizes, share):
-    """Released SEAM, every channel at full resolution, written down as in its description."""
+    """Compute released SEAM as described, with every channel at full resolution."""
 
     def prepared(maps, size):
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=True).clamp(min=0)

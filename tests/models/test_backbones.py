@@ -25,7 +25,7 @@ def on_meta(name: str) -> Backbone:
 
 
 def with_used_statistics(backbone: Backbone) -> Backbone:
-    """Batch normalisation that is no identity, as pretrained weights would have it."""
+    """Set batch normalisation that is not an identity, as in pretrained weights."""
     generator = torch.Generator().manual_seed(0)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -68,7 +68,7 @@ def test_dilated_depthwise_is_the_dilated_convolution(batch: int, height: int, w
 
 
 def test_autocast_to_bf16_keeps_mobilenet_s_features() -> None:
-    """On a CPU its dilated layers then take the way above."""
+    """On a CPU its dilated layers then take the path of the test above."""
     torch.manual_seed(0)
     backbone = with_used_statistics(build_backbone(Model(backbone="mobilenet_v2")))
     images = torch.randn(2, 3, 65, 97).contiguous(memory_format=torch.channels_last)
@@ -96,7 +96,7 @@ def test_narrow_standardises_its_filters() -> None:
 
 
 def test_narrow_learns_from_random_weights() -> None:
-    """Stripes up or across, alike in colour: told apart after a few steps."""
+    """Vertical and horizontal stripes of the same colours are distinguished after a few steps."""
     torch.manual_seed(0)
     stripes = torch.sin(torch.arange(32) * 0.8).expand(3, 32, 32)
     images = torch.stack([stripes, stripes.transpose(1, 2)]).repeat(8, 1, 1, 1) + 0.5 * torch.randn(16, 3, 32, 32)
@@ -117,7 +117,7 @@ def test_resnet38d_has_the_released_layers_and_names() -> None:
     assert sum(isinstance(module, nn.Conv2d) for module in modules) == 43
     assert sum(isinstance(module, nn.BatchNorm2d) for module in modules) == 37
     state = backbone.state_dict()
-    assert len(state) == 228  # 233 of the released CPN, less its five heads
+    assert len(state) == 228  # 233 of the released CPN without its five heads
     for key, shape in {
         "conv1a.weight": (64, 3, 3, 3),
         "b2.conv_branch1.weight": (128, 64, 1, 1),
@@ -244,7 +244,7 @@ def test_every_fourth_feature_of_mobilenet_equals_the_undilated_network() -> Non
     for module in original.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.dilation, module.padding = (1, 1), (1, 1)
-    for index in (7, 14):  # where the published network has stride 2 and this one has not
+    for index in (7, 14):  # where only the published network has stride 2
         vars(original.get_submodule(f"features.{index}.conv.1.0"))["stride"] = (2, 2)
     images = torch.randn(1, 3, backbone.fit(100), backbone.fit(60))
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_folded_batch_normalisation_has_the_same_outputs_and_gradients() -> None
             last = backbone(images).last
             last.square().sum().backward()
         results.append([last.detach(), *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)])
-    assert len(results[0]) == 1 + 52 - 9  # the output, and every convolution but the frozen ones
+    assert len(results[0]) == 1 + 52 - 9  # the output, and every convolution except the frozen ones
     for folded, plain in zip(*results, strict=True):
         torch.testing.assert_close(folded, plain)
 
@@ -286,7 +286,7 @@ def test_other_backbones_take_any_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_computed_again_give_the_same_gradients(name: str) -> None:
-    """With ResNet38d's dropout, and less kept for the backward pass."""
+    """It holds with ResNet38d's dropout, and less is kept for the backward pass."""
 
     def gradients(recomputes: bool) -> tuple[dict[str, Tensor], int]:
         torch.manual_seed(0)

@@ -95,7 +95,7 @@ def test_printed_norm_and_sum_follow_equations_9_and_10() -> None:
             expected[:, j] += cam.flatten(2)[0, :, i] * affinity
             total = total + affinity
     printed = printed_correlation(cam, embedding, norm="l1-squared", total="all")
-    # The op works in float32, and eps counts against small sums: hence the tolerance.
+    # The tolerance is for the op's float32, and for eps next to small sums.
     torch.testing.assert_close(printed.flatten(2)[0].double(), expected / total, rtol=1e-4, atol=1e-6)
 
 

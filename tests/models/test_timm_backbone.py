@@ -1,4 +1,4 @@
-"""Backbones of timm. They run where timm is installed: ``make test-timm`` sets up such an environment."""
+"""Backbones of timm. The tests run if timm is installed; ``make test-timm`` sets up an environment with it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_inner_features_are_measured_to_the_size_of_the_image() -> None:
     torch.manual_seed(0)
     backbone = build_backbone(Model(backbone="timm:resnet18"))
     assert isinstance(backbone, TimmBackbone)
-    for module in backbone.modules():  # features of another size than the image's
+    for module in backbone.modules():  # features whose size is not the image's
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data.fill_(3.0)
     images = torch.randn(2, 3, 64, 64)
@@ -102,7 +102,7 @@ def test_the_efficientnet_of_a_package_is_timm_s_by_other_names() -> None:
     assert torch.equal(tensors["timm.blocks.6.0.conv_pwl.weight"], content["_blocks.15._project_conv.weight"])
     model = timm.create_model("tf_efficientnet_lite0")
     model.load_state_dict({key.removeprefix("timm."): tensor for key, tensor in tensors.items()})
-    # Each normalisation stands behind its own convolution: the channels that it says vary most are those that do.
+    # Each normalisation follows its convolution: the channels with its largest variances vary most.
     seen: list[tuple[torch.nn.BatchNorm2d, torch.Tensor]] = []
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -146,7 +146,7 @@ def test_a_run_keeps_its_measure_in_its_weights_from_training_to_masks(small_voc
     prediction = load(weights.parent).predict(image)
     assert prediction.mask.shape == np.asarray(Image.open(image)).shape[:2]
     again = build_network(config)
-    pretrained.start_from(again, weights)  # a run of ours as pretrained weights
+    pretrained.start_from(again, weights)  # weights of our run as pretrained weights
     assert torch.equal(again.get_buffer("backbone.inner"), inner)
 
 

@@ -37,7 +37,7 @@ def params_array(array: np.ndarray, version: str) -> bytes:
 
 
 def params_bytes(arrays: Mapping[str, np.ndarray], version: str = "V2") -> bytes:
-    """What MXNet's ``nd.save`` writes."""
+    """Return the bytes that MXNet's ``nd.save`` writes."""
     names = b"".join(struct.pack("<Q", len(name)) + name.encode() for name in arrays)
     count = struct.pack("<Q", len(arrays))
     data = b"".join(params_array(array, version) for array in arrays.values())
@@ -62,7 +62,7 @@ def to_mxnet(key: str) -> str:
 
 
 class Stub(nn.Module):
-    """Blocks of ResNet38d at 2 to 4 channels."""
+    """Blocks of ResNet38d with 2 to 4 channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ def test_mutated_files_parse_or_raise_a_user_error(kind: str, data: st.DataObjec
             tracemalloc.stop()
     assert str(path) in message
     assert all(tensor.nbytes <= len(content) for tensor in found.values())
-    if not kind.startswith(".pth"):  # there the unpickler of torch allocates
+    if not kind.startswith(".pth"):  # for .pth torch's unpickler allocates
         assert peak < 4_000_000
 
 
@@ -470,7 +470,7 @@ def test_convert_overwrites_nothing_and_needs_a_known_suffix(tmp_path: Path) -> 
     for name in ("y.pth", "y.safetensors"):
         made = convert(source, tmp_path / "new" / name).destination
         before = made.read_bytes()
-        assert convert(source, made).destination.read_bytes() == before  # as when it was killed at its end
+        assert convert(source, made).destination.read_bytes() == before  # as after a kill at its end
         made.write_bytes(before[:-1])
         with pytest.raises(UserError, match="exists already"):
             convert(source, made)
@@ -519,7 +519,7 @@ def test_a_flipped_bit_in_a_state_dict_is_found(tmp_path: Path) -> None:
         read_weights(path)
 
 
-# Real weights, where they are at hand
+# Real weights, on machines that have them
 
 IMAGENET = Path(__file__).parents[3] / "shared/weights/mobilenet_v2_imagenet.safetensors"
 VOC = Path(__file__).parents[3] / "shared/voc12mini/JPEGImages"

@@ -36,7 +36,7 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 
 def scaled(samples: list[Sample], **options: Any) -> list[ScaledBatch]:
-    """Pixel values pass unchanged unless ``mean`` or ``std`` is given."""
+    """Return batches. Pixel values stay unchanged unless ``mean`` or ``std`` is given."""
     defaults: dict[str, Any] = {"scales": (1.0,), "mean": (0, 0, 0), "std": (1, 1, 1), "batch": 3, "pixels": 10**6}
     rest: dict[str, Any] = {"device": torch.device("cpu"), "threads": 1, "fit": lambda side: side}
     return list(scaled_images(samples, **{**defaults, **rest, **options}))
@@ -119,7 +119,7 @@ def test_a_missing_image_is_named(samples: list[Sample]) -> None:
 
 
 def test_a_jpeg_with_damaged_data_is_named(samples: list[Sample]) -> None:
-    """A byte too many in a Huffman table: Pillow decodes it to something, without a word."""
+    """A Huffman table has a byte too many. Pillow decodes such a file without an error."""
     path = samples[2].image
     content = path.read_bytes()
     table = content.rindex(b"\xff\xc4")

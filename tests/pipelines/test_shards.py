@@ -84,7 +84,7 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 def test_shards_are_plain_webdataset(folder: Path, shards: Shards, loose: list[Sample], cache: SuperpixelCache) -> None:
-    """DALI's reader, without our index, finds every file as it was."""
+    """DALI's reader finds every file unchanged without our index."""
     pipeline = Pipeline(12, 1, None)
     with pipeline:
         tars = sorted(map(str, folder.glob("*.tar")))
@@ -119,14 +119,14 @@ def test_the_list_is_packed_in_random_order(shards: Shards, loose: list[Sample])
 
 
 class Half(Rank):
-    """One of two processes that need not wait for the other."""
+    """One of two processes, which do not wait for each other."""
 
     def gather(self, value):
         return [value]
 
 
 def test_packing_goes_on_where_it_was_interrupted(folder, loose, cache, tmp_path, monkeypatch) -> None:
-    """Two processes, one after the other here, share the shards."""
+    """Two processes share the shards. In this test they run one after the other."""
     halves = tmp_path / "halves"
     for number, own in enumerate((2, 1)):
         monkeypatch.setattr(distributed, "join", lambda number=number: Half(number, 2, number))
@@ -134,7 +134,7 @@ def test_packing_goes_on_where_it_was_interrupted(folder, loose, cache, tmp_path
     monkeypatch.undo()
     kept = halves / "shard-00001.tar"
     before = kept.stat().st_mtime_ns
-    for number in (0, 2):  # what a killed process leaves: a shard without its index
+    for number in (0, 2):  # a killed process leaves a shard without its index
         (halves / f"shard-0000{number}.idx").unlink()
         (halves / f"shard-0000{number}.tar").write_bytes(b"half")
     with pytest.raises(UserError, match=r"2 shards are missing .*\(shard-00000.tar, shard-00002.tar\)"):
@@ -152,7 +152,7 @@ def test_a_folder_with_something_else_is_left_alone(loose, cache, folder, tmp_pa
     with pytest.raises(UserError, match="Name another folder"):
         pack(loose, DEMO_CLASSES, None, folder, seed=0, workers=1, size=SIZE)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    (tmp_path / "shards.json").write_text('{"seed"')  # a damaged manifest claims nothing
+    (tmp_path / "shards.json").write_text('{"seed"')  # a damaged manifest does not own the folder
     with pytest.raises(UserError, match="Name another folder"):
         pack(loose, DEMO_CLASSES, cache, tmp_path, seed=0, workers=1)
 
@@ -193,7 +193,7 @@ def changed(old: bytes, new: bytes) -> Callable[[Path], object]:
 
 
 def flipped(path: Path) -> None:
-    """One bit of an image of the second sample."""
+    """Flip one bit of the second sample's image."""
     content = bytearray(path.read_bytes())
     line = path.with_suffix(".idx").read_text().splitlines()[2].split()
     content[int(line[1]) + int(line[2]) // 2] ^= 1
@@ -249,7 +249,7 @@ def test_damage_of_each_kind_is_named(kind: str, cache: SuperpixelCache, folder:
 
 
 def test_batches_are_those_of_loose_files_in_the_same_order(shards, loose, cache, monkeypatch) -> None:
-    """Images, superpixels, tags: only the order of an epoch is another one."""
+    """Images, superpixels and tags are the same. Only the order of an epoch differs."""
     own = take(make(shards.samples, shards), 13)
     by_id = {sample.id: sample for sample in loose}
     order = training._order
@@ -262,7 +262,7 @@ def test_batches_are_those_of_loose_files_in_the_same_order(shards, loose, cache
 
 @pytest.mark.parametrize("window", [1, 4, 7, 4096])
 def test_an_epoch_has_every_sample_once_in_a_new_order(window: int, set_window) -> None:
-    """Shards in random order, of which only those of a window are mixed."""
+    """Shards come in random order, and samples mix only within a window."""
     set_window(window)
     epochs = [training._order(0, epoch, 43, SIZE).tolist() for epoch in range(4)]
     assert all(sorted(epoch) == list(range(43)) for epoch in epochs)
@@ -310,11 +310,11 @@ def test_no_more_than_a_window_is_held(shards, set_window, monkeypatch) -> None:
         assert len(read) <= 2 * (step + training.PREFETCH + 1) + 6
 
 
-# The whole
+# Whole trainings
 
 
 def test_trains_from_shards_alone_and_continues(tiny_config, tmp_path) -> None:
-    """No other file of the data set is there."""
+    """The data set has no other file."""
     packed = CliRunner().invoke(cli.app, ["shards", str(tiny_config(name="packing")), str(tmp_path / "shards")])
     assert f"--set data.shards={tmp_path / 'shards'}" in packed.output
     gone = {"root": str(tmp_path / "gone"), "shards": str(tmp_path / "shards")}

@@ -1,4 +1,4 @@
-"""Which engine makes superpixels, and the cache of our own kernel."""
+"""The choice of the superpixel engine, and the cache of our kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KERNEL = Superpixels(count=12, engine="kernel", iterations=2)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, fast_slic: bool, gpu: bool) -> None:
-    """Pretend that fast-slic and a GPU are there or not."""
+    """Pretend that fast-slic and a GPU exist, or do not."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if fast_slic else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
 

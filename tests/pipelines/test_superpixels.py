@@ -33,7 +33,7 @@ CONFIG = Superpixels(count=30)
 
 
 def picture(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:
-    """Smooth coloured blobs, uint8 (H, W, 3)."""
+    """Return smooth coloured blobs, uint8 (H, W, 3)."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -68,7 +68,7 @@ def test_read_image_converts(tmp_path, mode):
 
 
 def test_of_16_bits_the_upper_8_are_taken(tmp_path):
-    """Pillow's own conversion stops at 255: nearly all of such an image would be white."""
+    """Pillow's conversion clips at 255, which makes nearly all of such an image white."""
     gray = np.arange(600).reshape(20, 30) * 109
     Image.fromarray(gray.astype(np.uint16)).save(tmp_path / "x.png")
     assert np.array_equal(read_image(tmp_path / "x.png"), np.repeat(gray[..., None] >> 8, 3, axis=2))
@@ -183,7 +183,7 @@ assert all((slic.segment(image, slic.Settings(30, 10.0, 10)) == labels).all() fo
 
 
 def test_every_instruction_set_gives_the_same():
-    """In a process of its own, as fast-slic always is: torch has not been loaded there."""
+    """The test uses a new process without torch, in which fast-slic always runs."""
     subprocess.run([sys.executable, "-c", INSTRUCTION_SETS.format(path=sys.path)], check=True)
 
 
@@ -216,7 +216,7 @@ def test_refuses_other_arrays(image):
         (40, 70_000, 1, 3),
         (2**26, 1, 200, 2049),
         (1860, 1860, 1, 1),
-        (1861, 1861, 1, 2),  # 621 rows of every three, whose coordinates may add up to 1,861 x 621 x 1,861 > 2^31
+        (1861, 1861, 1, 2),  # 621 of the rows are read; their coordinates may add up to 1,861 x 621 x 1,861 > 2^31
         (8192, 8192, 1, 5),
         (8192, 8192, 32_000, 2),  # 2^26 pixels and a border: the index overflows at 2^29
     ],
@@ -231,7 +231,7 @@ def test_long_images_have_superpixels(height, width, count):
     labels = segment(image, Superpixels(count=count))
     assert labels.shape == (height, width)
     found = labels.max() + 1
-    assert 2 <= found <= count  # far fewer than asked for, for fast-slic begins with as many rows as columns
+    assert 2 <= found <= count  # far fewer than requested, because fast-slic starts with as many rows as columns
     assert skimage.measure.label(labels + 1, connectivity=1).max() == found == len(np.unique(labels))
 
 
@@ -321,7 +321,7 @@ def damage_new_image(cache, samples):
 
 
 def damage_turned_in_place(cache, samples):
-    """As image viewers do it: another EXIF orientation, and not a byte more or less."""
+    """Change the EXIF orientation but not the size, as image viewers do."""
     content = samples[1].image.read_bytes()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 1
@@ -489,7 +489,7 @@ def test_two_processes_share_one_build_and_outlive_a_killed_one(tmp_path):
     for builder in builders:
         builder.stdin.write("go\n")
         builder.stdin.flush()
-    # Both now meet a folder that is locked and half built.
+    # Both now find a folder that is locked and half built.
     killed.communicate("\n", timeout=60)
     results = [builder.communicate(timeout=60) for builder in builders]
     assert [builder.returncode for builder in (killed, *builders)] == [-signal.SIGKILL, 0, 0], results

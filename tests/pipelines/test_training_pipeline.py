@@ -25,20 +25,20 @@ ORIENTATION = 274  # EXIF tag
 
 
 def save(path: Path, pixels: np.ndarray, **options: Any) -> Sample:
-    """Written with full chroma at the best quality; the label's two classes tell the first id character's parity."""
+    """Write an image with full chroma at the best quality. The label is the parity of the id's first character."""
     best: dict[str, Any] = {"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {}
     Image.fromarray(pixels).save(path, **best, **options)
     return Sample(path.stem, path, None, np.array([True, ord(path.stem[0]) % 2 == 0]))
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours between 80 and 170, so that a jitter of 0.3 clips nothing."""
+    """Return smooth colours between 80 and 170, so that a jitter of 0.3 clips nothing."""
     small = np.random.default_rng(seed).integers(80, 171, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def make(samples: list[Sample], augment: dict[str, Any] | None = None, **options: Any) -> TrainingPipeline:
-    """Pixel values pass unchanged unless ``mean`` or ``std`` is given."""
+    """Return a pipeline. Pixel values stay unchanged unless ``mean`` or ``std`` is given."""
     defaults: dict[str, Any] = {"batch": 1, "mean": (0, 0, 0), "std": (1, 1, 1), "seed": 3, "threads": 1}
     settings = Augment(**{"long_side": (20, 40), "crop": 32, **(augment or {})})
     return TrainingPipeline(samples, settings, device=torch.device("cpu"), **{**defaults, **options})
@@ -74,7 +74,7 @@ def samples(tmp_path: Path) -> list[Sample]:
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orientation: int) -> None:
-    """Each of a label's three bits is a colour channel, so that edges in the image and in the map are comparable."""
+    """Each of a label's three bits is a colour channel, so that edges of image and map can be compared."""
     blocks = np.random.default_rng(1).integers(1, 8, (6, 8))
     labels = blocks.repeat(12, 0).repeat(12, 1)
     painted = np.where(labels[..., None] >> np.arange(3) & 1, 215, 40).astype(np.uint8)
@@ -105,7 +105,7 @@ def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orienta
 
 
 def test_a_palette_mask_gives_its_indices(tmp_path: Path) -> None:
-    """As the gray PNG of the same values does, whatever the compression."""
+    """A gray PNG of the same values gives the same indices, with every compression."""
     sample = save(tmp_path / "a.jpg", noise(60, 80))
     values = np.random.default_rng(2).choice(np.array([0, 1, 20, 255], np.uint8), (60, 80))
     write_mask(tmp_path / "palette.png", values)
@@ -174,7 +174,7 @@ def test_resize_is_pillows_cubic(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("long_side", [90, 250])
 def test_the_cpu_shows_what_dali_resizes(long_side: int) -> None:
-    """Parts of the image, mirrored or not: what ``fn.resize`` gives on a GPU, but for the image's border."""
+    """Parts of the image, mirrored or not, equal ``fn.resize`` on a GPU except at the image's border."""
     image = noise(120, 160).copy()
     augment = Augment(long_side=(long_side - 9, long_side), crop=96)
     for seed in range(12):
@@ -232,7 +232,7 @@ def test_normalises_and_pads_with_the_mean(tmp_path: Path) -> None:
 
 
 def jittered(sample: Sample, **spread: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pixels before and after the jitter, unresized."""
+    """Return pixels before and after the jitter, without resizing."""
     before = read_image(sample.image).astype(np.float32)
     side = before.shape[0]
     pipeline = make([sample], {**PLAIN, "long_side": (side, side), "crop": side, **spread})
@@ -288,7 +288,7 @@ def test_hue_turns_around_the_gray_axis(coloured: Sample) -> None:
 
 
 def test_adjustments_come_in_random_order(coloured: Sample) -> None:
-    """Of a product of saturation and hue, what is left without the saturation is a rotation: on its side alone."""
+    """A product of saturation and hue without its saturation is a rotation, if it is removed on the right side."""
     orders = set()
     for before, after in jittered(coloured, saturation=0.3, hue=0.1):
         matrix = np.linalg.lstsq(before.reshape(-1, 3), after.reshape(-1, 3), rcond=None)[0].T
@@ -342,7 +342,7 @@ def test_resumes_at_any_step(samples: list[Sample], start: int) -> None:
     through = take(make(samples, batch=2), 16)
     resumed = take(make(samples, batch=2, start_step=start), 16 - start)
     assert all(same(a, b) for a, b in zip(through[start:], resumed, strict=True))
-    assert not same(through[0], through[5])  # the same place in the next epoch
+    assert not same(through[0], through[5])  # the same position in the next epoch
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -456,14 +456,14 @@ def test_gpu_gives_nearly_the_images_and_exactly_the_maps_of_the_cpu(samples: li
 
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_their_own_however_late_they_are_read(samples: list[Sample], tmp_path: Path) -> None:
-    """Work is queued before each of them, as a training step is, and more batches are made while it runs."""
+    """Work is queued before each batch, like a training step, and more batches are made while it runs."""
     expected = [batch.images.cpu() for batch in take(on("cuda", samples, tmp_path), 8)]
     pipeline, found = on("cuda", samples, tmp_path), []
     for _ in range(8):
         torch.cuda._sleep(50_000_000)
         batch = next(pipeline)
         found.append(batch.images * 1)
-        del batch  # its memory may be used again once the line above is done, and no earlier
+        del batch  # its memory may be reused only after the line above is done
     for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine.cpu(), other)
 

@@ -107,7 +107,7 @@ def test_workers_end_with_their_parent(number: signal.Signals) -> None:
     numbers = [int(word) for word in parent.stdout.readline().split()]
     assert len(numbers) == 2
     parent.send_signal(number)
-    if number == signal.SIGINT:  # the thread at work keeps this parent until its worker is gone
+    if number == signal.SIGINT:  # the waiting thread keeps this parent alive until its worker is gone
         parent.kill()
     parent.communicate(timeout=60)
     deadline = time.monotonic() + 30

@@ -17,7 +17,7 @@ SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
 def listed_pairs(radius: int, height: int, width: int) -> list[tuple[int, int]]:
-    """(i, j) of every pair, written as the released code describes them: cell by cell, step by step."""
+    """Return (i, j) of every pair, cell by cell as the released code describes them."""
     steps = [(0, x) for x in range(1, radius)]
     steps += [(y, x) for y in range(1, radius) for x in range(1 - radius, radius) if x * x + y * y < radius * radius]
     found = []
@@ -29,14 +29,14 @@ def listed_pairs(radius: int, height: int, width: int) -> list[tuple[int, int]]:
 
 
 def plain_affinities(features: torch.Tensor, radius: int) -> torch.Tensor:
-    """features (..., C, h, w) -> (..., pairs), with a table of all pairs, as released."""
+    """Return affinities (..., pairs) of features (..., C, h, w) from a table of all pairs, as released."""
     near, far = torch.tensor(listed_pairs(radius, *features.shape[-2:]), dtype=torch.long).view(-1, 2).unbind(1)
     flat = features.flatten(-2)
     return torch.exp(-(flat[..., near] - flat[..., far]).abs().mean(-2))
 
 
 def dense_transition(features: torch.Tensor, radius: int, beta: float) -> torch.Tensor:
-    """The released matrix: symmetric with ones on the diagonal, to the power beta, columns divided by their sum."""
+    """Return the released matrix: symmetric, ones on the diagonal, to the power beta, columns divided by their sum."""
     _, height, width = features.shape
     matrix = torch.eye(height * width, dtype=features.dtype)
     for (i, j), a in zip(listed_pairs(radius, height, width), plain_affinities(features, radius), strict=True):
@@ -122,12 +122,12 @@ def test_labels_are_what_both_alphas_are_sure_of() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
 def test_cell_labels_are_the_released_ones_for_one_class_and_certain_scores(height, width, seed) -> None:
-    """The released code pools scores of either alpha and combines the winners; certain scores are one-hot."""
+    """The released code pools the scores of each alpha and combines the winners. Certain scores are one-hot."""
     rng = np.random.default_rng(seed)
     coarse = rng.random((2, 5, 5)).repeat(8, 1).repeat(8, 2)[:, :height, :width] + rng.normal(
         0, 0.3, (2, height, width)
     )
-    low = np.where(coarse.min(0) > 0.5, 7, 0).astype(np.uint8)  # where the low alpha sees a class, the high one does
+    low = np.where(coarse.min(0) > 0.5, 7, 0).astype(np.uint8)  # the high alpha sees a class wherever the low one does
     high = np.where(coarse.max(0) > 0.5, 7, 0).astype(np.uint8)
     size = -(-height // 8), -(-width // 8)
     pooled = []
@@ -136,7 +136,7 @@ def test_cell_labels_are_the_released_ones_for_one_class_and_certain_scores(heig
         shares = F.pad(shares, (0, size[1] * 8 - width, 0, size[0] * 8 - height))
         pooled.append(F.avg_pool2d(shares, 8).argmax(0).numpy().astype(np.uint8) * 7)
     found = affinity.cell_labels(torch.from_numpy(affinity.combined_labels(low, high))[None])
-    whole = height // 8, width // 8  # cells at the edge may be smaller, and are then unsure more often
+    whole = height // 8, width // 8  # smaller cells at the edge are uncertain more often
     expected = affinity.combined_labels(*pooled)
     assert found.shape == (1, *size)
     assert found[0, : whole[0], : whole[1]].tolist() == expected[: whole[0], : whole[1]].tolist()
@@ -186,7 +186,7 @@ def test_images_of_a_batch_do_not_mix() -> None:
 
 
 def test_scores_stay_within_regions_and_fill_them() -> None:
-    """Two regions of unlike features: what a corner of one knows spreads over it, and not into the other."""
+    """Of two regions with different features, scores spread from a corner over its region, not into the other."""
     features = torch.zeros(1, 4, 20, 24)
     features[..., 12:] = 5.0
     scores = torch.zeros(1, 2, 20, 24)
@@ -200,7 +200,7 @@ def test_scores_stay_within_regions_and_fill_them() -> None:
 
 
 def test_a_full_hd_image_walks_without_its_dense_matrix() -> None:
-    """135 x 240 cells: the dense matrix alone would take 4.2 GB."""
+    """For 135 x 240 cells the dense matrix alone would take 4.2 GB."""
     affinities = torch.rand(1, 34, 131, 232)
     walked = walk.random_walk(affinities, torch.rand(1, 2, 135, 240), radius=RADIUS, beta=8, logt=1)
     assert walked.shape == (1, 2, 135, 240)

@@ -36,7 +36,7 @@ RELEASED = {
 
 
 def picture() -> np.ndarray:
-    """A red rectangle on blue, with noise; it covers rows 8 to 21 and columns 12 to 31."""
+    """Return a red rectangle on blue, with noise. It covers rows 8 to 21 and columns 12 to 31."""
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     image[..., 2] = 200
     image[8:22, 12:32] = (200, 0, 0)
@@ -44,7 +44,7 @@ def picture() -> np.ndarray:
 
 
 def blurred(peak: float = 1.0) -> np.ndarray:
-    """A CAM over the rectangle that ignores its edges."""
+    """Return a CAM over the rectangle that ignores its edges."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return (peak * np.exp(-((y - 14.5) ** 2 / 60 + (x - 21.5) ** 2 / 120))).astype(np.float32)
 
@@ -100,7 +100,7 @@ def test_background_scores() -> None:
 
 @pytest.fixture
 def seeds(tmp_path):
-    """Three images and their seeds of classes 2 and 6; returns samples and the seeds' folder."""
+    """Write three images and their seeds of classes 2 and 6. Return samples and the seeds' folder."""
     samples = []
     for name in "abc":
         image = tmp_path / f"{name}.png"
@@ -130,7 +130,7 @@ def test_masks_are_written_in_processes_and_finished_ones_kept(seeds, tmp_path) 
     crf.write_label_maps(samples, folder, alphas, **options)
     assert np.array_equal(read_mask(paths[0]), found[0])
     assert [path.stat().st_mtime_ns for path in paths[1:]] == stamps
-    options["sources"]["c"] = "2"  # as when its image or seed was replaced
+    options["sources"]["c"] = "2"  # as after its image or seed was replaced
     crf.write_label_maps(samples, folder, alphas, **options)
     assert [path.stat().st_mtime_ns == stamp for path, stamp in zip(paths[1:], stamps, strict=True)] == [True, False]
 
@@ -160,7 +160,7 @@ if __name__ == "__main__":
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path) -> None:
-    """However it ends: SIGKILL leaves it no time to end them."""
+    """This holds even for SIGKILL, which leaves the parent no time to end them."""
     script = tmp_path / "doomed.py"
     script.write_text(DOOMED)
     done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, timeout=120)

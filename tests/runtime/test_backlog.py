@@ -8,7 +8,7 @@ from cpn_fast.runtime.backlog import Backlog
 
 
 class Job(Future):
-    """Is done when it is waited for."""
+    """A future that is done when somebody waits for it."""
 
     def __init__(self, waited: list[int], number: int, fails: bool = False) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ STAGES = ("superpixels", "seeds", "CRFs", "labels", "walks", "segmented")
 
 
 def stages(path: Path, weights: Path, deeplab: Path) -> dict[str, list[str]]:
-    """All stages but training, of the training list; returns which images this process made in which."""
+    """Run all stages except training, on the training list. Return this process's images in each stage."""
     settings = config_file.load(path)
     made: dict[str, list[str]] = {stage: [] for stage in STAGES}
 
@@ -79,7 +79,7 @@ def stages(path: Path, weights: Path, deeplab: Path) -> dict[str, list[str]]:
             made[stage] += ids(*arguments)
             return original(*arguments, **options)
 
-        setattr(owner, name, recorded)  # nothing to undo: the process ends
+        setattr(owner, name, recorded)  # no undo: the process ends
 
     record("superpixels", SuperpixelCache, "_make_one", lambda _, sample: [sample.id])
     record("seeds", cam, "_write", lambda _, sample, *__: [sample.id])
@@ -87,7 +87,7 @@ def stages(path: Path, weights: Path, deeplab: Path) -> dict[str, list[str]]:
     record("labels", refine, "write_mask", lambda path, *_: [path.stem] if path.parent.name == "labels" else [])
     record("walks", refine, "_write_mask", lambda path, *_: [path.stem])
     record("segmented", segment, "_write", lambda _, sample, *__: [sample.id])
-    vars(crf)["process_pool"] = ThreadPoolExecutor  # these processes may not start others
+    vars(crf)["process_pool"] = ThreadPoolExecutor  # daemonic processes may not start processes
     names = settings.data.train_list
     samples = load_samples(settings.data, settings.classes, names, labels=False, masks=False)
     SuperpixelCache(settings.superpixel_cache, settings.superpixels).build(samples, workers=1)
@@ -100,7 +100,7 @@ def stages(path: Path, weights: Path, deeplab: Path) -> dict[str, list[str]]:
 
 
 def test_two_processes_share_every_stage(tiny_config, tmp_path) -> None:
-    """No image is made twice, and the files are those of one process: to rounding where AffinityNet is trained."""
+    """No image is made twice, and the files equal one process's; AffinityNet's differ by rounding."""
     weights = train.run(config_file.load(tiny_config(train={"steps": 2})))
     small = {
         "cam": {"batch": 1},
@@ -165,10 +165,10 @@ def weights_after(path: Path) -> dict[str, np.ndarray]:
 
 
 def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """The stated tolerance: each array within 1e-3 of its norm, as sums over fewer images are rounded differently.
+    """Compare within the stated tolerance: 1e-3 of each array's norm, because sums over fewer images round differently.
 
-    Most differ by 1e-6. A pixel that rounding puts on the other side of a ReLU or an arg-max moves a bias, all of which
-    is its few updates, by some 1e-4.
+    Most differ by 1e-6. Rounding may put a pixel on the other side of a ReLU or an arg-max. That moves a bias, which
+    consists of a few updates, by about 1e-4.
     """
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -177,7 +177,7 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_train_as_one_and_another_number_continues(world: int, tiny_config) -> None:
-    """With dropout and hidden patches, on CPN's whole loss."""
+    """It holds with dropout and hidden patches, on CPN's whole loss."""
     expected = weights_after(tiny_config(name="one", train=TRAINING))
     path = tiny_config(name="many", train=TRAINING)
     for found in run_in_processes(world, weights_after, path):
@@ -265,7 +265,7 @@ cli.main()
 
 
 def test_torchrun_starts_again_after_a_lost_worker(tiny_config, tmp_path) -> None:
-    """The second of two processes is killed in the third step; the run ends as if it had not been."""
+    """The second of two processes is killed in the third step. The run ends as if this had not happened."""
     expected = weights_after(tiny_config(name="one", train=TRAINING))
     path = tiny_config(name="many", train=TRAINING)
     script = tmp_path / "losing.py"
@@ -280,14 +280,14 @@ def test_torchrun_starts_again_after_a_lost_worker(tiny_config, tmp_path) -> Non
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exitcode: -9" in done.stderr
-    assert done.stdout.count("Weights are in") == 1  # the first process alone speaks
+    assert done.stdout.count("Weights are in") == 1  # only the first process prints
     run = config_file.load(path).run
     assert_close(load_file(run / "model.safetensors"), expected)
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """``cpn-fast ARGUMENTS`` in two processes."""
+    """Run ``cpn-fast ARGUMENTS`` in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole = [*command, "-m", "cpn_fast", *arguments]
@@ -295,7 +295,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def last_said(done: subprocess.CompletedProcess[str]) -> str:
-    """What torchrun calls the traceback of the first process that failed, which is the end of all that is printed."""
+    """Return torchrun's traceback of the first process that failed. It is the last output."""
     before, _, end = done.stderr.strip().rpartition("\n====")
     assert set(end) == {"="}, done.stderr
     return before.rpartition("\n  traceback : ")[2]
@@ -309,19 +309,19 @@ def test_the_error_of_all_processes_is_the_last_that_torchrun_says(tiny_config) 
 
 
 def test_the_error_of_one_process_is_the_last_that_torchrun_says(tiny_config, small_voc, tmp_path) -> None:
-    """The first process alone decodes images before training; the other one loses it, without a traceback."""
+    """Only the first process decodes images before training. The other one loses it and prints no traceback."""
     data = shutil.copytree(small_voc, tmp_path / "voc")
     (data / "JPEGImages/train_0003.jpg").write_bytes(b"no image")
     done = torchrun("train", str(tiny_config(data={"root": str(data)})))
     assert "train_0003.jpg" in last_said(done)
     assert last_said(done).startswith("Error: ")
     assert "[rank1]" not in done.stderr
-    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert done.stderr.count("Traceback") == 1  # from torchrun
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_who_ends_for_another_is_not_taken_for_the_cause(culprit: int, tmp_path, monkeypatch) -> None:
-    """Also within the second that torchrun tells failures apart by; a process that it ended itself has no file."""
+    """This holds even within one second, torchrun's resolution. A process that torchrun ended has no file."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     for third_is_told in (True, False):
@@ -339,7 +339,7 @@ def test_who_ends_for_another_is_not_taken_for_the_cause(culprit: int, tmp_path,
 
 def test_a_lost_process_is_told_from_other_errors(monkeypatch) -> None:
     lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:39661")
-    assert not distributed.lost_another(lost)  # alone there is none
+    assert not distributed.lost_another(lost)  # a single process has no other
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert distributed.lost_another(lost)
     assert distributed.lost_another(torch.distributed.DistNetworkError("connection was likely closed"))

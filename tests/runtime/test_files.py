@@ -49,7 +49,7 @@ def test_an_interrupted_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_p
 def test_what_is_created_replaces_no_other_content(tmp_path: Path) -> None:
     path = tmp_path / "new/a.bin"
     create(path, b"whole")
-    create(path, b"whole")  # as by a command that was killed when all was done
+    create(path, b"whole")  # as a command does that was killed at its end and is repeated
     for other in (b"other", b"whole and more"):
         path.write_bytes(other)
         with pytest.raises(UserError, match=r"a\.bin: exists already; remove it or choose another name"):
@@ -59,7 +59,7 @@ def test_what_is_created_replaces_no_other_content(tmp_path: Path) -> None:
 
 
 def test_two_who_create_a_file_at_once_take_turns_and_one_says_for_what_it_waits(tmp_path: Path, monkeypatch) -> None:
-    """As two starts of ``convert``: never half a file, and never one in the other's place."""
+    """Two ``convert`` commands behave so: a file is never half written, and never overwrites the other's."""
     path, said = tmp_path / "a.bin", []
     monkeypatch.setattr(owner, "SAID_AFTER", 0.1)
     monkeypatch.setattr(owner, "print", lambda words, **_: said.append(words), raising=False)

@@ -16,7 +16,7 @@ from cpn_fast.stages import cam, evaluate, evaluation_files, refine, segment, tr
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Files of at most 300 bytes: the kernel refuses the same calls."""
+    """Limit files to 300 bytes. The kernel refuses the same calls as with a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
@@ -29,7 +29,7 @@ def test_every_stage_says_that_the_disk_is_full_and_goes_on_when_it_is_not(short
     settings = config_file.load(short_chain)
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=True)
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
-    with process_pool(1) as pool:  # starts the server of processes, which must not inherit the limit
+    with process_pool(1) as pool:  # starts the fork server, which must not inherit the limit
         pool.submit(int).result()
 
     def refused(work: Callable[[], object]) -> None:

@@ -28,7 +28,7 @@ def start(path: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(run: Path, running: Callable[[], bool], count: int) -> None:
-    """Until the run has logged ``count`` more steps, or its process has ended."""
+    """Wait until the run has logged ``count`` more steps, or its process has ended."""
     log = run / "metrics.jsonl"
     before = len(log.read_text().splitlines()) if log.exists() else 0
     while running() and (not log.exists() or len(log.read_text().splitlines()) < before + count):
@@ -59,7 +59,7 @@ STOPPED_IN = [
     ("cpn_fast.stages.refine", "walked_scores"),
     ("cpn_fast.stages.segment", "mean_logits"),
 ]
-"""Functions of stages, in the order in which a chain comes to them."""
+"""Functions of stages, in the order of a chain."""
 
 
 def test_a_signal_ends_any_other_stage_in_good_order(short_chain, monkeypatch, capfd) -> None:
@@ -80,7 +80,7 @@ def test_a_signal_ends_any_other_stage_in_good_order(short_chain, monkeypatch, c
 
 
 def test_killed_again_and_again_it_ends_bit_equal(tiny_config) -> None:
-    """SIGKILL at random moments: while data is checked, superpixels are made, steps run, checkpoints are written."""
+    """SIGKILL comes at random moments: during checks of data, superpixels, steps and checkpoints."""
     steps = {"steps": 12, "log_every": 1, "checkpoint_every": 2}
     expected = load_file(train.run(config_file.load(tiny_config(name="whole", train=steps))))
     settings = config_file.load(path := tiny_config(name="killed", train=steps, superpixels={"cache": "own"}))

@@ -36,7 +36,7 @@ with owned(Path(sys.argv[1])):
 
 @contextmanager
 def another(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that owns a folder."""
+    """Start a process that owns a folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -74,7 +74,7 @@ def test_parts_of_a_folder_have_owners_of_their_own(tmp_path: Path) -> None:
 
 
 def test_who_owns_something_waits_for_more_and_says_for_what(tmp_path: Path, capfd, monkeypatch) -> None:
-    """As a stage of ``run`` does: another command must not end it."""
+    """A stage of ``run`` is such an owner: another command must not stop it."""
     monkeypatch.setattr(owner, "SAID_AFTER", 0.2)
     with owned(tmp_path / "run"), another(tmp_path / "run/cams") as process:
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The forward pass's precision follows what the device computes itself."""
+"""The default precision of the forward pass is one that the device computes natively."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cpu_info(tmp_path: Path, monkeypatch) -> Path:
 
 
 def cast() -> torch.dtype:
-    """Of a product of two float32 matrices."""
+    """Return the dtype of a product of two float32 matrices."""
     return (torch.eye(2) @ torch.eye(2)).dtype
 
 

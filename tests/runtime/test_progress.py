@@ -19,7 +19,7 @@ def _as_before():
 
 
 def run(monkeypatch, *arguments: object) -> object:
-    """The exit status of a command."""
+    """Run a command, and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["cpn-fast", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -65,7 +65,7 @@ def test_programs_get_json_alone(tiny_config, capfd, monkeypatch) -> None:
         stages.setdefault(event["stage"], []).append(event["done"])
         assert event["done"] <= event["total"]
     assert stages["train tiny"] == [0, 2]
-    assert len(stages) == 3  # checks and superpixels too
+    assert len(stages) == 3  # with the checks and superpixels
     last = events[-1]
     assert (last["event"], last["command"]) == ("done", "train")
     assert last["weights"].endswith("runs/tiny/model.safetensors")

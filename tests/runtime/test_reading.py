@@ -1,4 +1,4 @@
-"""The door: whatever a user's file is, its reader ends at once and names it."""
+"""All readers: for every kind of file a reader ends at once and names the file."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(autouse=True)
 def in_a_minute() -> Iterator[None]:
-    """Rather than to hang, as the opening of a FIFO does; a reader takes milliseconds."""
+    """Fail after a minute instead of a hang, as from opening a FIFO. A reader takes milliseconds."""
 
     def late(*_: object) -> None:
         raise AssertionError("still at it")
@@ -108,12 +108,12 @@ SOUND = {
     *(("VOC XML", "a link to nothing"), ("CSV", "an empty file"), ("list that is a table", "an empty file")),
     *((reader, "a folder") for reader in ("CSV", "JSON", "cls_labels.npy", "list that is a table")),
 }
-"""Without a file or a line an image has no tags, which is for the data set to say; a folder is one of VOC XML."""
+"""Sources without the image's file or line, which the data set reports, or a folder, which is VOC XML."""
 
 
 @pytest.fixture(autouse=True)
 def without_privileges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything."""
+    """Refuse files without permission to read even for root, who may read every file."""
     open_at_once = reading._without_waiting
 
     def refuse(path: str, flags: int) -> int:
@@ -141,7 +141,7 @@ def test_a_reader_names_what_is_no_file_of_its_kind(reader: str, kind: str, tmp_
             read(folder / name)
         if isinstance(error.value, UserError):
             assert name in str(error.value)
-        elif isinstance(error.value, OSError):  # the command line prints its file's name
+        elif isinstance(error.value, OSError):  # the command line prints the file's name of this error
             assert name in str(error.value.filename)
 
 
@@ -154,7 +154,7 @@ def test_who_asks_what_a_file_remembers_gets_an_answer_at_once(kind: str, tmp_pa
 
 
 def test_a_run_whose_weights_or_config_are_no_file_is_named(small_run: Path, tmp_path: Path) -> None:
-    """Not said to be missing."""
+    """The error does not call it missing."""
     for name in ("model.safetensors", "config.yaml"):
         run = tmp_path / name
         shutil.copytree(small_run, run)
@@ -176,11 +176,11 @@ def test_a_file_that_grows_is_read_as_it_was_when_it_was_opened(tmp_path: Path, 
         return found
 
     monkeypatch.setattr(os, "fstat", before_it_grows)
-    assert reading.read_bytes(path, 1000) == b"x" * 100 + b"y" * 10  # it grew once more after its size was taken
+    assert reading.read_bytes(path, 1000) == b"x" * 100 + b"y" * 10  # it grew once more after its size was read
 
 
 def test_an_xml_of_three_million_pieces_takes_no_minutes(tmp_path: Path) -> None:
-    """expat hands over each line end on its own; appended to a text, they took the square of their number."""
+    """expat delivers each line end separately. Appending them to a text took quadratic time."""
     name = "cat" + "\n" * 3_000_000
     (tmp_path / "a.xml").write_text(f"<annotation><object><name>{name}</name></object></annotation>")
     assert read_labels(tmp_path, ["a"], CLASSES)["a"].tolist() == [True, False]

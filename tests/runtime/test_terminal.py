@@ -1,4 +1,4 @@
-"""Names never act on a terminal, on rich or on matplotlib."""
+"""Names never control a terminal, rich or matplotlib."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def summed(batch: ScaledBatch, labels: torch.Tensor, network: Any = None, **opti
 
 
 def test_scales_and_flips_are_summed_in_place() -> None:
-    """A network that returns its input gives, at one scale, twice the image for a flip pair, and sums over scales."""
+    """A network that returns its input gives twice the image for a flip pair at one scale, and sums over scales."""
     image = torch.zeros(1, 3, 64, 96)
     image[:, 1, 16:32, 8:40] = 1.0
     labels = torch.tensor([[False, True, True]])
@@ -124,7 +124,7 @@ def test_scales_and_flips_are_summed_in_place() -> None:
     assert single[0, 24, 24] > 1.9  # inside the rectangle, at both scales
     assert single[0, 50, 80] == 0
     (raw,) = summed(batch, labels, flip=False, map="raw")
-    assert raw.abs().max() == 0  # negative logits are no evidence
+    assert raw.abs().max() == 0  # negative logits do not count
 
 
 def test_a_forward_pass_keeps_to_the_pixels() -> None:
@@ -148,7 +148,7 @@ def test_an_image_without_tags_has_no_maps() -> None:
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu(tiny_config) -> None:
-    """torch raises where the CPU would wait; the sums are the CPU's, to rounding."""
+    """torch raises if the CPU waits. The sums equal the CPU's up to rounding."""
     settings = config_file.load(tiny_config())
     torch.manual_seed(0)
     network = build_network(settings).eval()

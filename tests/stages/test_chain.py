@@ -27,7 +27,7 @@ SECTIONS = ("train", "affinity.train", "segment.train")
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    """When the files of the stages were written, but for logs and scores, which every start writes."""
+    """Return the write times of the stages' files, without logs and scores, which every start writes."""
     kept = (".safetensors", ".npz", ".png", ".jpg", ".pt")
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
@@ -49,7 +49,7 @@ def test_run_does_every_stage_and_then_nothing_twice(tiny_config, tmp_path, caps
     assert stamps(settings.run) == first
     assert len(told) == 3
 
-    # Lost in the middle of a stage: that stage and what hangs on it, no more.
+    # A file lost in the middle of a stage: only that stage and the stages that need it run again.
     lost = next((settings.run / "segment" / "val" / "crf").iterdir())
     lost.unlink()
     chain.run(settings)
@@ -87,7 +87,7 @@ def test_a_list_that_only_the_last_stage_needs_is_missed_before_the_first(tiny_c
 
 
 def test_what_later_stages_need_is_checked_before_the_first(tiny_config) -> None:
-    """All of it at once, by the keys' whole names."""
+    """One error names all of it, with full names of keys."""
     settings = config_file.load(
         tiny_config(
             model={"weights": "gone.safetensors"},

@@ -34,7 +34,7 @@ GRID = np.arange(10) / 10
 def many_passes(
     seeds: Sequence[Seed], truths: Sequence[np.ndarray], thresholds: np.ndarray, classes: int
 ) -> np.ndarray:
-    """The released way: for each threshold, the argmax over a background plane and all class planes."""
+    """Predict as released: for each threshold, the argmax over a background plane and all class planes."""
     counts = np.zeros((len(thresholds), classes + 1, classes + 1), np.int64)
     for seed, truth in zip(seeds, truths, strict=True):
         planes = np.zeros((classes + 1, *truth.shape), np.float32)
@@ -380,7 +380,9 @@ def test_the_stage_writes_under_the_run_and_chains_lists(world: World) -> None:
     )
     assert train.path is not None
     assert train.path.parent.parent == world.root / "run/evaluation/train"
-    assert re.fullmatch(rf"{world.root.name}-seeds-[0-9a-f]{{8}}", train.path.parent.name)  # from outside the run
+    assert re.fullmatch(
+        rf"{world.root.name}-seeds-[0-9a-f]{{8}}", train.path.parent.name
+    )  # the seeds are outside the run
     val = evaluate.run(
         config,
         cams=world.root / "seeds",

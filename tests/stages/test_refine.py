@@ -30,7 +30,7 @@ AFFINITY = {
 
 @pytest.fixture
 def seeded(tiny_config):
-    """A config whose training list has seeds."""
+    """Return a config whose training list has seeds."""
     settings = config_file.load(tiny_config(train={"steps": 1}, affinity=AFFINITY, crf={"workers": 1}))
     cam.run(settings, train.run(settings), settings.data.train_list)
     return settings
@@ -76,7 +76,7 @@ def test_finished_parts_are_kept_and_changed_ones_made_again(seeded) -> None:
     refine.run(seeded.model_copy(update={"crf": seeded.crf.model_copy(update={"high_alpha": 100.0})}))
     again = contents(masks.parent)
     same = {name for name in kept if name.startswith("crf-low/")}
-    for name in kept:  # labels of masks that came out the same
+    for name in kept:  # labels of masks that did not change
         high = name.replace("labels/", "crf-high/")
         if high != name and again[high][1] == before[high][1]:
             same.add(name)
@@ -84,7 +84,7 @@ def test_finished_parts_are_kept_and_changed_ones_made_again(seeded) -> None:
 
 
 def test_an_interrupted_stage_continues(seeded, capfd) -> None:
-    """Files that were lost or damaged in the middle of any part come back the same; the others are not touched."""
+    """Files that were lost or damaged in any part come back unchanged. Other files are not touched."""
     masks = refine.run(seeded)
     folder = masks.parent
     before = contents(folder)
@@ -169,9 +169,9 @@ def test_missing_seeds_name_the_command(seeded) -> None:
 
 
 def test_walked_scores_equal_the_released_steps(tiny_config) -> None:
-    """Sides that are multiples of 8, where no padding is needed; images with different numbers of classes."""
+    """Sides are multiples of 8, which need no padding. Images have different numbers of classes."""
     changes = {"walk": {"beta": 2.0}, "affinity": {"train": {"steps": 1, "precision": "fp32"}}}
-    settings = config_file.load(tiny_config(**changes))  # with beta 8 this untrained network's affinities vanish
+    settings = config_file.load(tiny_config(**changes))  # with beta 8 the affinities of an untrained network vanish
     torch.manual_seed(0)
     network = build_affinity_net(settings.model).eval()
     rng = np.random.default_rng(0)
@@ -199,12 +199,12 @@ def test_walked_scores_equal_the_released_steps(tiny_config) -> None:
 
 @pytest.fixture
 def own_images(small_voc: Path, tmp_path: Path):
-    """A data set whose images may be replaced."""
+    """Return a copy of the data set whose images a test may replace."""
     return Path(shutil.copytree(small_voc, tmp_path / "voc"))
 
 
 def test_a_replaced_image_makes_its_files_and_what_learned_of_it_anew(own_images, tiny_config, capsys) -> None:
-    """From seeds to segmentations; what was made of the other images stays. Its own network says that it is older."""
+    """This holds from seeds to segmentations. Files of other images stay. CPN's network stays too, with a warning."""
     train_list = "ImageSets/Segmentation/train.txt"
     short = {"augment": {"long_side": [64, 96], "crop": 64}, "train": {"batch": 2, "steps": 1, "data_threads": 1}}
     path = tiny_config(
@@ -236,7 +236,7 @@ def test_a_replaced_image_makes_its_files_and_what_learned_of_it_anew(own_images
     assert "trained on 1 other images under the same names (train_0003)" in capsys.readouterr().err
     anew = {name for name in before if after[name] != before[name]}
     own = {name for name in before if "train_0003" in name}
-    follow = ("refine/affinity/", "refine/masks/", "segment/")  # of AffinityNet, and of the segmenter
+    follow = ("refine/affinity/", "refine/masks/", "segment/")  # they follow from AffinityNet and the segmenter
     assert own <= anew
     assert {name for name in anew - own if not name.startswith(follow)} == set()
     assert before["model.safetensors"] == after["model.safetensors"]

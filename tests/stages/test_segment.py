@@ -43,7 +43,7 @@ def settings(tiny_config):
 
 
 def test_from_masks_to_a_score(settings, small_voc, tmp_path) -> None:
-    """Trained on the ground truth here, so that no earlier stage is needed."""
+    """Training uses the ground truth here, so that no earlier stage is needed."""
     truth = small_voc / "SegmentationClass"
     weights = segment.run(settings, truth)
     folder = segment.segment(settings, weights)
@@ -62,7 +62,7 @@ def test_from_masks_to_a_score(settings, small_voc, tmp_path) -> None:
     assert image.mode == "P"
     assert np.array_equal(np.array(image.getpalette()).reshape(-1, 3), PALETTE)
 
-    # Finished parts are left alone; lost images are made again; other masks or settings train anew.
+    # Finished parts stay, lost images are made again, and other masks or settings train anew.
     lost, kept = (folder / "crf" / f"{sample.id}.png" for sample in samples[:2])
     before = weights.stat().st_mtime_ns, kept.stat().st_mtime_ns
     lost.unlink()
@@ -94,7 +94,7 @@ def test_masks_that_are_missing_or_do_not_fit_are_named(settings, small_voc, tmp
 
 def test_a_submission_holds_the_masks_of_its_list_and_no_other(settings, small_voc, tmp_path) -> None:
     masks, path = tmp_path / "masks", tmp_path / "comp6.tgz"
-    shutil.copytree(small_voc / "SegmentationClass", masks)  # of training images too
+    shutil.copytree(small_voc / "SegmentationClass", masks)  # masks of training images too
     ids = (small_voc / VAL).read_text().split()
     assert segment.write_submission(settings, masks, path) == len(ids) == 4
     with tarfile.open(path, "r:gz") as archive:
@@ -131,18 +131,18 @@ def test_a_missing_list_is_missed_before_training(tiny_config, small_voc) -> Non
 
 @pytest.mark.parametrize("crf", [None, "segmentation"])
 def test_masks_have_the_values_of_their_classes_where_one_between_is_impossible(tmp_path, crf) -> None:
-    """The CRF gets the possible classes alone and numbers them from 0."""
+    """The CRF gets only the possible classes and numbers them from 0."""
     image = np.zeros((40, 60, 3), np.uint8)
     image[:, 20:40], image[:, 40:] = 120, 240
     Image.fromarray(image).save(tmp_path / "a.png")
     truth = np.repeat([0, 1, 4], 20)[None].repeat(40, 0)
     probabilities = np.where(np.arange(5)[:, None, None] == truth, 0.9, 0.04).astype(np.float32)
-    probabilities[2:4] = segment.POSSIBLE  # at most: classes 2 and 3 are left out
+    probabilities[2:4] = segment.POSSIBLE  # not above it: classes 2 and 3 are left out
     assert np.array_equal(segment.mask_of(probabilities, tmp_path / "a.png", crf), truth)
 
 
 def test_inference_has_the_precision_of_its_own_training(tiny_config) -> None:
-    """Not that of CPN's, which the run's key ``train`` is about."""
+    """It does not have the precision of CPN's training, the run's key ``train``."""
     seen = []
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_loss_is_the_mean_cross_entropy_of_what_is_labelled(settings) -> None:
 
 
 def test_the_head_is_the_released_one() -> None:
-    """SEAM's: 3x3 with dilation 12 to 512, no bias, BN, ReLU; 1x1 512, BN, ReLU; dropout 0.5; 1x1 with bias."""
+    """SEAM's head: 3x3 with dilation 12 to 512, no bias, BN, ReLU; 1x1 512, BN, ReLU; dropout 0.5; 1x1 with bias."""
     tree = {"name": "x", "data": {"root": "there"}, "train": {"steps": 1}}
     with torch.device("meta"):
         large = build_deeplab(config_file.parse(tree, "test"))
@@ -204,7 +204,7 @@ def test_the_head_is_the_released_one() -> None:
 
     torch.manual_seed(0)
     network = build_deeplab(config_file.parse({**tree, "model": {"backbone": "narrow"}}, "test")).eval()
-    for convolution in (network.conv_fov, network.conv_fov2):  # Kaiming's deviation by fan-out
+    for convolution in (network.conv_fov, network.conv_fov2):  # Kaiming's standard deviation by fan-out
         fan_out = 512 * convolution.kernel_size[0] ** 2
         assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
     for norm in (network.bn_fov, network.bn_fov2):
@@ -216,7 +216,7 @@ def test_the_head_is_the_released_one() -> None:
         mean, variance = (own[f"{name}.running_{part}"][:, None, None] for part in ("mean", "var"))
         return (x - mean) / (variance + 1e-5).sqrt()  # factors start at 1 and 0, and stay there
 
-    images = torch.randn(1, 3, 120, 136)  # 15 x 17 cells, beyond the reach of 12
+    images = torch.randn(1, 3, 120, 136)  # 15 x 17 cells, more than the dilation of 12
     with torch.no_grad():
         x = network.backbone(images).last
         x = F.conv2d(x, own["conv_fov.weight"], padding=12, dilation=12)
@@ -239,7 +239,7 @@ def test_every_convolution_trains_and_the_head_ten_times_as_fast() -> None:
 
 
 def test_a_new_segmenter_prefers_no_class(monkeypatch) -> None:
-    """Its first loss is that of a guess: a larger one sends gradients through the backbone that it does not survive."""
+    """Its first loss is that of a guess. A larger loss would send destructive gradients through the backbone."""
     torch.manual_seed(0)
     tree = {"name": "x", "data": {"root": "there"}, "train": {"steps": 1}, "model": {"backbone": "mobilenet_v2"}}
     network = build_deeplab(config_file.parse(tree, "test")).train()
@@ -251,7 +251,7 @@ def test_a_new_segmenter_prefers_no_class(monkeypatch) -> None:
 
 
 def test_logits_are_averaged_over_scales_and_flips() -> None:
-    """A network whose logits are the image itself: the mean of all views is the image."""
+    """If a network's logits are the image itself, the mean of all views is the image."""
     image = F.interpolate(torch.randn(1, 3, 5, 4), (40, 32), mode="bilinear", align_corners=True)
     scales = [image, F.interpolate(image, (79, 63), mode="bilinear", align_corners=True)]
 

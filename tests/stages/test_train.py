@@ -78,7 +78,7 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(changes, tiny
 
 
 def test_a_continued_run_lets_the_checkpoint_go(tiny_config, monkeypatch) -> None:
-    """Its weights are 0.4 GB beside the network's own."""
+    """Its weights take 0.4 GB in addition to the network's."""
     train.run(config_file.load(tiny_config()))
     settings = config_file.load(tiny_config())
     (settings.run / FINAL).unlink()
@@ -103,10 +103,10 @@ def test_a_continued_run_lets_the_checkpoint_go(tiny_config, monkeypatch) -> Non
 
 
 def test_a_run_notes_what_its_operations_run_on_and_on_a_gpu_why() -> None:
-    """On a CPU there is no choice to explain."""
+    """On a CPU there is no choice, so there is no reason."""
     found = run_folder._backends("fp32", torch.device("cpu"))
     assert (found["pixel_correlation"], found["region_pooling"]) == ("tiled", "eager")
-    with FakeTensorMode():  # tensors of a GPU that is not there
+    with FakeTensorMode():  # GPU tensors without a GPU
         on_gpu = run_folder._backends("fp32", torch.device("cuda"))
         assert on_gpu["complementary_losses"] == "triton"
         assert on_gpu["region_pooling"].startswith("eager: triton's products of float32 are TF32")
@@ -130,7 +130,7 @@ def test_a_run_trains_and_writes_what_it_should(tiny_config) -> None:
     assert config_file.load(settings.run / "config.yaml") == settings
     assert list(settings.run.glob("events.*"))
     before = (settings.run / "model.safetensors").stat().st_mtime_ns
-    assert train.run(settings).stat().st_mtime_ns == before  # a finished run is left alone
+    assert train.run(settings).stat().st_mtime_ns == before  # a finished run does not change
 
 
 def test_what_a_kill_between_two_files_left_is_removed(tiny_config) -> None:
@@ -153,7 +153,7 @@ def test_the_loss_falls(tiny_config) -> None:
 
 
 def test_accumulated_batches_equal_one_large_batch(tiny_config) -> None:
-    """Without dropout and hiding, whose random numbers follow the batch."""
+    """The test has no dropout and no hiding, whose random numbers depend on the batch."""
     same = {**PLAIN, "name": "one", "train": {"batch": 4, "steps": 2}}
     one = config_file.load(tiny_config(**same))
     two = config_file.load(tiny_config(**{**same, "name": "two", "train": {"batch": 2, "accumulate": 2, "steps": 2}}))
@@ -170,7 +170,7 @@ def test_another_config_does_not_continue_the_run(tiny_config) -> None:
     train.run(config_file.load(tiny_config()))
     with pytest.raises(UserError, match=r"train\.lr"):
         train.run(config_file.load(tiny_config(train={"lr": 0.5})))
-    train.run(config_file.load(tiny_config(train={"log_every": 1})))  # says nothing about weights
+    train.run(config_file.load(tiny_config(train={"log_every": 1})))  # prints nothing about weights
 
 
 def truncated(content: bytes) -> bytes:
@@ -178,7 +178,7 @@ def truncated(content: bytes) -> bytes:
 
 
 def with_a_flipped_bit(content: bytes) -> bytes:
-    """In the middle, where tensors are: no structure shows it."""
+    """Flip a bit in the middle, where tensors are: the file's structure does not show it."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
@@ -236,7 +236,7 @@ def test_checkpoints_execute_nothing(tmp_path) -> None:
 
 
 def with_a_bad_step(monkeypatch, number: int) -> None:
-    """The loss of that step is not a number."""
+    """Make the loss of one step NaN."""
     real, calls = Cpn.losses, itertools.count(1)
 
     def losses(self, outputs, views):
@@ -247,7 +247,7 @@ def with_a_bad_step(monkeypatch, number: int) -> None:
 
 
 def images_of(settings, step: int) -> list[str]:
-    """Which the same run without a fault takes for a step."""
+    """Return the ids that the run without a fault uses in a step."""
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
     options = {"batch": settings.train.batch, "seed": 0, "threads": 1, "device": torch.device("cpu")}
     pipeline = TrainingPipeline(
@@ -300,7 +300,7 @@ def test_skipping_changes_no_sound_run(tiny_config) -> None:
 
 
 def test_deterministic_algorithms_can_be_asked_for(tiny_config) -> None:
-    """On a CPU they change nothing; on a GPU they are what makes two runs equal."""
+    """On a CPU they change nothing. On a GPU they make two runs equal."""
     expected = train.run(config_file.load(tiny_config(name="plain")))
     try:
         found = train.run(config_file.load(tiny_config(name="deterministic", train={"deterministic": True})))
@@ -366,7 +366,7 @@ def test_a_frozen_stem_is_not_left_with_random_weights(tiny_config) -> None:
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_config) -> None:
-    """A limit of the size of files stands in for the disk: the kernel refuses the same calls."""
+    """A limit on file sizes replaces the full disk: the kernel refuses the same calls."""
     settings = config_file.load(path := tiny_config(name="small", train={"steps": 40, "checkpoint_every": 3}))
     expected = load_file(
         train.run(config_file.load(tiny_config(name="whole", train={"steps": 40, "checkpoint_every": 3})))

@@ -22,12 +22,12 @@ PLAIN = {"method": "cam", "model": {"pcm": False, "prcm": False}, "cam": {"map":
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What ``logger.backend:log`` got."""
+    """Return the lines that ``logger.backend:log`` gets."""
     lines: list[dict[str, Any]] = []
 
     def log(line: dict[str, Any]) -> None:
         lines.append(dict(line))
-        line.clear()  # the line is the function's own
+        line.clear()  # the function owns its line
 
     package, module = types.ModuleType("logger"), types.ModuleType("logger.backend")
     module.log = log  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def test_the_hook_gets_every_line_with_run_and_stage(told, tiny_config) -> None:
     train.run(settings)
     assert [line["step"] for line in told] == [2, 4, 6]
     assert told == lines_of(settings)
-    train.run(settings)  # finished
+    train.run(settings)  # the run is finished
     assert len(told) == 3
 
 
@@ -72,7 +72,7 @@ def test_a_continued_run_gives_no_line_twice(told, tiny_config, monkeypatch) -> 
             raise Killed
 
     monkeypatch.setattr(hook.Hook, "give", give_then_die)
-    for last in (5, 4):  # the checkpoint is of step 3: the second time, the file of lines ends before what was given
+    for last in (5, 4):  # the checkpoint is of step 3; in round two the file ends before the lines that the hook got
         dying = last
         with pytest.raises(Killed):
             train.run(settings)
@@ -83,7 +83,7 @@ def test_a_continued_run_gives_no_line_twice(told, tiny_config, monkeypatch) -> 
 
 
 def test_lines_wait_while_the_hook_fails(tiny_config, tmp_path, capsys) -> None:
-    """As of a server that is not there for a while."""
+    """A server may be away for a while."""
     file = tmp_path / "server.py"
     file.write_text(
         "taken, tries = [], 0\n"
@@ -98,7 +98,7 @@ def test_lines_wait_while_the_hook_fails(tiny_config, tmp_path, capsys) -> None:
     train.run(config_file.load(tiny_config(**PLAIN, hook=name, train={"log_every": 1})))
     assert hook.load(name).__globals__["taken"] == [1, 2, 3, 4, 5, 6]
     said = capsys.readouterr().err
-    assert said.count("Warning") == 1  # an outage is said once
+    assert said.count("Warning") == 1  # one warning for an outage
     assert f"hook {name} failed at step 2: ConnectionError: no route ({file}, line 6)" in said
 
 

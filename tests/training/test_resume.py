@@ -1,4 +1,4 @@
-"""Runs that go on: longer, or on more images than before. Whole commands, on finished and on interrupted runs."""
+"""Runs that continue with more steps or more images: whole commands, on finished and on interrupted runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lines(run: Path) -> list[dict]:
 
 @pytest.fixture
 def killed(monkeypatch):
-    """Trains until the next checkpoint is written, and ends there."""
+    """Return a function that trains until the next checkpoint is written, and ends there."""
 
     class Killed(Exception):
         pass
@@ -84,8 +84,8 @@ def test_a_finished_run_with_more_steps_goes_on_and_says_at_which_rate(tiny_conf
     assert "Going on" not in typed("train", path, *longer)
     assert final.stat().st_mtime_ns == stamp
 
-    killed(other)  # the same, on its way
-    assert training_of(other.run / "model.safetensors") == {"step": 6}  # whole, and of the shorter training
+    killed(other)  # the same, before its end
+    assert training_of(other.run / "model.safetensors") == {"step": 6}  # complete weights of the shorter training
     train.run(other)
     a, b = (load_file(run / "model.safetensors") for run in (settings.run, other.run))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -97,7 +97,7 @@ def test_steps_that_were_made_cannot_be_taken_back(tiny_config, killed) -> None:
     with pytest.raises(UserError, match=r"train\.steps is 2, but .* has made 3 steps.* Set it to 3 to end there"):
         typed("train", path, "--set", "train.steps=2")
     assert config_file.load(path).run.joinpath("config.yaml").read_text().count("steps: 6") == 1
-    said = typed("train", path, "--set", "train.steps=4")  # less than planned, more than was made
+    said = typed("train", path, "--set", "train.steps=4")  # fewer steps than planned, more than were made
     assert "the run now has 4 steps, before it had 6" in said
     final = config_file.load(path).run / "model.safetensors"
     assert training_of(final) == {"step": 4}
@@ -118,7 +118,7 @@ def test_without_checkpoints_nothing_goes_on(tiny_config) -> None:
 
 @pytest.fixture
 def growing(tiny_config, small_voc: Path, tmp_path: Path):
-    """A config, and what sets its list to so many of the images."""
+    """Return a config, and a function that sets its list to this many images."""
     root = shutil.copytree(small_voc, tmp_path / "voc")
     ids = (root / LISTED).read_text().split()
 

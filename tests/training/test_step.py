@@ -1,4 +1,4 @@
-"""The training step, the figures that come of it, and the largest batch."""
+"""The training step, its figures, and the largest batch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def batches(count: int, images: int = 2) -> list[Batch]:
 
 
 def weights(settings: config.Config, rates: list[float], *, ours: bool) -> dict[str, Tensor]:
-    """After a step at each rate: of ours, or of the same written out."""
+    """Return the weights after a step at each rate, of our step or of the same step written out."""
     torch.manual_seed(0)
     method = METHODS[settings.method](settings)
     net = method.network.train()
@@ -85,7 +85,7 @@ def weights(settings: config.Config, rates: list[float], *, ours: bool) -> dict[
                 outputs = [net(*inputs) for inputs in views.inputs]
                 (method.losses(outputs, views).total / len(own)).backward()
             plain.step()
-    assert len(places) <= 1  # a graph reads and writes where it once did
+    assert len(places) <= 1  # a graph always uses the same memory
     return dict(net.state_dict())
 
 
@@ -100,7 +100,7 @@ def test_a_step_is_plain_sgd_on_tensors_that_stay_in_place(accumulate: int, tiny
 
 
 def test_a_checkpoint_brings_momentum_and_no_settings(tiny_config) -> None:
-    """Also one of a run whose rates were numbers and whose SGD was not fused."""
+    """So does one of a run with plain numbers as rates and an SGD that was not fused."""
     settings = config_file.load(tiny_config(**PLAIN))
     parameters = [parameter for parameter in PlainCam(settings).network.parameters() if parameter.requires_grad]
     old = torch.optim.SGD([{"params": parameters, "base_lr": 7.0}], lr=7.0, momentum=0.5)
@@ -116,7 +116,7 @@ def test_a_checkpoint_brings_momentum_and_no_settings(tiny_config) -> None:
 
 
 def switched(tiny_config, name: str, **options) -> bytes:
-    """The trained tensors; the file has the config too."""
+    """Return the trained tensors. The file also has the config."""
     path = train.run(config_file.load(tiny_config(name=name, train={"steps": 3, **options})))
     return save(load_file(path))
 
@@ -126,7 +126,7 @@ def test_recomputed_blocks_train_the_same(tiny_config) -> None:
 
 
 class Toy(Backbone):
-    """One block with batch normalisation: torch.compile takes minutes for a whole backbone on a busy CPU."""
+    """One block with batch normalisation. On a busy CPU torch.compile takes minutes for a whole backbone."""
 
     channels = (8, 8, 8)
     mean = std = (127.5, 127.5, 127.5)
@@ -144,7 +144,7 @@ class Toy(Backbone):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_and_plain_training_continue_each_other(tiny_config, monkeypatch) -> None:
-    """To the stated tolerance, with the same dropout."""
+    """They agree within the stated tolerance, with the same dropout."""
     monkeypatch.setattr(network, "build_backbone", lambda options: Toy())
     options = {"steps": 3, "checkpoint_every": 2, "log_every": 1}
     plain = config_file.load(tiny_config(**PLAIN, name="plain", train=options))
@@ -182,10 +182,10 @@ def test_where_a_step_cannot_be_captured(tiny_config) -> None:
 
 
 class Capture:
-    """Stands in for CUDA's graphs and notes what it is asked for: a capture makes no step, its replay does."""
+    """Stand-in for CUDA's graphs that records calls. A capture makes no step; its replay does."""
 
     def __init__(self, monkeypatch, tiny_config, made) -> None:
-        """``made`` is called for every step that is made or captured."""
+        """``made`` is called for every step that runs or is captured."""
         self.notes: list[str] = []
         self.capturing = False
         streams = SimpleNamespace(wait_stream=lambda other: None)
@@ -220,7 +220,7 @@ class Capture:
         self.capturing = True
         try:
             yield
-        except BaseException:  # CUDA's end of a capture that failed, which hides why
+        except BaseException:  # in CUDA, the end of a failed capture hides the reason
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         self.capturing = False
 
@@ -239,7 +239,7 @@ def test_every_call_makes_one_step_whether_eager_captured_or_replayed(tiny_confi
     fake = Capture(monkeypatch, tiny_config, made)
     assert [fake.step(batches(1)) for _ in range(5)] == ["figures"] * 5
     assert fake.notes == ["step"] * WARM_UP + ["register", "captured"] + ["step"] * (5 - WARM_UP)
-    # The graph has gradients of its own: no others are kept beside them.
+    # The graph has its own gradients: no other gradients are kept.
     assert kept == [False] + [True] * (WARM_UP - 1) + [False]
 
 
@@ -318,11 +318,11 @@ def test_fp16_trains_as_fp32_and_a_scale_that_collapses_stops_the_run(tiny_confi
     assert [entry["step"] for entry in json.loads((settings.run / "nonfinite.json").read_text())] == [19]
 
 
-# Figures on their way
+# Figures on their way to the host
 
 
 class Event:
-    """Of a GPU that is done when it is waited for."""
+    """An event of a GPU that is done when somebody waits for it."""
 
     def __init__(self) -> None:
         self.waited = False
@@ -345,7 +345,7 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_what_is_not_finite_counts_in_no_mean_and_no_map(bad: float, tiny_config) -> None:
-    """Of a step that is skipped, as in fp16 or with train.accumulate, one batch or image alone may be at fault."""
+    """In a skipped step, as in fp16 or with train.accumulate, a single batch or image may be the cause."""
     settings = config_file.load(tiny_config())
     batch = batches(1)[0]._replace(labels=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     right, wrong = torch.tensor([[2.0, -2.0], [-2.0, 2.0]]), torch.tensor([[bad, -2.0], [9.0, -9.0]])
@@ -356,7 +356,7 @@ def test_what_is_not_finite_counts_in_no_mean_and_no_map(bad: float, tiny_config
             note = meter.read(step, wait=True)
     first, second = lines(settings.run)
     assert (first["loss"], first["skipped"], first["gradient_norm"]) == (1.0, 1, 0.5)
-    # x is always right, and y wrong once: the best score of its class is then not its own.
+    # x is always right; y is wrong once, where another class has the best score.
     assert first["mAP"] == pytest.approx(mean_average_precision(batch.labels[[0, 1, 1]], torch.cat([right, wrong[1:]])))
     assert "loss" not in second
     assert "mAP" not in second
@@ -372,7 +372,7 @@ def test_what_is_not_finite_counts_in_no_mean_and_no_map(bad: float, tiny_config
 
 
 def test_steps_of_nan_are_skipped_to_the_end(tiny_config, monkeypatch) -> None:
-    """Also where all steps of an epoch are, and the next start is not spoilt by them."""
+    """This holds even if all steps of an epoch are NaN, and they do not affect the next start."""
     with_bad_losses(monkeypatch, 1, 1000)
     real = PlainCam.losses
 
@@ -391,7 +391,7 @@ def test_steps_of_nan_are_skipped_to_the_end(tiny_config, monkeypatch) -> None:
 
 
 class Mark:
-    """A moment in the work of a GPU, in milliseconds."""
+    """A GPU event with its time in milliseconds."""
 
     def __init__(self, at: float) -> None:
         self.at = at
@@ -401,7 +401,7 @@ class Mark:
 
 
 def test_waiting_is_the_devices_and_not_the_hosts(tiny_config) -> None:
-    """A host that is ahead waits for the pipeline while the GPU works: no second of that counts."""
+    """A host that is ahead waits for the pipeline while the GPU works. This wait does not count."""
     settings = config_file.load(tiny_config())
     with meter_of(settings, ["x", "y"], 100) as meter:
         for step, idle in enumerate((0.0, 3.0), 1):
@@ -451,7 +451,7 @@ def test_figures_are_read_late_and_belong_to_their_steps(tiny_config) -> None:
 
 
 def test_a_run_keeps_no_pinned_memory(tiny_config) -> None:
-    """What is kept for an epoch's mAP is a copy: the tensors that came from the GPU, whose memory is pinned, go."""
+    """An epoch's mAP keeps copies. The tensors from the GPU, whose memory is pinned, are freed."""
     settings = config_file.load(tiny_config(train={"batch": 2}))
     with meter_of(settings, ["x", "y"], 100) as meter:
         meter.add(1, 0.1, figures_of(1.0, 1.0)._replace(logits=torch.zeros(2, 5)), batches(1), ends_line=False)
@@ -507,7 +507,7 @@ def test_a_run_finds_its_batch_and_keeps_it(tiny_config, monkeypatch) -> None:
     assert config_file.load(settings.run / "config.yaml").train.batch == 3
     assert [line["step"] for line in lines(settings.run)] == [1, 2, 3, 4]  # 12 images
 
-    monkeypatch.undo()  # another machine
+    monkeypatch.undo()  # as on another machine
     (settings.run / "model.safetensors").unlink()
     found = load_file(train.run(config_file.load(path)))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -547,7 +547,7 @@ def test_what_is_tried_is_a_training_step(method: str, tiny_config, monkeypatch)
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"accumulate": 2}, {"checkpoint_activations": True}])
 def test_a_captured_step_trains_as_an_eager_one(options: dict, tiny_config) -> None:
-    """Dropout and hidden patches too follow from (seed, step); sums of atomics differ in their order."""
+    """Dropout and hidden patches also follow from (seed, step). Sums of atomics differ in their order."""
     runs = []
     for graph in (False, True):
         free = {"steps": 8, "log_every": 1, "compile": False, "cuda_graph": graph, **options}

@@ -1,4 +1,4 @@
-"""``train.validate_every``: scores while a run trains, the best weights, and who takes them."""
+"""``train.validate_every``: scores during training, the best weights, and the stages that use them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_score_is_that_of_seeds_at_one_scale_and_the_best_weights_are_kept(t
     said = capsys.readouterr().out
     assert f"Validating on 4 of the 4 images of {VAL}, 0 of which are trained on: mIoU of their seeds" in said
     found = scores(settings)
-    assert list(found) == [2, 4, 6]  # each ends a line
+    assert list(found) == [2, 4, 6]  # each belongs to a line
     best = max(found, key=found.__getitem__)
     note = training_of(settings.run / BEST)
     assert (note["step"], note["score"], note["measure"]) == (best, found[best], "mIoU")
@@ -91,7 +91,7 @@ def test_validation_changes_no_weights_and_a_killed_run_ends_with_the_same_best(
 
     def die_after_the_fourth(self: validation.Validation, step: int, network: Network) -> dict[str, float]:
         found = real(self, step, network)
-        if step == 4:  # its best weights may be there, and the last checkpoint is of step 3
+        if step == 4:  # its best weights may exist, but the last checkpoint is of step 3
             raise Killed
         return found
 
@@ -126,9 +126,9 @@ def test_later_stages_take_the_weights_that_the_config_names(tiny_config) -> Non
     best = settings.run / BEST
     chosen = config_file.load(path, ["train.use_weights=best"])
     stamp = last.stat().st_mtime_ns
-    assert train.run(chosen) == best  # nothing is trained
+    assert train.run(chosen) == best  # no step is trained
     assert last.stat().st_mtime_ns == stamp
-    assert cpn_fast.load(settings.run).weights == best  # the run's config.yaml says so now
+    assert cpn_fast.load(settings.run).weights == best  # the run's config.yaml now names them
     assert train.run(settings) == last
     assert cpn_fast.load(settings.run).weights == last
     best.unlink()

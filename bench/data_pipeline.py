@@ -65,16 +65,16 @@ class PillowDataset(Dataset[tuple[np.ndarray, ...]]):
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = (np.asarray(self.jitter(image), np.float32) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-        taken, put = zip(*(self.place(side) for side in pixels.shape[:2]), strict=True)
+        source, target = zip(*(self.place(side) for side in pixels.shape[:2]), strict=True)
         crop = np.zeros((augment.crop, augment.crop, 3), np.float32)
-        crop[put] = pixels[taken]
+        crop[target] = pixels[source]
         image_and_map = [np.ascontiguousarray(crop.transpose(2, 0, 1))]
         if self.maps:
             labels = Image.open(self.maps[sample.id]).resize(size, Image.Resampling.NEAREST)
             if flip:
                 labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             padded = np.zeros((augment.crop, augment.crop), np.int32)
-            padded[put] = np.asarray(labels)[taken]
+            padded[target] = np.asarray(labels)[source]
             image_and_map.append(padded)
         return tuple(image_and_map)
 

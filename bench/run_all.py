@@ -147,7 +147,7 @@ def rows_of(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
 class Comparison(NamedTuple):
     what: str
     column: str
-    own: dict[str, Any]
+    our_row: dict[str, Any]
     peer: dict[str, Any]
     ratio: float
     """Times faster."""
@@ -164,29 +164,29 @@ def compared(name: str, result: dict[str, Any]) -> Iterator[Comparison]:
     for what, rows in groups.items():
         for column in bench.value:  # empty for a bench without peers
             by_way = {row[bench.way]: row for row in rows if row.get(column) is not None}
-            own = next((by_way[way] for way in bench.ours or reversed(by_way) if way in by_way), None)
+            our_row = next((by_way[way] for way in bench.ours or reversed(by_way) if way in by_way), None)
             peers = [by_way[way] for way in bench.peers if way in by_way]
-            if own is None or not peers or own in peers:
+            if our_row is None or not peers or our_row in peers:
                 continue
             rate = column.startswith("images/")
             peer = (max if rate else min)(peers, key=lambda row: row[column])
-            ratio = own[column] / peer[column]
-            yield Comparison(what, column, own, peer, ratio if rate else 1 / ratio)
+            ratio = our_row[column] / peer[column]
+            yield Comparison(what, column, our_row, peer, ratio if rate else 1 / ratio)
             break
 
 
-def table(place: Path) -> str:
+def table(results: Path) -> str:
     """Return Markdown of all results in a folder: a line for each comparison, and the files' notes."""
     lines, notes = [], []
     for name, bench in BENCHES.items():
-        path = place / f"{name}.json"
+        path = results / f"{name}.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text())
         notes += ["", result["note"]] if "note" in result else []
         cut_off = "" if result.get("finished", True) else " (the bench was cut off)"
-        for what, column, own, peer, ratio in compared(name, result):
-            ours, theirs = (f"{row[bench.way]}: {number(row[column])}" for row in (own, peer))
+        for what, column, our_row, peer, ratio in compared(name, result):
+            ours, theirs = (f"{row[bench.way]}: {number(row[column])}" for row in (our_row, peer))
             unit, device = UNITS.get(column, column), result["machine"]["device"]
             lines.append(f"| `{name}` | {what}{cut_off} | {device} | {unit} | {ours} | {theirs} | {ratio:.3g} |")
     head = ["| `bench/` | What | Machine | Unit | Ours | Peer | Times faster |", "|---|---|---|---|---|---|---|"]
@@ -202,20 +202,20 @@ def devices() -> list[Path]:
     return sorted((path.parent for path in RESULTS.glob("*/table.md")), key=lambda place: (place.name == "cpu", place))
 
 
-def headlines(places: Iterable[Path]) -> str:
+def headlines(folders: Iterable[Path]) -> str:
     """Return Markdown of README's rows, device by device."""
     lines = []
-    for place in places:
+    for results in folders:
         for name, bench in BENCHES.items():
-            path = place / f"{name}.json"
+            path = results / f"{name}.json"
             if bench.headline is None or not path.exists():
                 continue
             result = json.loads(path.read_text())
             pattern, words = bench.headline
-            for what, column, own, peer, ratio in compared(name, result):
+            for what, column, our_row, peer, ratio in compared(name, result):
                 if re.fullmatch(pattern, what):
                     unit, device = UNITS.get(column, column), result["machine"]["device"]
-                    ours, theirs = (f"{number(row[column])} ({row[bench.way]})" for row in (own, peer))
+                    ours, theirs = (f"{number(row[column])} ({row[bench.way]})" for row in (our_row, peer))
                     lines.append(f"| {words.format(what=what)}, {unit} | {device} | {ours} | {theirs} | {ratio:.3g} |")
     head = ["| What | Machine | Ours | Fastest peer | Times faster |", "|---|---|---|---|---|"]
     return "\n".join([*head, *lines]) + "\n"
@@ -235,7 +235,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def run(script: Path, given: list[str], limit: float) -> Outcome:
+def run(script: Path, flags: list[str], limit: float) -> Outcome:
     """Run a bench for at most ``limit`` seconds. Its standard output appears at once."""
     begin = time.perf_counter()
 
@@ -244,7 +244,7 @@ def run(script: Path, given: list[str], limit: float) -> Outcome:
 
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, str(script), *given],
+            [sys.executable, str(script), *flags],
             stderr=errors,
             start_new_session=True,
         )
@@ -274,7 +274,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_in_turn(scripts: dict[str, Path], given: list[str], limits: dict[str, float], seconds: float) -> list[Outcome]:
+def run_in_turn(scripts: dict[str, Path], flags: list[str], limits: dict[str, float], seconds: float) -> list[Outcome]:
     """Run benches one after another, each within its limit and all within ``seconds``. Print each outcome at once."""
     deadline = time.perf_counter() + seconds
     outcomes = []
@@ -282,7 +282,7 @@ def run_in_turn(scripts: dict[str, Path], given: list[str], limits: dict[str, fl
         limit = min(limits[name], deadline - time.perf_counter())
         if limit > 1:
             print(f"== {name}, at most {limit:.0f} s", flush=True)
-            outcome = run(script, given, limit)
+            outcome = run(script, flags, limit)
         else:
             outcome = Outcome("not started", "no time was left", 0)
         print(f"{name}: {outcome.word} {outcome.why} ({outcome.seconds:.0f} s)", flush=True)
@@ -299,28 +299,28 @@ def main() -> int:
     unknown = [name for name in options.scripts if name not in BENCHES]
     if unknown:
         parser.error(f"no such bench: {', '.join(unknown)}; benches are {', '.join(BENCHES)}")
-    place, gpu = folder(options.out, options.device), options.device.type == "cuda"
+    results, gpu = folder(options.out, options.device), options.device.type == "cuda"
     minutes = options.minutes or (8 if gpu else 60)
     chosen = [name for name in ([] if options.table else options.scripts or BENCHES) if gpu or name not in ONLY_ON_GPU]
     left_out = [name for name in ONLY_ON_GPU if not gpu and not options.table]
     for name in left_out:
         print(f"{name}: skipped needs a GPU")
-    given = ["--device", str(options.device), "--out", str(place)]
+    flags = ["--device", str(options.device), "--out", str(results)]
     outcomes = run_in_turn(
         {name: Path(__file__).with_name(f"{name}.py") for name in chosen},
-        given,
+        flags,
         {name: BENCHES[name].limit * minutes / 8 for name in chosen},
         60 * minutes - RESERVE,
     )
 
-    (place / "table.md").write_text(table(place))
+    (results / "table.md").write_text(table(results))
     if options.out is None:
         for path in RESULTS.glob("*/table.md"):
             path.write_text(table(path.parent))
-        places = devices()
-        SPEED.write_text(in_page(SPEED.read_text(), "\n".join(table(place) for place in places)))
-        README.write_text(in_page(README.read_text(), headlines(places)))
-    print(f"\n{(place / 'table.md').read_text()}")
+        folders = devices()
+        SPEED.write_text(in_page(SPEED.read_text(), "\n".join(table(results) for results in folders)))
+        README.write_text(in_page(README.read_text(), headlines(folders)))
+    print(f"\n{(results / 'table.md').read_text()}")
     for name, outcome in zip(chosen, outcomes, strict=True):
         print(f"{name}: {outcome.word} {outcome.why} ({outcome.seconds:.0f} s)")
     return 1 if {outcome.word for outcome in outcomes} & {"failed", "out of time"} else 0

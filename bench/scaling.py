@@ -79,9 +79,9 @@ def main() -> None:
             write_network(Network(build_backbone(Model()), len(DEMO_CLASSES), Model()), random_weights(root))
         rates = {count: rate(root, count, options.steps, gpu) for count in counts}
     rows: list[dict[str, Any]] = []
-    for count, found in rates.items():
+    for count, speed in rates.items():
         way = "1 process" if count == 1 else f"{count} processes"
-        rows.append({"way": way, "images/s": found, "efficiency": found / rates[1] / count})
+        rows.append({"way": way, "images/s": speed, "efficiency": speed / rates[1] / count})
     described = machine(device) | {"cores": os.cpu_count()}
     title = f"Training, {IMAGES} images a process and step, {described['device']}"
     print_table(title, rows)

@@ -152,5 +152,5 @@ def mean_of_largest(rows: Tensor, share: float) -> Tensor:
         return rows.mean(dim=1)
     last = rows.detach().topk(count, dim=1).values[:, -1:]
     above, equal = rows > last, rows == last
-    place = (count - above.sum(dim=1, keepdim=True)).to(rows.dtype) / equal.sum(dim=1, keepdim=True)
-    return (rows * (above + equal * place)).sum(dim=1) / count
+    weight = (count - above.sum(dim=1, keepdim=True)).to(rows.dtype) / equal.sum(dim=1, keepdim=True)
+    return (rows * (above + equal * weight)).sum(dim=1) / count

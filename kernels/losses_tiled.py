@@ -87,7 +87,7 @@ class _Cut(NamedTuple):
     """The smallest error that counts, and the weight of errors that are equal to it."""
 
     last: Tensor
-    place: Tensor
+    weight: Tensor
 
 
 def _forward(
@@ -274,7 +274,7 @@ def _counting(residual: Tensor, cut: _Cut | None) -> Tensor:
     if cut is None:
         return sign
     errors = residual.abs()
-    return sign.mul_((errors > cut.last).to(sign.dtype).add_((errors == cut.last) * cut.place))
+    return sign.mul_((errors > cut.last).to(sign.dtype).add_((errors == cut.last) * cut.weight))
 
 
 def empty_gradients(cam: Tensor, refined: Tensor | None, needs_cam: bool, needs_refined: bool) -> tuple[Tensor, Tensor]:
@@ -347,8 +347,8 @@ def _forward_suppression(
         if last == 0 and resize.finite:
             continue
         below, equal = scores < last, scores == last
-        place = (count - below.sum()).to(scores.dtype) / equal.sum()
-        counts = (below.to(scores.dtype) + equal * place) / (count * batch)
+        weight = (count - below.sum()).to(scores.dtype) / equal.sum()
+        counts = (below.to(scores.dtype) + equal * weight) / (count * batch)
         loss += (scores * counts).sum()
         if needs_grad:
             counts.masked_fill_(scores <= 0, 0).masked_fill_(scores.isnan(), torch.nan)

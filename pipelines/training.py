@@ -225,9 +225,9 @@ class TrainingPipeline:
         while (epoch, position) not in self._held or len(self._held) < min(WINDOW, len(self._samples)) // self._world:
             key, contents = next(self._from_shards)
             self._held[key] = contents
-        taken = [(sample.image, content) for content in self._held.pop((epoch, position))]
-        self._in_flight.extend(taken)
-        return list(taken)
+        files = [(sample.image, content) for content in self._held.pop((epoch, position))]
+        self._in_flight.extend(files)
+        return list(files)
 
     def _plan(self, iteration: int) -> tuple[list[Any], ...]:
         """Return the graph's inputs for a batch: for each input a list over samples."""

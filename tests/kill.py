@@ -199,9 +199,9 @@ class Trials:
         """Run commands one after another, and keep the world's state before and after each."""
         for name in names:
             self._keep(f"before {name}")
-            began = time.monotonic()
+            begin = time.monotonic()
             assert self.start(name) is None
-            self.events[name], self.seconds[name] = self.record.count, time.monotonic() - began
+            self.events[name], self.seconds[name] = self.record.count, time.monotonic() - begin
             print(f"{name}: {self.events[name]} events, {self.seconds[name]:.1f} s", flush=True)
             self._keep(f"after {name}")
 

@@ -167,11 +167,11 @@ def _encode(path: Path, tags: Names, problems: Sequence[str], classes: Sequence[
     unknown: dict[str, list[str]] = defaultdict(list)
     for id_, names in tags.items():
         label = np.zeros(len(classes), bool)
-        for name, place in names:
+        for name, location in names:
             if name in column:
                 label[column[name]] = True
             else:
-                unknown[name].append(place)
+                unknown[name].append(location)
         label.flags.writeable = False
         labels[id_] = label
     explained = [_explain_unknown(*entry, classes) for entry in itertools.islice(unknown.items(), SHOWN)]
@@ -181,11 +181,11 @@ def _encode(path: Path, tags: Names, problems: Sequence[str], classes: Sequence[
     return labels
 
 
-def _explain_unknown(name: str, places: list[str], classes: Sequence[str]) -> str:
+def _explain_unknown(name: str, locations: list[str], classes: Sequence[str]) -> str:
     near = difflib.get_close_matches(name[:100], classes, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"classes are {some(classes, 20)}"
-    again = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    return f"{places[0]}{again}: {name[:60]!r} is not a class; {hint}"
+    again = f" and {len(locations) - 1} more" if len(locations) > 1 else ""
+    return f"{locations[0]}{again}: {name[:60]!r} is not a class; {hint}"
 
 
 # VOC XML
@@ -249,7 +249,7 @@ def _read_csv(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names
 
 def _read_separated(path: Path, separator: str, ids: Collection[str], classes: Sequence[str]) -> Names:
     match = Ids(ids)
-    entries: list[tuple[str, str, list[str]]] = []  # id, place, cells
+    entries: list[tuple[str, str, list[str]]] = []  # id, location, cells
     header: list[str] = []
     with _csv_text(path) as file:
         rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
@@ -264,12 +264,12 @@ def _read_separated(path: Path, separator: str, ids: Collection[str], classes: S
             raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
     is_table = bool(entries) and _is_table(header, entries[0][2], classes)
     tags: dict[str, list[tuple[str, str]]] = {}
-    for id_, place, cells in entries:
+    for id_, location, cells in entries:
         if is_table:
-            names = _ticked(header, cells, classes, f"{path} {place}")
+            names = _ticked(header, cells, classes, f"{path} {location}")
         else:
             names = [name for cell in cells for name in _names(cell, classes)]
-        tags.setdefault(id_, []).extend((name, place) for name in names)
+        tags.setdefault(id_, []).extend((name, location) for name in names)
     return tags
 
 
@@ -292,13 +292,13 @@ def _is_table(header: Sequence[str], row: Sequence[str], classes: Sequence[str])
     return bool(cells) and all(cell.lower() in _TICKS for cell in cells)
 
 
-def _ticked(header: Sequence[str], cells: Sequence[str], classes: Sequence[str], place: str) -> list[str]:
+def _ticked(header: Sequence[str], cells: Sequence[str], classes: Sequence[str], location: str) -> list[str]:
     """Return the columns in which a row has a 1. An unknown column with other values does not count as tags."""
     names = []
     for name, cell in zip(header, cells, strict=False):
         ticked = _TICKS.get(cell.lower())
         if ticked is None and name in classes:
-            raise UserError(f"{place}: expected 0 or 1 in column {name}, which the first row names, found {cell!r}")
+            raise UserError(f"{location}: expected 0 or 1 in column {name}, which the first row names, found {cell!r}")
         if ticked and name:
             names.append(name)
     return names

@@ -211,5 +211,5 @@ def _irn(seed: Seed) -> dict[Any, Any]:
 _FORMS = {"cpn": _cpn, "seam": _seam, "irn": _irn}
 
 
-def _not_a_seed(path: Path, found: str) -> str:
-    return f"{path}: damaged, or not a CAM seed of cpn-fast ({found}); delete it and run `cpn-fast cam` again"
+def _not_a_seed(path: Path, reason: str) -> str:
+    return f"{path}: damaged, or not a CAM seed of cpn-fast ({reason}); delete it and run `cpn-fast cam` again"

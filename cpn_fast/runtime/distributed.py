@@ -161,15 +161,15 @@ class _Meeting:
 
     def wait(self) -> None:
         """Return when all processes have met. Signals work meanwhile. Raises UserError when MEETING is over."""
-        start, said = time.monotonic(), False
+        start, announced = time.monotonic(), False
         self.thread.start()
         try:
             while self.thread.is_alive():
                 self.thread.join(0.1)
                 waited = time.monotonic() - start
-                if waited > SAID_AFTER and not said and self.missing:
+                if waited > SAID_AFTER and not announced and self.missing:
                     print(f"Waiting for {self._who()}", file=sys.stderr, flush=True)
-                    said = True
+                    announced = True
                 if waited > MEETING.total_seconds():
                     raise UserError(self._lost())
         finally:

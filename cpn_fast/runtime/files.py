@@ -165,12 +165,12 @@ def remove_partials(*folders: Path) -> None:
 
 
 def claim(
-    folder: Path, made_by: dict[str, Any], own: Sequence[str] = ("**/*.png",), *, free: Sequence[str] = ()
+    folder: Path, made_by: dict[str, Any], patterns: Sequence[str] = ("**/*.png",), *, free: Sequence[str] = ()
 ) -> str:
     """Make a folder whose files all come from ``made_by`` (plain values), and remove stale files.
 
-    ``own``: patterns of the files that the stage writes there. Only these are ever removed, when ``made_by`` differs
-    from ``made_by.json``, which keeps the values of the last call. The changed keys are named on stderr. A change of
+    ``patterns`` match the files that the stage writes there. Only these are ever removed, when ``made_by`` differs from
+    ``made_by.json``, which keeps the values of the last call. The changed keys are named on stderr. A change of
     ``free`` keys removes nothing. Returns a digest of ``made_by``, for results that are made from these files. The
     caller must own the folder (``owned``). Raises UserError if the folder has such files without ``made_by.json``.
     """
@@ -181,7 +181,7 @@ def claim(
     if before != now:
         known = before if isinstance(before, dict) else {}
         changed = sorted(key for key in (known.keys() | now.keys()) - {*free} if known.get(key) != now.get(key))
-        stale = [path for pattern in own for path in sorted(folder.glob(pattern)) if path != manifest and changed]
+        stale = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path != manifest and changed]
         if stale and not manifest.exists():
             raise UserError(
                 f"{folder}: holds {stale[0].name}, but no made_by.json. The file may not be cpn-fast's, and would be "

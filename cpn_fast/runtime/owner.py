@@ -90,12 +90,12 @@ def lock(path: Path) -> int | None:
 
 def lock_when_free(path: Path, resource: Path) -> int:
     """Lock ``path`` as ``lock`` does, but wait for another holder, and name the ``resource`` on standard error."""
-    start = said = time.monotonic()
+    start = last_message = time.monotonic()
     while (descriptor := lock(path)) is None:
         now = time.monotonic()
-        if now - start >= SAID_AFTER and (said == start or now - said >= SAID_EVERY):
+        if now - start >= SAID_AFTER and (last_message == start or now - last_message >= SAID_EVERY):
             print(f"Waiting for {resource}: it is in use by {_owner(path)}", file=sys.stderr, flush=True)
-            said = now
+            last_message = now
         time.sleep(0.1)
     return descriptor
 

@@ -300,7 +300,7 @@ def test_a_huge_array_is_refused_without_reserving_memory(tmp_path):
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("cpn_fast.data.labels.MAX_PICKLE", 2**20)
     path = save(tmp_path / "l.npy", boxed({"a": np.zeros(2**19, np.float32)}))
-    assert "such a file has at most 1,048,576" in refused(path)
+    assert "cpn-fast reads at most 1,048,576 of a file of this kind" in refused(path)
 
 
 @pytest.mark.parametrize(

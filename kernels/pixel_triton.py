@@ -76,7 +76,7 @@ def _prepare_kernel(
     pixels, padded, D, C, eps,
     DK: tl.constexpr, CHUNKS: tl.constexpr, CB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Unit embeddings, their norms, and the CAM with its column of ones; pixels are the first axis."""
+    """Unit embeddings, their norms, and the CAM with its column of ones; pixels come before channels."""
     i_n = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     m_p = o_p < pixels
@@ -205,7 +205,7 @@ def _prepare_backward_kernel(
     pixels, padded, C, eps,
     CB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Z = pixels * [dO / s, -sum_c(dO O) / s], pixels are the first axis; zeros where a column has no affinity."""
+    """Z = pixels * [dO / s, -sum_c(dO O) / s], pixels before channels; zeros where a column has no affinity."""
     i_n = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(0) * BP + tl.arange(0, BP)
     o_c = tl.arange(0, CB)

@@ -56,8 +56,9 @@ def load_samples(
     A line is an id, or paths as in ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``. Paths are absolute or start at
     the root, with slashes or backslashes. An image in ``data.images`` has its path there without the ending as its id
     (``dogs/x``). Any other image has its name as its id. A second path replaces the mask in ``data.masks``. A label
-    source is a list of its images.
-    This function looks files up by name. It does not open them; ``check_files`` does. With ``masks=None`` masks are
+    source may serve as the list of its images.
+
+    This function looks up files by name. It does not open them; ``check_files`` does. With ``masks=None`` masks are
     optional.
 
     Raises DatasetError with every problem: malformed lines, duplicates, missing files, missing labels, or no label at

@@ -85,7 +85,7 @@ def mask_source(path: Path) -> str | None:
 
 
 def is_of_another_image(path: Path, image: Path) -> bool:
-    """Return whether a seed or a mask was made from another image than the current one, by its provenance.
+    """Return whether the provenance of a seed or a mask names another image than the current one.
 
     False without provenance, as in files of other programs. Raises UserError for a mask or an image that cannot be
     read.

@@ -21,7 +21,7 @@ from cpn_fast.data.images import UnreadableImage
 from cpn_fast.runtime import reading
 
 CHUNK = 2**20  # bytes
-SETTLED = 2  # seconds; on every file system a later change of a file shows in its times
+SETTLED = 2  # seconds after which every file system shows another change of a file in its times
 
 VERSION = 1
 """Increase it when a stage makes other results from the same sources."""
@@ -60,7 +60,7 @@ def image_digest(path: Path) -> str:
 
 
 def image_digests(paths: Sequence[Path]) -> list[str]:
-    """Return ``image_digest`` of each path. Uses threads, because remote files are mostly waiting."""
+    """Return ``image_digest`` of each path. Uses threads, because reading remote files is mostly waiting."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(image_digest, paths))
 

@@ -1,1 +1,1 @@
-"""What every module may use: errors, files, processes, the terminal."""
+"""Code that every module may use: errors, files, processes, the terminal."""

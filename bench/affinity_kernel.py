@@ -145,7 +145,7 @@ def main() -> None:
     device = options.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = [TRAINING, FULL_HD, *INFERENCE] if device.type == "cuda" else ON_CPU
-    torch._dynamo.config.recompile_limit = 64  # every size, pass and dtype is a graph of its own
+    torch._dynamo.config.recompile_limit = 64  # every size, pass and dtype has its own graph
     ops, left_out = backends(device)
     rate = matmul_rate(device, dtype)
     described, target = machine(device), folder(options.out, device)

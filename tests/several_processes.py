@@ -42,7 +42,7 @@ def run_in_processes(world: int, function: Callable[..., Any], *arguments: Any, 
 
 
 def start_command(*arguments: str) -> Any:
-    """``cpn-fast ARGUMENTS`` as a process of its own, without the seconds that its imports take."""
+    """Run ``cpn-fast ARGUMENTS`` in a new process, without the seconds of its imports."""
     process = CONTEXT.Process(target=_command, args=(arguments,))
     process.start()
     return process

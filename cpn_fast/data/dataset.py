@@ -34,7 +34,7 @@ _PATHS = re.compile(rf"(\S.*?\.(?:{_ENDINGS}))(?:\s+(\S.*\.png))?", re.IGNORECAS
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what is known about it."""
+    """An image with its optional mask and labels."""
 
     id: str
     image: Path

@@ -41,7 +41,7 @@ _held: dict[str, list[int]] = {}
 def owned(folder: Path, rank: Rank | None = None, *, part: str = "", waits: bool = False) -> Iterator[None]:
     """Own a folder, or a named ``part`` of it, in the block. No other process owns it at the same time.
 
-    If another process owns it, raises UserError, which names the owner. But a process waits, and says for what, if
+    If another process owns it, raises UserError, which names the owner. But this process waits, with a message, if
     ``waits`` is true or if it already owns a folder: it may be a stage of ``run``, whose work should not be lost.
     A process may own a folder several times over. With ``rank`` all of torchrun's processes must call it; the first
     one owns the folder for all. Raises UserError if the file system cannot lock files.

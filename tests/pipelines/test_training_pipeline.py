@@ -49,7 +49,7 @@ def pixels(batch: Batch) -> np.ndarray:
 
 
 def shown_size(batch: Batch) -> tuple[int, int]:
-    """Height and width of what is not black."""
+    """Return height and width of the part that is not black."""
     rows, columns = (pixels(batch) > 0).all(2).nonzero()
     return len(np.unique(rows)), len(np.unique(columns))
 

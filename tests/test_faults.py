@@ -427,10 +427,12 @@ ROWS = [
         "a damaged config.yaml in the run",
         "predict",
         0,
-        "config.yaml is not what",
-        "was trained with (it cannot be read): its own is taken",
+        "config.yaml is not the config that",
+        "was trained with (it cannot be read). The config in the weights is used",
     ),
-    row("a config.yaml of another run", "predict", 0, "was trained with (model.prcm): its own is taken"),
+    row(
+        "a config.yaml of another run", "predict", 0, "was trained with (model.prcm). The config in the weights is used"
+    ),
     row(
         "another config, and metrics.jsonl is gone",
         "train again",
@@ -486,7 +488,7 @@ ROWS = [
         "report",
         0,
         "the report leaves out 1 files of",
-        "(val_0001.npz): they are of other images than are there now",
+        "(val_0001.npz): their images have changed since",
     ),
     row("a missing seed", "evaluate", 1, "1 files missing: val_0001.npz"),
     row("a damaged mask of the seeds", "cam again", 0, "val_0001.png is damaged and made again"),

@@ -1,6 +1,6 @@
-"""What a run found in photos without ground truth: how well its results agree with the tags, photo by photo.
+"""Agreement of a run's results with the tags, photo by photo, for lists without ground truth.
 
-Outlines cannot be judged without masks. Classes can: the network is not shown the tags when it names them.
+Outlines cannot be judged without masks. Classes can, because the network does not see the tags when it names classes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from cpn_fast.runtime.progress import track
 from cpn_fast.stages.cam import LISTED
 
 SURE = 0.5
-"""The network finds a class whose probability is at least this."""
+"""The network finds a class if its probability is at least this."""
 LEAST = 0.001
-"""The segmenter finds a class that has at least this share of a photo's pixels."""
+"""The segmenter finds a class if it has at least this share of a photo's pixels."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo of a list and how well its result agrees with its tags."""
+    """A photo of a list, and how well its result agrees with its tags."""
 
     sample: Sample
     agreement: float | None
     """From 0 to 1; None where there is nothing to compare."""
     doubt: str
-    """What disagrees most, in words."""
+    """The largest disagreement, in words."""
     probabilities: np.ndarray | None = None
-    """float32 (classes,), of seeds."""
+    """float32 (classes,). None for masks of the segmenter, and for seeds of earlier versions."""
 
 
 class ClassCount(NamedTuple):
@@ -49,146 +49,155 @@ class ClassCount(NamedTuple):
     name: str
     tagged: int
     found: int
-    """Among the tagged."""
+    """Tagged and found."""
     missed: int
+    """Tagged and not found."""
     besides: int
     """Found and not tagged."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Results of one list, the photos that agree best with their tags first."""
+    """Results of one list. The photos that agree best with their tags are first."""
 
     kind: str
-    """``cams`` or ``segment``, the folder in the run's."""
+    """``cams`` or ``segment``: the folder of the run that holds the results."""
     listed: Path
+    """The list."""
     folder: Path
     photos: list[Photo]
     classes: list[ClassCount]
     """Empty without tags."""
     outdated: bool
-    """Made of other weights than the run has now."""
+    """Whether the run now has other weights than made the results."""
 
 
 def all_found(folder: Path, config: Config) -> list[Found]:
-    """What ``cam`` and ``segment`` made of each list in a run's folder, for lists that can still be read.
+    """Return the results of ``cam`` and ``segment`` for each list in a run's folder.
 
-    A list that cannot is named on stderr. Raises UserError for damaged seeds and masks.
+    A warning on stderr names each list that can no longer be read. Raises UserError for damaged seeds and masks.
     """
     weights = {"cams": chosen(folder, config), "segment": folder / "segment/deeplab" / FINAL}
-    now = {kind: reading.sha256(path, reading.WEIGHTS) for kind, path in weights.items() if path.exists()}
+    digests = {kind: reading.sha256(path, reading.WEIGHTS) for kind, path in weights.items() if path.exists()}
     results = []
-    for place in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):
-        list_path = _list(place, config)
-        if list_path is None or not any((place / part).is_dir() for part in ("seeds", "masks")):
+    for result_folder in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):
+        list_path = _list(result_folder, config)
+        if list_path is None or not any((result_folder / part).is_dir() for part in ("seeds", "masks")):
             continue
         try:
             samples = listed(config, list_path, masks=None)
         except UserError as error:
-            print(f"Warning: the report leaves out {place}: {error}", file=sys.stderr)
+            print(f"Warning: the report leaves out {result_folder}: {error}", file=sys.stderr)
             continue
-        kind = place.parent.name
-        photos, counts = (_of_seeds if kind == "cams" else _of_masks)(place, samples, config)
-        note = read_note(place / "made_by.json")
-        outdated = isinstance(note, dict) and kind in now and note.get("weights_sha256") != now[kind]
+        kind = result_folder.parent.name
+        photos, counts = (_of_seeds if kind == "cams" else _of_masks)(result_folder, samples, config)
+        note = read_note(result_folder / "made_by.json")
+        outdated = isinstance(note, dict) and kind in digests and note.get("weights_sha256") != digests[kind]
         if photos:
-            results.append(Found(kind, list_path, place, photos, counts, outdated))
+            results.append(Found(kind, list_path, result_folder, photos, counts, outdated))
     return results
 
 
-def _list(place: Path, config: Config) -> Path | None:
-    """Of which list a folder's results are; earlier versions did not write it down."""
-    note = read_note(place / LISTED)
+def _list(folder: Path, config: Config) -> Path | None:
+    """Return the list of a folder's results. Earlier versions did not write it down."""
+    note = read_note(folder / LISTED)
     if isinstance(note, dict) and isinstance(note.get("list"), str):
         return Path(note["list"])
     lists = (config.data.train_list, config.data.eval_list, config.segment.eval_list)
-    return next((path for path in lists if config.list_name(path) == place.name), None)
+    return next((path for path in lists if config.list_name(path) == folder.name), None)
 
 
 def listed(config: Config, list_path: Path, *, masks: bool | None) -> list[Sample]:
-    """With tags if there are any: the segmenter's images need none. ``masks`` as for ``load_samples``."""
+    """Return the samples of a list, with tags if it has any: the segmenter's images need none.
+
+    ``masks`` is as for ``load_samples``.
+    """
     try:
         return load_samples(config.data, config.classes, list_path, labels=True, masks=masks)
     except UserError:
         return load_samples(config.data, config.classes, list_path, labels=False, masks=masks)
 
 
-def _of_seeds(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
-    paths = [(sample, place / "seeds" / f"{sample.id}.npz") for sample in samples]
-    made = [sample for sample, _ in of_these_images([(sample, path) for sample, path in paths if path.exists()])]
+def _of_seeds(folder: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
+    """Return the photos and class counts of seeds. A photo's agreement is the one of its worst class."""
+    pairs = [(sample, folder / "seeds" / f"{sample.id}.npz") for sample in samples]
+    results = of_these_images([(sample, path) for sample, path in pairs if path.exists()])
     with ThreadPoolExecutor() as pool:
-        probabilities = list(pool.map(lambda sample: seed_probabilities(place / "seeds" / f"{sample.id}.npz"), made))
-    photos, named = [], []
-    for sample, found in zip(made, probabilities, strict=True):
-        if found is None or sample.label is None or len(found) != len(config.classes):
-            photos.append(Photo(sample, None, "", found))
+        all_probabilities = list(pool.map(lambda result: seed_probabilities(result[1]), results))
+    photos, compared = [], []
+    for (sample, _), probabilities in zip(results, all_probabilities, strict=True):
+        if probabilities is None or sample.label is None or len(probabilities) != len(config.classes):
+            photos.append(Photo(sample, None, "", probabilities))
             continue
-        agreeing = np.where(sample.label, found, 1 - found)
-        worst = int(agreeing.argmin())
-        said = "is a tag" if sample.label[worst] else "is no tag"
-        doubt = f"{config.classes[worst]} {said}; the network gives it {found[worst]:.0%}"
-        photos.append(Photo(sample, float(agreeing[worst]), doubt, found))
-        named.append((sample.label, found >= SURE))
-    return _ordered(photos), _counts(named, config)
+        agreements = np.where(sample.label, probabilities, 1 - probabilities)
+        worst = int(agreements.argmin())
+        tagged = "is a tag" if sample.label[worst] else "is not a tag"
+        doubt = f"{config.classes[worst]} {tagged}; the network gives it {probabilities[worst]:.0%}"
+        photos.append(Photo(sample, float(agreements[worst]), doubt, probabilities))
+        compared.append((sample.label, probabilities >= SURE))
+    return _ordered(photos), _counts(compared, config)
 
 
-def _of_masks(place: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
-    made = of_these_images([(sample, path) for sample in samples if (path := mask_path(place, sample)).exists()])
+def _of_masks(folder: Path, samples: list[Sample], config: Config) -> tuple[list[Photo], list[ClassCount]]:
+    """Return the photos and class counts of masks. Agreement: intersection over union of the tags and found classes."""
+    results = of_these_images([(sample, path) for sample in samples if (path := mask_path(folder, sample)).exists()])
     with ThreadPoolExecutor() as pool:
-        areas = list(track(pool.map(lambda pair: _areas(pair[1], config), made), place.name, total=len(made)))
-    photos, named = [], []
-    for (sample, _), shares in zip(made, areas, strict=True):
+        areas = pool.map(lambda result: _areas(result[1], config), results)
+        all_shares = list(track(areas, folder.name, total=len(results)))
+    photos, compared = [], []
+    for (sample, _), shares in zip(results, all_shares, strict=True):
         if sample.label is None:
             photos.append(Photo(sample, None, ""))
             continue
-        there = shares >= LEAST
-        either = sample.label | there
-        agreement = float((sample.label & there).sum() / either.sum()) if either.any() else 1.0
-        missed = [f"{name} is a tag and not found" for name in _names(sample.label & ~there, config)]
-        besides = [f"{name} is found and no tag" for name in _names(there & ~sample.label, config)]
+        present = shares >= LEAST
+        either = sample.label | present
+        agreement = float((sample.label & present).sum() / either.sum()) if either.any() else 1.0
+        missed = [f"{name} is a tag and not found" for name in _names(sample.label & ~present, config)]
+        besides = [f"{name} is found and not a tag" for name in _names(present & ~sample.label, config)]
         photos.append(Photo(sample, agreement, ", ".join([*missed, *besides])))
-        named.append((sample.label, there))
-    return _ordered(photos), _counts(named, config)
+        compared.append((sample.label, present))
+    return _ordered(photos), _counts(compared, config)
 
 
 def of_these_images(results: list[tuple[Sample, Path]]) -> list[tuple[Sample, Path]]:
-    """Those of images with their results that are of the images that are there now; others are named on stderr."""
-    old = [path for sample, path in results if is_of_another_image(path, sample.image)]
-    if old:
-        few = some([path.name for path in old], 3)
+    """Return the results whose image has not changed since. A warning on stderr names the others."""
+    outdated = [path for sample, path in results if is_of_another_image(path, sample.image)]
+    if outdated:
+        names = some([path.name for path in outdated], 3)
         print(
-            f"Warning: the report leaves out {len(old)} files of {old[0].parent} ({few}): they are of other images "
-            "than are there now. The command that wrote them makes them anew",
+            f"Warning: the report leaves out {len(outdated)} files of {outdated[0].parent} ({names}): their images "
+            "have changed since. The command that wrote the files makes them anew",
             file=sys.stderr,
         )
-    left_out = set(old)
+    left_out = set(outdated)
     return [(sample, path) for sample, path in results if path not in left_out]
 
 
-def mask_path(place: Path, sample: Sample) -> Path:
-    """The segmenter's mask of a photo, after the CRF if there is one."""
-    refined = place / "crf" / f"{sample.id}.png"
-    return refined if refined.exists() else place / "masks" / f"{sample.id}.png"
+def mask_path(folder: Path, sample: Sample) -> Path:
+    """Return the path of the segmenter's mask of a photo, after the CRF if there is one."""
+    refined = folder / "crf" / f"{sample.id}.png"
+    return refined if refined.exists() else folder / "masks" / f"{sample.id}.png"
 
 
 def _areas(path: Path, config: Config) -> np.ndarray:
-    """Share of a mask's pixels of each class, float64 (classes,)."""
+    """Return the share of a mask's pixels of each class, float64 (classes,)."""
     mask = read_mask(path)
     return np.bincount(mask.ravel(), minlength=256)[1 : 1 + len(config.classes)] / mask.size
 
 
-def _names(chosen: np.ndarray, config: Config) -> list[str]:
-    return [name for name, there in zip(config.classes, chosen, strict=True) if there]
+def _names(present: np.ndarray, config: Config) -> list[str]:
+    return [name for name, is_present in zip(config.classes, present, strict=True) if is_present]
 
 
 def _ordered(photos: list[Photo]) -> list[Photo]:
-    """Best first; those that cannot be compared last; equals in the list's order."""
+    """Sort photos: the best first, photos without a comparison last, equals in the list's order."""
     return sorted(photos, key=lambda photo: 1.0 if photo.agreement is None else -photo.agreement)
 
 
-def _counts(named: list[tuple[np.ndarray, np.ndarray]], config: Config) -> list[ClassCount]:
-    if not named:
+def _counts(compared: list[tuple[np.ndarray, np.ndarray]], config: Config) -> list[ClassCount]:
+    """Count photos by class, from the tags and the found classes of each photo."""
+    if not compared:
         return []
-    tags, there = (np.stack(own) for own in zip(*named, strict=True))
-    sums = [counts.sum(0).tolist() for counts in (tags, tags & there, tags & ~there, ~tags & there)]
+    tags, found = (np.stack(arrays) for arrays in zip(*compared, strict=True))
+    sums = [counts.sum(0).tolist() for counts in (tags, tags & found, tags & ~found, ~tags & found)]
     return [ClassCount(*row) for row in zip(config.classes, *sums, strict=True)]

@@ -1,6 +1,6 @@
-"""Predicted masks in the forms that annotation tools import: COCO's JSON, Label Studio's, and CVAT's.
+"""Predicted masks in the forms that annotation tools import: JSON of COCO and Label Studio, XML of CVAT.
 
-COCO's outlines and runs are made by pycocotools (``pip install pycocotools``).
+COCO's form needs pycocotools (``pip install pycocotools``).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class Writer(Protocol):
     """Collects the masks of images and writes them into one file."""
 
     file: str
-    """Its name."""
+    """Name of the file."""
 
     def add(self, image: str, mask: np.ndarray, scores: dict[int, float]) -> None:
-        """``mask`` uint8 (H, W), i + 1 for class i; ``scores`` of its values, from 0 to 1."""
+        """Add an image. ``mask`` is uint8 (H, W), i + 1 for class i; ``scores`` maps its values to 0 to 1."""
         ...
 
     def write(self, folder: Path) -> Path: ...
 
 
 class Coco:
-    """COCO's instances, one for each class of an image: runs (RLE), or with ``polygons`` outlines without holes.
+    """COCO's instances, one for each class of an image: runs (RLE), or outlines without holes with ``polygons``.
 
     Category ids are mask values.
     """
@@ -78,10 +78,10 @@ class Coco:
 
 
 class LabelStudio:
-    """Label Studio's tasks with predictions, one polygon for each region, in percent of the image's sides.
+    """Label Studio's tasks with predictions: one polygon for each region, in percent of the image's sides.
 
     They fit a labelling interface of ``<Image name="image" value="$image"/>`` and ``<PolygonLabels name="label"
-    toName="image">``. Holes are filled. ``image`` is the path that was predicted, which Label Studio has to serve.
+    toName="image">``. Holes are filled. ``image`` is the path of the predicted image. Label Studio has to serve it.
     """
 
     file = "label-studio.json"
@@ -116,7 +116,7 @@ class LabelStudio:
 
 
 class Cvat:
-    """CVAT's own XML, "CVAT for images 1.1": one mask for each class of an image, as runs along the rows of its box."""
+    """CVAT's XML, "CVAT for images 1.1": one mask for each class of an image, as runs along the rows of its box."""
 
     file = "cvat.xml"
 
@@ -150,7 +150,7 @@ FORMS = ("coco", "coco-polygons", "label-studio", "cvat")
 
 
 def writer(form: str, classes: Sequence[str]) -> Writer:
-    """The writer of a form. Raises UserError for an unknown one, or without pycocotools for COCO's."""
+    """Return the writer of a form. Raises UserError for an unknown form, and for COCO's without pycocotools."""
     if form in ("coco", "coco-polygons"):
         return Coco(classes, polygons=form == "coco-polygons")
     if form == "label-studio":
@@ -161,16 +161,17 @@ def writer(form: str, classes: Sequence[str]) -> Writer:
 
 
 def outlines(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    """The outer outline of each 8-connected region of bool (H, W): float64 (points, 2), x and y, at the pixels' edges.
+    """Yield the outer outline of each 8-connected region of bool (H, W), along the pixels' edges.
 
-    Points lie within half a pixel of the true outline.
+    An outline is float64 (points, 2), x and y. Points are within half a pixel of the true outline.
     """
-    # Of pixels twice as fine, whose centres are a quarter of a pixel inside the edge.
+    # Contours go through pixel centres. Those of pixels half the size are a quarter of a pixel inside the edge.
     fine = pixels.astype(np.uint8).repeat(2, 0).repeat(2, 1)
-    found, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    for contour in found:
-        simpler = cv2.approxPolyDP(contour, 0.75, True)
-        yield (simpler if len(simpler) > 2 else contour)[:, 0] / 2 + 0.25  # a line of pixels has no simpler one
+    contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    for contour in contours:
+        simplified = cv2.approxPolyDP(contour, 0.75, True)
+        outline = simplified if len(simplified) > 2 else contour  # a line of pixels would be simplified to two points
+        yield outline[:, 0] / 2 + 0.25
 
 
 def _values(mask: np.ndarray) -> list[int]:
@@ -178,14 +179,14 @@ def _values(mask: np.ndarray) -> list[int]:
 
 
 def _runs(flat: np.ndarray) -> list[int]:
-    """Lengths of runs of False and True in turn; the first is of False and may be 0."""
+    """Return the lengths of alternating runs of False and True. The first run is of False and may have length 0."""
     changes = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *changes.tolist(), len(flat)]).tolist()
     return [0, *runs] if flat[0] else runs
 
 
 def _printable(text: str) -> str:
-    """Without the characters that XML has no way to write."""
+    """Replace the characters that XML cannot hold."""
     return "".join(c if c in "\t\n" or (ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF) else "\ufffd" for c in text)
 
 

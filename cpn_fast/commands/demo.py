@@ -1,4 +1,4 @@
-"""``cpn-fast demo``: the chain on generated images, CPN beside a plain CAM of the same start and as many steps."""
+"""``cpn-fast demo``: the chain on generated images, with CPN and a plain CAM of the same start and number of steps."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ ROWS = {
     "CPN": ("demo",),
     "CPN, raw map": ("demo", "name=demo_raw", "cam.map=raw", "cam.mask_threshold=0.25"),
 }
-"""Row of the table -> config, and what is changed in it for seeds alone."""
+"""Row of the table -> config, and the keys that only its seeds change."""
 SHOWN, IMAGES, CELL = ("plain CAM", "CPN"), 5, (150, 112)
-"""Of the picture: rows of the table, how many of the validation list's images, pixels of each (README shows it)."""
+"""The picture (README shows it): rows of the table, number of validation images, size of each in pixels."""
 
 
 def run(out: Path) -> None:
-    """Generate the data set in ``out/data``, run both methods, print their mIoU and write pictures; then take CPN's
-    seeds through the other stages and print each one's mIoU."""
+    """Generate the data set in ``out/data``, train and score both methods, and run the other stages on CPN's seeds.
+
+    Prints the mIoU of each and writes ``out/demo.jpg``.
+    """
     console = terminal.console()
-    began = time.perf_counter()
+    started = time.perf_counter()
     console.print(f"Generating a data set in {out / 'data'}")
     generate(out / "data")
     console.print("Pretraining a small classifier on it, in place of ImageNet")
-    start = train.run(_config("demo_pretrain", out))
+    pretrained = train.run(_config("demo_pretrain", out))
     table = Table("method", "train mIoU (oracle threshold)", "validation mIoU (train's threshold)", "minutes")
     folders: dict[str, Path] = {}
     for row, (name, *overrides) in ROWS.items():
-        started = time.perf_counter()
-        weights = train.run(_config(name, out, f"model.weights={start}"))
-        config = _config(name, out, f"model.weights={start}", *overrides)
+        row_started = time.perf_counter()
+        weights = train.run(_config(name, out, f"model.weights={pretrained}"))
+        config = _config(name, out, f"model.weights={pretrained}", *overrides)
         scores = []
         threshold = None
         for list_name in ("train", "val"):
@@ -56,18 +58,18 @@ def run(out: Path) -> None:
             row,
             f"{train_scores.oracle.mean_iou:.1%}",
             f"{val_scores.fixed.mean_iou:.1%}",
-            f"{(time.perf_counter() - started) / 60:.1f}",
+            f"{(time.perf_counter() - row_started) / 60:.1f}",
         )
     console.print(table)
     console.print("The other stages: CRF, AffinityNet and random walk, then a segmenter that needs no tags")
-    config = _config("demo", out, f"model.weights={start}")
+    config = _config("demo", out, f"model.weights={pretrained}")
     chain.run(config)
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=True)
     picture = out / "demo.jpg"
     segmented = {"segmenter": config.run / "segment/val/crf"}
     runs = {name: folders[name] for name in SHOWN}
     write_gallery(picture, samples[:IMAGES], runs, segmented, config.classes, cell=CELL)
-    console.print(f"Pictures: {picture}. Took {(time.perf_counter() - began) / 60:.1f} minutes.")
+    console.print(f"Pictures: {picture}. Took {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
 def _config(name: str, out: Path, *overrides: str) -> Config:

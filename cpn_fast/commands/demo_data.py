@@ -1,8 +1,8 @@
-"""Generates the demo's data set: small animals with ground truth, in VOC's layout.
+"""Generator of the demo's data set: small animals with ground truth, in VOC's layout.
 
-Made so that a plain CAM falls short in the way it does on photographs: an animal is a small head in a colour of its
-own, the strong cue, and a large body, whose texture is a weak one and whose colour is often another class's. A
-classifier can do with the head alone. Each animal has a favourite ground, and untagged things lie about, some of them
+On these images a plain CAM fails as it does on photos: it finds only a part of an object. An animal has a small head,
+whose colour is a strong cue, and a large body, whose texture is a weak cue and whose colour is often that of another
+class. So a classifier needs only the head. Each animal has a favourite ground. Untagged things lie around, some of them
 in the colours of heads.
 """
 
@@ -30,30 +30,29 @@ SIZES = ((176, 144), (144, 176), (160, 160), (200, 150), (128, 160))
 FINE = 2
 """Pictures are drawn this many times larger and averaged down, which smooths every edge."""
 MIN_VISIBLE = 40
-"""Pixels that an animal must show after hiding behind others and losing its void border."""
+"""Pixels of an animal that must be visible, without those behind other animals and those of its void border."""
 VERSION = 1
-"""To be raised when the pictures change, so that data sets of older versions are replaced."""
+"""Raise this when the pictures change. Data sets of older versions are then replaced."""
 MARKER = "demo.json"
-"""Holds what ``generate`` was asked for."""
+"""File of a complete data set that holds the arguments of ``generate``."""
 FOLDERS = (("JPEGImages", ".jpg"), ("SegmentationClass", ".png"), ("Annotations", ".xml"))
 LISTS = "ImageSets/Segmentation"
 
 
 def generate(root: Path, *, seed: int = 0, train: int = 400, val: int = 100) -> None:
-    """Write ``train`` and ``val`` images, masks, annotations and lists into ``root``, unless they are there already.
+    """Write ``train`` and ``val`` images, masks, annotations and lists into ``root``. A complete data set is kept.
 
-    The same seed gives the same bytes, and no image depends on how many others there are. The folder appears in one
-    piece once complete; an incomplete or different data set of this function is replaced.
-
-    Raises UserError if ``root`` would have to be replaced and holds anything else.
+    The same seed gives the same bytes, and no image depends on the number of images. The folder appears only when it is
+    complete. An incomplete data set, or one of other arguments, is replaced. Raises UserError if ``root`` holds other
+    files.
     """
-    asked = json.dumps({"version": VERSION, "seed": seed, "train": train, "val": val})
+    arguments = json.dumps({"version": VERSION, "seed": seed, "train": train, "val": val})
     lists = {name: [f"{name}_{i:04d}" for i in range(count)] for name, count in (("train", train), ("val", val))}
     partial, replaced = (root.with_name(f".{root.name}.{kind}") for kind in ("partial", "replaced"))
     with owned(root.parent, part=root.name, waits=True):
-        for left in (partial, replaced):  # by a killed process
-            shutil.rmtree(left, ignore_errors=True)
-        if _is_complete(root, asked, lists):
+        for leftover in (partial, replaced):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+        if _is_complete(root, arguments, lists):
             return
         if root.exists() and not _is_ours(root):
             raise UserError(f"{root}: holds files that are not the demo's data set; name another folder or empty it")
@@ -63,25 +62,25 @@ def generate(root: Path, *, seed: int = 0, train: int = 400, val: int = 100) -> 
             for i, id_ in enumerate(ids):
                 _write(partial, id_, *_scene(np.random.default_rng([seed, split, i])))
             (partial / LISTS / f"{name}.txt").write_text("".join(f"{id_}\n" for id_ in ids))
-        (partial / MARKER).write_text(asked)
+        (partial / MARKER).write_text(arguments)
         if root.exists():
-            root.rename(replaced)  # in one piece too: half of it would be taken for another's folder
+            root.rename(replaced)  # not deleted in place: a half-deleted folder would look like a foreign one
         partial.rename(root)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _is_complete(root: Path, asked: str, lists: dict[str, list[str]]) -> bool:
+def _is_complete(root: Path, arguments: str, lists: dict[str, list[str]]) -> bool:
     marker = root / MARKER
     files = [root / folder / f"{id_}{suffix}" for folder, suffix in FOLDERS for ids in lists.values() for id_ in ids]
     files += [root / LISTS / f"{name}.txt" for name in lists]
-    return marker.is_file() and marker.read_text() == asked and all(file.is_file() for file in files)
+    return marker.is_file() and marker.read_text() == arguments and all(file.is_file() for file in files)
 
 
 def _is_ours(root: Path) -> bool:
     if not root.is_dir():
         return False
-    there = {path.name for path in root.iterdir()}
-    return not there or (MARKER in there and there <= {MARKER, "ImageSets", *(folder for folder, _ in FOLDERS)})
+    names = {path.name for path in root.iterdir()}
+    return not names or (MARKER in names and names <= {MARKER, "ImageSets", *(folder for folder, _ in FOLDERS)})
 
 
 def _write(root: Path, id_: str, image: np.ndarray, instances: np.ndarray, kinds: list[int]) -> None:
@@ -99,8 +98,8 @@ def _write(root: Path, id_: str, image: np.ndarray, instances: np.ndarray, kinds
         ElementTree.SubElement(thing, "name").text = DEMO_CLASSES[kind]
         box = ElementTree.SubElement(thing, "bndbox")
         y, x = np.nonzero(instances == i)
-        for tag, place in zip(("xmin", "ymin", "xmax", "ymax"), (x.min(), y.min(), x.max(), y.max()), strict=True):
-            ElementTree.SubElement(box, tag).text = str(place + 1)  # VOC counts from 1
+        for tag, edge in zip(("xmin", "ymin", "xmax", "ymax"), (x.min(), y.min(), x.max(), y.max()), strict=True):
+            ElementTree.SubElement(box, tag).text = str(edge + 1)  # VOC counts from 1
     ElementTree.indent(tree)
     (root / f"Annotations/{id_}.xml").write_bytes(ElementTree.tostring(tree))
 
@@ -132,7 +131,10 @@ class Animal:
 
 
 def _scene(rng: Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Image uint8 (H, W, 3), instances uint8 (H, W) (0 background, i + 1 for kinds[i], IGNORE on borders), kinds."""
+    """Return the image uint8 (H, W, 3), the instances uint8 (H, W), and the kinds of animals.
+
+    In the instances 0 is background, i + 1 is kinds[i], and borders are IGNORE.
+    """
     while True:
         width, height = SIZES[rng.integers(len(SIZES))]
         kinds = [int(kind) for kind in rng.choice(len(ANIMALS), rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))]
@@ -151,14 +153,14 @@ def _scene(rng: Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
 
 
 def _with_borders(instances: np.ndarray) -> np.ndarray:
-    """VOC leaves pixels along the outline of an object unlabelled: here one to each side."""
+    """Set the pixels along the outline of each object to IGNORE, one on each side, as VOC does."""
     edge = cv2.morphologyEx(instances, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     return np.where(edge, np.uint8(IGNORE), instances)
 
 
 @dataclass(frozen=True)
 class _Pose:
-    """Where an animal's body coordinates lie in the picture."""
+    """Position of an animal: maps its body coordinates to the picture."""
 
     x: float
     y: float
@@ -179,7 +181,7 @@ class _Pose:
 
 
 def _poses(rng: Generator, kinds: list[int], width: int, height: int) -> list[_Pose]:
-    """Large, medium and small animals that hardly overlap."""
+    """Return poses of large, medium and small animals that hardly overlap."""
     poses: list[_Pose] = []
     side = min(width, height)
     for kind in kinds:
@@ -198,7 +200,7 @@ SHADOW: Colour = (20, 20, 20)
 
 
 class _Picture:
-    """Pixels float32 (H, W, 3) in RGB, instances uint8 (H, W)."""
+    """A picture to draw on: pixels float32 (H, W, 3) in RGB, instances uint8 (H, W)."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
@@ -284,7 +286,7 @@ def _spiral(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _plates(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Honeycomb: dark where two lattice points are about equally near."""
+    """Return a honeycomb: dark where two lattice points are about equally near."""
     first = np.full(x.shape, np.inf)
     second = first.copy()
     for shift in (0, 0.5):
@@ -305,7 +307,7 @@ def _feathers(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _noise(rng: Generator, width: int, height: int, cell: int) -> np.ndarray:
-    """Smooth float32 (H, W) of about 0 to 1 whose hills are ``cell`` pixels wide."""
+    """Return smooth noise float32 (H, W) of about 0 to 1, whose hills are ``cell`` pixels wide."""
     coarse = rng.random((height // cell + 2, width // cell + 2), np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -365,7 +367,7 @@ GROUNDS: tuple[Ground, ...] = (_meadow, _water, _sand, _cobbles, _leaves)
 
 
 def _coat(rng: Generator, animal: Animal) -> np.ndarray:
-    """RGB of a body: half of the time its own class's colour, else anyone's."""
+    """Return the RGB of a body: half of the time the colour of its class, otherwise that of any class."""
     model = animal if rng.random() < 0.5 else ANIMALS[rng.integers(len(ANIMALS))]
     return np.array(model.coat) * rng.uniform(0.8, 1.2) + rng.normal(0, 8, 3)
 
@@ -377,7 +379,7 @@ def _somewhere(rng: Generator, picture: _Picture, low: float, high: float) -> _P
 
 
 def _bright(rng: Generator) -> Colour:
-    """The colour of some animal's head, or any other."""
+    """Return a random colour, sometimes that of an animal's head."""
     if rng.random() < 0.15:
         return ANIMALS[rng.integers(len(ANIMALS))].head_colour
     red, green, blue = (int(value) for value in rng.integers(40, 240, 3))

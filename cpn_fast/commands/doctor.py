@@ -1,4 +1,4 @@
-"""``cpn-fast doctor``: does everything that a run needs work on this machine, and if not, what mends it?"""
+"""``cpn-fast doctor``: check everything that a run needs on this machine, and say how to fix faults."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ State = Literal["ok", "slow", "broken"]
 
 
 class Finding(NamedTuple):
+    """The result of a check."""
+
     state: State
     """``slow``: a run works, but not at its best."""
     found: str
+    """What the check found, in words."""
     mend: str = ""
+    """What the user can do."""
 
 
 def run(config: Config | None) -> bool:
-    """Print a finding for every part, those of a config only if there is one; False if any is broken."""
+    """Print a finding for every part, and for a config's data if there is a config. Returns False if any is broken."""
     checks: dict[str, Callable[[], Finding]] = {
         "Python": python,
         "torch": pytorch,
@@ -55,7 +59,7 @@ def run(config: Config | None) -> bool:
         }
     if config is not None and config.hook is not None:
         checks["hook"] = lambda: hook(config)
-    table = Table("", "state", "found", "to mend it")
+    table = Table("", "state", "found", "how to fix it")
     findings = [examine(check) for check in checks.values()]
     colours = {"ok": "green", "slow": "yellow", "broken": "red"}
     for name, finding in zip(checks, findings, strict=True):
@@ -66,13 +70,13 @@ def run(config: Config | None) -> bool:
 
 
 def examine(check: Callable[[], Finding]) -> Finding:
-    """What a check finds; whatever it raises is a finding too."""
+    """Return the finding of a check. An exception of the check is a finding too."""
     try:
         return check()
     except UserError as error:
         return Finding("broken", str(error))
-    except Exception as error:  # a part that is broken may raise anything
-        return Finding("broken", f"{type(error).__name__}: {error}", "make setup installs every part anew")
+    except Exception as error:  # a broken part may raise anything
+        return Finding("broken", f"{type(error).__name__}: {error}", "make setup (installs every part anew)")
 
 
 def python() -> Finding:
@@ -85,9 +89,9 @@ def python() -> Finding:
 def pytorch() -> Finding:
     capability = torch.backends.cpu.get_cpu_capability()
     found = f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {capability}, which trains in "
-    found += f"{precision.default(torch.device('cpu'))} unless told otherwise"
+    found += f"{precision.default(torch.device('cpu'))} by default"
     if _driver() and torch.version.cuda is None:
-        return Finding("slow", f"{found}; a CPU build beside an NVIDIA driver", "pip install --force-reinstall torch")
+        return Finding("slow", f"{found}; a CPU build, but there is a GPU", "pip install --force-reinstall torch")
     return Finding("ok", found)
 
 
@@ -95,8 +99,8 @@ def gpu() -> Finding:
     driver = _driver()
     if not torch.cuda.is_available():
         if driver and torch.version.cuda is not None:
-            needed = f"torch was built for CUDA {torch.version.cuda}"
-            return Finding("broken", f"driver {driver} does not serve torch: {needed}", "update the NVIDIA driver")
+            found = f"driver {driver} does not work with torch, which was built for CUDA {torch.version.cuda}"
+            return Finding("broken", found, "update the NVIDIA driver")
         return Finding("slow", "none; everything runs on the CPU", "enough for the demo and configs/voc_mini.yaml")
     if torch.version.hip:
         mend = "torch for CUDA and an NVIDIA GPU; or HIP_VISIBLE_DEVICES=-1 to run on the CPU"
@@ -104,7 +108,7 @@ def gpu() -> Finding:
     properties = torch.cuda.get_device_properties(0)
     found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
     if properties.major < 8:
-        return Finding("slow", found, "the Triton kernels are made for sm_80 and newer: bf16 is slow before")
+        return Finding("slow", found, "a GPU of sm_80 or newer: the Triton kernels need it, and bf16 is slow before")
     return Finding("ok", f"{found}, driver {driver}")
 
 
@@ -118,28 +122,29 @@ def triton() -> Finding:
     ours, plain = (pixel_correlation(cam, embedding, backend=backend) for backend in ("triton", "eager"))
     error = (ours - plain).abs().max().item()
     if error > 1e-2:
-        return Finding("broken", f"{version}; a kernel errs by {error:.2g}", "install the triton that torch asks for")
-    return Finding("ok", f"{version}; compiles and agrees")
+        mend = "install the version of triton that torch requires"
+        return Finding("broken", f"{version}; a kernel has an error of {error:.2g}", mend)
+    return Finding("ok", f"{version}; compiles and agrees with the plain formula")
 
 
 def operations() -> Finding:
-    """Which backend each operation takes in the precision of training, and why where it is not the fastest."""
+    """Tell which backend each operation takes in the precision of training, and why it is not the fastest one."""
     from cpn_fast.kernels import backends
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = precision.default(device)
-    taken: dict[tuple[str, str | None], list[str]] = {}
+    precision_name = precision.default(device)
+    operations_of: dict[tuple[str, str | None], list[str]] = {}
     for name, (backend, reason) in backends(device, precision.dtype(None, device)).items():
-        taken.setdefault((backend, reason), []).append(name)
-    found = "; ".join(f"{backend} for {', '.join(names)}" for (backend, _), names in taken.items())
-    reasons = [reason for _, reason in taken if reason is not None]
+        operations_of.setdefault((backend, reason), []).append(name)
+    found = "; ".join(f"{backend} for {', '.join(names)}" for (backend, _), names in operations_of.items())
+    reasons = [reason for _, reason in operations_of if reason is not None]
     if device.type == "cuda" and reasons:
-        return Finding("slow", f"in {wanted}: {found}, because {'; '.join(reasons)}", "see docs/kernels.md")
-    return Finding("ok", f"in {wanted}: {found}")
+        return Finding("slow", f"in {precision_name}: {found}, because {'; '.join(reasons)}", "see docs/kernels.md")
+    return Finding("ok", f"in {precision_name}: {found}")
 
 
 def dali() -> Finding:
-    """Decode a JPEG, a PNG of 8 and one of 16 bits as training does."""
+    """Decode a JPEG, a PNG of 8 bits and a PNG of 16 bits as training does."""
     from nvidia.dali import Pipeline, fn, types
 
     from cpn_fast.pipelines.decode import build
@@ -161,13 +166,13 @@ def dali() -> Finding:
     pipeline.feed_input("jpeg", [_encoded(smooth, "JPEG")])
     for name, picture in zip(("gray", "deep"), maps, strict=True):
         pipeline.feed_input(name, [_encoded(picture, "PNG")])
-    jpeg, *found = (output.at(0).squeeze() for output in pipeline.run())
+    jpeg, *pngs = (output.at(0).squeeze() for output in pipeline.run())
     version = importlib.metadata.version(next(name for name in _installed() if name.startswith("nvidia-dali-cuda")))
-    wrong = [f"{picture.dtype} PNG" for picture, other in zip(maps, found, strict=True) if not (picture == other).all()]
+    wrong = [f"{picture.dtype} PNG" for picture, png in zip(maps, pngs, strict=True) if not (picture == png).all()]
     if np.abs(jpeg.astype(int) - smooth).max() > 8:
         wrong.append("JPEG")
     if wrong:
-        return Finding("broken", f"{version}; decodes wrongly: {', '.join(wrong)}", "install another DALI release")
+        return Finding("broken", f"{version}; wrong pixels from {', '.join(wrong)}", "install another DALI release")
     return Finding("ok", f"{version}; decodes JPEG and PNG of 8 and 16 bits")
 
 
@@ -182,7 +187,7 @@ SHARED_LIBRARY = 'LDFLAGS="-Wl,--no-as-needed -l:libstdc++.so.6" pip install --f
 
 
 def superpixels(settings: Superpixels) -> Finding:
-    """Segment a photo as the cache does; with fast-slic also in another process that has loaded torch."""
+    """Segment a photo as the cache does. With fast-slic, do so also in another process that has loaded torch."""
     from cpn_fast.commands.demo_data import generate
     from cpn_fast.data.images import read_image
     from cpn_fast.pipelines.superpixels import described, engine, segment
@@ -195,18 +200,16 @@ def superpixels(settings: Superpixels) -> Finding:
         if engine(settings) == "kernel":
             if torch.cuda.is_available():
                 return Finding("ok", found)
-            found += ". On a CPU the kernel's plain form makes them"
+            found += ". On a CPU the kernel's plain form makes them, which is slow"
             return Finding("slow", found, SHARED_LIBRARY + "--no-build-isolation fast-slic")
         script = BESIDE_TORCH.format(path=sys.path, image=str(image))
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        found += (
-            f"; beside torch it dies of {signal.Signals(-done.returncode).name}, which runs do not, for they keep it"
-        )
-        found += " in processes of its own"
+        finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if finished.returncode < 0:
+        found += f"; beside torch it dies of {signal.Signals(-finished.returncode).name}. Runs still work: they keep it"
+        found += " in separate processes"
         return Finding("slow", found, SHARED_LIBRARY + "--no-build-isolation --no-deps fast-slic")
-    if done.returncode > 0:
-        return Finding("broken", f"{found}; beside torch: {done.stderr.strip().splitlines()[-1]}", "make setup")
+    if finished.returncode > 0:
+        return Finding("broken", f"{found}; beside torch: {finished.stderr.strip().splitlines()[-1]}", "make setup")
     return Finding("ok", f"{found}, beside torch too")
 
 
@@ -226,11 +229,11 @@ def data(config: Config) -> Finding:
     from cpn_fast.data.dataset import cannot_be_learned, cannot_be_scored, load_samples
     from cpn_fast.pipelines.shards import training_list
 
-    samples, shards = training_list(config)  # of shards, the files may be elsewhere
+    samples, shards = training_list(config)  # with shards, the loose files may be missing
     tags = np.stack([sample.label for sample in samples if sample.label is not None])
-    place = config.data.train_list if shards is None else shards.folder
+    source = config.data.train_list if shards is None else shards.folder
     negatives = int((~tags.any(1)).sum())
-    found = f"{len(samples)} images in {place}, {tags.sum(1).mean():.2f} tags each"
+    found = f"{len(samples)} images in {source}, {tags.sum(1).mean():.2f} tags each"
     found += f", {negatives} of them negatives" if negatives else ""
     found += f", {sum(sample.mask is not None for sample in samples)} with a mask"
     doubts = cannot_be_learned(samples, config.classes)
@@ -238,11 +241,11 @@ def data(config: Config) -> Finding:
         scored = load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=None)
         doubts += cannot_be_scored(scored, config.classes, workers=config.train.data_threads)
     if doubts:
-        return Finding("slow", "; ".join([found, *doubts]), "the tags or the ground truth, before hours are spent")
+        return Finding("slow", "; ".join([found, *doubts]), "correct the tags or the ground truth before you train")
     try:
         load_samples(config.data, config.classes, config.segment.eval_list, labels=False, masks=False)
     except UserError as error:
-        return Finding("slow", f"{found}; segment.eval_list: {error}", "`segment` and `run` need it: name another list")
+        return Finding("slow", f"{found}; segment.eval_list: {error}", "name another list: `segment` and `run` need it")
     return Finding("ok", found)
 
 
@@ -250,7 +253,7 @@ def weights(config: Config) -> Finding:
     from cpn_fast.models.weights import read_weights
 
     if config.model.weights is None:
-        return Finding("ok", "none asked for (model.weights is null)")
+        return Finding("ok", "none (model.weights is null)")
     tensors = read_weights(config.model.weights)
     return Finding("ok", f"{config.model.weights}: {sum(map(torch.numel, tensors.values())):,} numbers")
 
@@ -265,23 +268,23 @@ def hook(config: Config) -> Finding:
 
 def disk(out: Path) -> Finding:
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
-    with tempfile.TemporaryFile(dir=folder) as file:  # raises where nothing can be written; leaves nothing when killed
+    with tempfile.TemporaryFile(dir=folder) as file:  # raises if the folder is read-only; a kill leaves no file
         file.write(b"0")
     free = shutil.disk_usage(folder).free / 2**30
-    # ResNet38d's two kept checkpoints take 1.7 GB, VOC's seeds at 230 kB a class 0.5 to 4 GB.
+    # ResNet38d's two kept checkpoints take 1.7 GB. VOC's seeds take 230 kB a class, 0.5 to 4 GB together.
     if free < 8:
-        return Finding("slow", f"{free:.1f} GiB free in {folder}", "a full VOC run writes up to 6 GB: make room")
+        return Finding("slow", f"{free:.1f} GiB free in {folder}", "make room: a full VOC run writes up to 6 GB")
     return Finding("ok", f"{free:.0f} GiB free in {folder}")
 
 
 def _driver() -> str | None:
-    """Version of the NVIDIA driver, None without one."""
+    """Return the version of the NVIDIA driver, or None without one."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout.split("\n")[0] if done.returncode == 0 else None
+    finished = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return finished.stdout.split("\n")[0] if finished.returncode == 0 else None
 
 
 def _installed() -> list[str]:

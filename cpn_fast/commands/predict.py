@@ -1,4 +1,4 @@
-"""Masks of single images by a trained network: ``cpn-fast predict``, and ``cpn_fast.load`` for programs."""
+"""Masks of single images from a trained network: ``cpn-fast predict``, and ``cpn_fast.load`` for programs."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ from cpn_fast.training import run_folder
 from cpn_fast.training.run_folder import own_config
 
 PRESENT = 0.5
-"""A class counts as present from this probability on, where ``CamModel`` is given no tags."""
+"""Without tags, ``CamModel`` finds a class if its probability is at least this."""
 
 
 class Prediction(NamedTuple):
-    """What a network sees in one image."""
+    """The prediction for one image."""
 
     probabilities: dict[str, float]
-    """Class name -> probability that the image shows it (a segmenter's: of its likeliest pixel), for all classes."""
+    """Class name -> probability that the image shows it, for all classes. A segmenter gives its likeliest pixel's."""
     seed: Seed
-    """Scores (of a segmenter: probabilities) of the classes that were given as tags or found."""
+    """Scores of the classes that were given as tags or found. A segmenter's scores are probabilities."""
     mask: np.ndarray
     """uint8 (H, W): 0 background, i + 1 for ``Model.classes[i]``."""
 
 
 EXPORTS = (".pt2", ".onnx")
-"""Endings of what ``Model.export`` writes."""
+"""Endings of the files that ``Model.export`` writes."""
 Net = TypeVar("Net", bound=Headed)
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
 Tags: TypeAlias = "str | Sequence[str] | None"
@@ -76,10 +76,10 @@ class Model:
     """A trained network with its config: a ``CamModel`` or a ``Segmenter``."""
 
     blank: str
-    """What it means that no class was found in an image."""
+    """Words for an image in which no class was found."""
     network: Headed
     outputs: tuple[str, ...]
-    """Names of what an exported network gives."""
+    """Names of an exported network's outputs."""
 
     def __init__(self, config: Config, weights: Path) -> None:
         self.config, self.weights = config, weights
@@ -93,60 +93,65 @@ class Model:
     @overload
     def predict(self, image: list[Picture], tags: Tags = None) -> list[Prediction]: ...
     def predict(self, image: Picture | list[Picture], tags: Tags = None) -> Prediction | list[Prediction]:
-        """Segment an image, or each of a list: a file's path, a PIL image, or uint8 RGB (H, W, 3), RGBA or gray (H, W).
+        """Segment an image or a list of images: file paths, PIL images, or uint8 RGB (H, W, 3), RGBA or gray (H, W).
 
-        tags: the classes that it shows, as at training, or the one; None takes those whose probability is at least
-        ``PRESENT``. A segmenter takes no tags. Raises UserError for a missing or damaged file and for a tag that is no
-        class, ValueError for an array of another kind.
+        ``tags``: the classes that the image shows, as in training, or one class. None takes the classes whose
+        probability is at least ``PRESENT``. A segmenter takes no tags. Raises UserError for a missing or damaged file
+        and for an unknown tag, ValueError for another kind of array.
         """
         images = image if isinstance(image, list) else [image]
         files = all(isinstance(each, (str, Path)) for each in images)
         with nullcontext("") if files else tempfile.TemporaryDirectory() as folder:
             paths = [_as_file(each, Path(folder) / f"{number}.png") for number, each in enumerate(images)]
-            found = dict(self.predict_files(list(dict.fromkeys(paths)), tags))
-        predictions = [found[path] for path in paths]
+            by_path = dict(self.predict_files(list(dict.fromkeys(paths)), tags))
+        predictions = [by_path[path] for path in paths]
         return predictions if isinstance(image, list) else predictions[0]
 
     def predict_files(
         self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
     ) -> Iterator[tuple[Path, Prediction]]:
-        """As ``predict``, for many files, the largest first. ``tags`` may differ by path; None of those left out."""
+        """Yield the predictions of many files, the largest files first.
+
+        ``tags`` is as in ``predict``, or maps paths to tags. A path that is not in the mapping has None.
+        """
         raise NotImplementedError
 
     def graph(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        """What ``export`` writes, and examples of what it takes beside images."""
+        """Return the module that ``export`` writes, and examples of its inputs after the images."""
         raise NotImplementedError
 
     def export(self, path: Path | str) -> None:
-        """Write the network as a program of ``torch.export`` (.pt2) or as ONNX (.onnx), which need no cpn_fast to run.
+        """Write the network as a program of ``torch.export`` (.pt2) or as ONNX (.onnx). Both run without cpn_fast.
 
-        It takes images, float32 RGB (N, 3, H, W) from 0 to 255. A ``CamModel`` also takes tags, float32 (N, classes) of
-        0 and 1, and gives the probability of each class, (N, classes), and the map ``cam.map`` of the tagged ones, at
-        least 0, (N, classes, H, W). A ``Segmenter`` gives the probability of background and of each class, (N, 1 +
-        classes, H, W). N, H and W are free, H and W from 17 on. It is one scale without a flip or CRF, in float32; PCM
-        is the plain formula, which holds the affinities of all pairs of cells. ONNX needs ``pip install onnx
-        onnxscript``. Raises UserError if the file cannot be written.
+        The program takes images, float32 RGB (N, 3, H, W) from 0 to 255, for any N and for H and W from 17 on. A
+        ``CamModel`` also takes tags, float32 (N, classes) of 0 and 1. It gives the probability of each class, (N,
+        classes), and the map ``cam.map`` of the tagged classes, at least 0, (N, classes, H, W). A ``Segmenter`` gives
+        the probability of background and of each class, (N, 1 + classes, H, W).
+
+        The program has one scale without flip or CRF, in float32. PCM is the plain formula, which holds the affinities
+        of all pairs of cells. ONNX needs ``pip install onnx onnxscript``. Raises UserError if the file cannot be
+        written.
         """
         path = Path(path)
         if path.suffix not in EXPORTS:
             raise UserError(f"{path}: expected a name that ends in {' or '.join(EXPORTS)}")
         if path.suffix == ".onnx" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
-            raise UserError(f"{path}: ONNX is written by packages that are not installed: pip install onnx onnxscript")
-        graph, others = self.graph()
+            raise UserError(f"{path}: ONNX needs packages that are not installed: pip install onnx onnxscript")
+        graph, other_inputs = self.graph()
         device = next(graph.parameters()).device
         side = self.network.backbone.fit(97)
         free = torch.export.Dim.AUTO
         with torch.no_grad():
             program = torch.export.export(
                 graph.eval().to(device),
-                (torch.zeros(2, 3, side, side, device=device), *others),
-                dynamic_shapes=({0: free, 2: free, 3: free}, *({0: free} for _ in others)),
+                (torch.zeros(2, 3, side, side, device=device), *other_inputs),
+                dynamic_shapes=({0: free, 2: free, 3: free}, *({0: free} for _ in other_inputs)),
             )
             create(path, _onnx(program, self.outputs) if path.suffix == ".onnx" else _saved(program))
 
 
 def _as_file(image: Picture, path: Path) -> Path:
-    """Where the pipelines can read an image: its file, or ``path``, to which its pixels are written."""
+    """Return the path of an image's file. Pixels are written to ``path``, so that the pipelines can read them."""
     if isinstance(image, (str, Path)):
         return Path(image)
     if isinstance(image, np.ndarray):
@@ -163,7 +168,7 @@ def _as_file(image: Picture, path: Path) -> Path:
 
 
 class Segmenter(Model):
-    """DeepLab, which needs no tags; images go through the same steps as in ``cpn-fast segment``, CRF included."""
+    """DeepLab, which needs no tags. Images go through the same steps as in ``cpn-fast segment``, CRF included."""
 
     blank = "no pixel is of a class"
 
@@ -182,24 +187,22 @@ class Segmenter(Model):
         self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
     ) -> Iterator[tuple[Path, Prediction]]:
         if tags is not None:
-            raise UserError(
-                "tags were given, and the model is a segmenter, which finds the classes itself: leave them out"
-            )
+            raise UserError("the model is a segmenter, which finds the classes itself: give it no tags")
         samples = [Sample(path.stem, path, None, None) for path in paths]
         for batch in images_for(self.network, samples, self.config, self.config.segment.scales, batch=1):
             path = paths[batch.indices[0]]
             (probabilities,) = class_probabilities(self.network, batch, self.config)
             require_finite(probabilities, self.weights, path.name)
             mask = mask_of(probabilities, path, self.config.segment.crf)
-            found = np.setdiff1d(mask, 0).astype(np.int64)
+            values = np.setdiff1d(mask, 0).astype(np.int64)
             scores = dict(zip(self.classes, probabilities[1:].max((1, 2)).tolist(), strict=True))
-            yield path, Prediction(scores, Seed(found - 1, probabilities[found]), mask)
+            yield path, Prediction(scores, Seed(values - 1, probabilities[values]), mask)
 
 
 class CamModel(Model):
-    """A network of CPN, SEAM or the plain CAM; images go through the same steps as in ``cpn-fast cam``."""
+    """A network of CPN, SEAM or the plain CAM. Images go through the same steps as in ``cpn-fast cam``."""
 
-    blank = f"no class has a probability of {PRESENT} (see the JSON); --tags names what is there"
+    blank = f"no class has a probability of {PRESENT} (see the JSON); give their classes with --tags"
     network: Network
     outputs = ("probabilities", "maps")
 
@@ -208,47 +211,51 @@ class CamModel(Model):
         self.network, self.device = network, device
 
     def with_map(self, kind: Literal["refined", "raw"]) -> CamModel:
-        """The same network, whose ``kind`` of map becomes the seed (``cam.map``)."""
+        """Return a model of the same network with another kind of map as the seed (``cam.map``)."""
         cam = self.config.cam.model_copy(update={"map": kind})
         return CamModel(self.config.model_copy(update={"cam": cam}), self.weights, self.network, self.device)
 
     def predict_files(
         self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
     ) -> Iterator[tuple[Path, Prediction]]:
-        by_path = {path: self._indicator(own) for path, own in tags.items()} if isinstance(tags, Mapping) else None
-        for_all = None if tags is None or isinstance(tags, Mapping) else self._indicator(tags)
+        by_path: dict[Path, Tensor] = {}
+        if isinstance(tags, Mapping):
+            by_path = {path: self._indicator(image_tags) for path, image_tags in tags.items()}
+        elif tags is not None:
+            by_path = dict.fromkeys(paths, self._indicator(tags))
         samples = [Sample(path.stem, path, None, None) for path in paths]
         batches = images_for(self.network, samples, self.config, self.config.cam.scales, batch=1)
         for batch in batches:
+            path = paths[batch.indices[0]]
             with torch.inference_mode(), autocast(self.config.train.precision, self.device):
                 probabilities = self._probabilities(batch.scales[nearest_scale(batch)])
-                given = for_all if by_path is None else by_path.get(paths[batch.indices[0]])
-                present = probabilities >= PRESENT if given is None else given
+                present = by_path.get(path, probabilities >= PRESENT)
                 (cam,) = summed_cams(self.network, batch, present[None], self.config.cam).cams
             seed = Seed(present.nonzero().squeeze(1).numpy(), unit_scale(cam).cpu().numpy())
-            for found in (probabilities.numpy(), seed.cam):
-                require_finite(found, self.weights, paths[batch.indices[0]].name)
+            for values in (probabilities.numpy(), seed.cam):
+                require_finite(values, self.weights, path.name)
             scores = dict(zip(self.classes, probabilities.tolist(), strict=True))
-            yield paths[batch.indices[0]], Prediction(scores, seed, seed.mask(self.config.cam.mask_threshold))
+            yield path, Prediction(scores, seed, seed.mask(self.config.cam.mask_threshold))
 
     def graph(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return _CamGraph(network, self.config.cam.map), (torch.ones(2, len(self.classes), device=self.device),)
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        """float32 (classes,) on the CPU, of one image (1, 3, H, W)."""
-        # Refinement plays no part in the logits, so any tags will do.
+        """Return the class probabilities of one image (1, 3, H, W), float32 (classes,) on the CPU."""
+        # The logits do not depend on the refinement, so any tags will do.
         cams = self.network(images.contiguous(memory_format=torch.channels_last), images.new_ones(1, len(self.classes)))
         return pooled_logits(cams.raw[:, 1:].float(), size=(images.shape[2], images.shape[3]))[0].sigmoid().cpu()
 
     def _indicator(self, tags: str | Sequence[str]) -> Tensor:
+        """Return which classes are tags, bool (classes,)."""
         tags = [tags] if isinstance(tags, str) else tags
         unknown = sorted(set(tags) - set(self.classes))
         if unknown:
-            near = (difflib.get_close_matches(name, self.classes, n=1) for name in unknown)
-            hint = "".join(f"; did you mean {found[0]}?" for found in near if found)
-            named = f"tags that are no class: {', '.join(unknown)}{hint or '.'}"
-            raise UserError(f"{named} Classes are: {', '.join(self.classes)}")
+            all_matches = (difflib.get_close_matches(name, self.classes, n=1) for name in unknown)
+            hint = "".join(f"; did you mean {matches[0]}?" for matches in all_matches if matches)
+            problem = f"tags that are not classes: {', '.join(unknown)}{hint or '.'}"
+            raise UserError(f"{problem} Classes are: {', '.join(self.classes)}")
         return torch.tensor([name in tags for name in self.classes])
 
 
@@ -259,16 +266,16 @@ def _saved(program: torch.export.ExportedProgram) -> bytes:
 
 
 def _onnx(program: torch.export.ExportedProgram, outputs: Sequence[str]) -> bytes:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, and says so
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a missing torchvision
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecations inside the exporter
-        written = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
-    assert written is not None
-    return written.model_proto.SerializeToString()
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        onnx_program = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+    assert onnx_program is not None
+    return onnx_program.model_proto.SerializeToString()
 
 
 class _Normalised(nn.Module):
-    """A network that takes RGB from 0 to 255."""
+    """A network with its normalisation: it takes RGB from 0 to 255."""
 
     mean: Tensor
     std: Tensor
@@ -284,7 +291,7 @@ class _Normalised(nn.Module):
 
 
 class _CamGraph(_Normalised):
-    """What ``Model.export`` writes of a ``CamModel``."""
+    """The module that ``Model.export`` writes for a ``CamModel``."""
 
     def __init__(self, network: Network, kind: Literal["refined", "raw"]) -> None:
         super().__init__(network)
@@ -300,7 +307,7 @@ class _CamGraph(_Normalised):
 
 
 class _SegmenterGraph(_Normalised):
-    """What ``Model.export`` writes of a ``Segmenter``."""
+    """The module that ``Model.export`` writes for a ``Segmenter``."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.network(self.normalised(images))
@@ -308,53 +315,53 @@ class _SegmenterGraph(_Normalised):
 
 
 def load(path: Path | str, device: str | torch.device | None = None) -> Model:
-    """A trained model, ready to predict.
+    """Load a trained model for predictions.
 
     >>> model = cpn_fast.load("runs/voc")
-    >>> prediction = model.predict("photo.jpg", ["dog", "person"])  # without the names it finds out itself
+    >>> prediction = model.predict("photo.jpg", ["dog", "person"])  # without names the model finds the classes
     >>> prediction.mask, prediction.probabilities["dog"]  # uint8 (H, W), from 0 to 1
 
-    path: the folder of a run or of its segmenter (``RUN/segment/deeplab``), or a file of weights with its
-    ``config.yaml`` beside it or one folder up (where a checkpoint's is). device: by default CUDA where there is one.
+    ``path``: the folder of a run or of its segmenter (``RUN/segment/deeplab``), or a file of weights with a
+    ``config.yaml`` beside it or one folder up (as for a checkpoint). ``device``: by default CUDA if there is one.
     Raises UserError if either file is missing or damaged.
     """
     path = Path(path)
     weights = path / "model.safetensors" if path.is_dir() else path
     if not weights.exists():
-        there = ", ".join(str(file.parent) for file in sorted(path.glob("*/model.safetensors")))
-        hint = f"trained runs there: {there}" if there else "`cpn-fast train` writes a run's model.safetensors"
+        runs = ", ".join(str(file.parent) for file in sorted(path.glob("*/model.safetensors")))
+        hint = f"trained runs there: {runs}" if runs else "`cpn-fast train` writes a run's model.safetensors"
         raise UserError(f"{weights}: no such file of weights; {hint}")
     config = _config_of(weights)
     if path.is_dir():
         weights = chosen(path, config)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tensors = to_network_keys(read_weights(weights))
 
     def loaded(network: Net) -> Net:
         load_into(network, tensors, source=weights)
-        return fold(network.eval()).to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return fold(network.eval()).to(torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     if "cls_conv.weight" in tensors:
         return Segmenter(config, weights, loaded(build_deeplab(config)))
     if "f8_5.weight" in tensors:
         raise UserError(
-            f"{weights}: AffinityNet's weights, which tell what belongs together and know no classes; give the folder "
-            "of the run, or of its segmenter (RUN/segment/deeplab)"
+            f"{weights}: these are AffinityNet's weights, which know no classes; give the folder of the run, or of its "
+            "segmenter (RUN/segment/deeplab)"
         )
-    return CamModel(config, weights, loaded(build_network(config)), place)
+    return CamModel(config, weights, loaded(build_network(config)), torch_device)
 
 
 def _config_of(weights: Path) -> Config:
-    """The config beside a file of weights. Where that is missing, damaged, or of other weights, their own decides."""
-    found = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
-    source = next((file for file in found if file.exists()), None)
-    own = own_config(weights)
-    if source is None and own is None:
+    """Return the config beside a file of weights, or the config in the weights if the file is missing or differs."""
+    candidates = [folder / "config.yaml" for folder in weights.absolute().parents[:2]]
+    source = next((file for file in candidates if file.exists()), None)
+    stored = own_config(weights)
+    if source is None and stored is None:
         raise UserError(f"{weights}: no config.yaml beside it; keep the two files of a run together")
-    if own is None:
+    if stored is None:
         assert source is not None
         return read(reading.read_bytes(source, reading.CONFIG).decode(errors="replace"), str(source))
-    config = read(own, str(weights))
+    config = read(stored, str(weights))
     if source is None:
         return config
     try:
@@ -364,21 +371,27 @@ def _config_of(weights: Path) -> Config:
         differing = "it cannot be read"
     if not differing:
         return beside
-    print(f"Warning: {source} is not what {weights} was trained with ({differing}): its own is taken", file=sys.stderr)
+    print(
+        f"Warning: {source} is not the config that {weights} was trained with ({differing}). The config in the weights "
+        "is used",
+        file=sys.stderr,
+    )
     return config
 
 
 class Predicted(NamedTuple):
-    """What ``run`` made."""
+    """The result of ``run``."""
 
     images: int
+    """Number of images that were predicted."""
     unreadable: list[str]
     """The images that could not be read, each with the reason."""
     left_out: list[Path]
-    """Files in the folders that are no images by their ending."""
+    """Files in the folders whose endings are not of images."""
     remarks: list[str]
-    """Sentences on images in which no class was found, and on those that a file of tags lacks."""
+    """Sentences on images in which no class was found, and on images that a file of tags lacks."""
     annotations: list[Path]
+    """The files of annotations."""
 
 
 def run(
@@ -386,106 +399,110 @@ def run(
 ) -> Predicted:
     """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``, and files of annotations.
 
-    A folder stands for the images in it and in its folders, whose names their ids keep; hidden files and folders are
-    passed over. ``tags``: of all images, or a source of labels (``data.labels``) with those of each. ``forms`` are some
-    of ``annotations.FORMS``. An image that cannot be read does not stop the others. Raises UserError if nothing can be
-    predicted.
+    A folder stands for the images in it and its subfolders, without hidden files and folders; the ids keep the names of
+    subfolders. ``tags``: the tags of all images, or a source of labels (``data.labels``) with the tags of each.
+    ``forms``: some of ``annotations.FORMS``. An image that cannot be read does not stop the others. Raises UserError if
+    nothing can be predicted.
     """
-    chosen, left_out = _find(images)
+    paths, left_out = _find(images)
     trained = load(model)
     writers = [writer(form, trained.classes) for form in forms]
-    reserved = sorted(set(chosen) & {Path(own.file).stem for own in writers})
+    reserved = sorted(set(paths) & {Path(form_writer.file).stem for form_writer in writers})
     if reserved:
         raise UserError(f"images are called {', '.join(reserved)}, and so are files of --annotations: rename them")
     remarks = []
-    given: Tags | Mapping[Path, Sequence[str]] = None if isinstance(tags, Path) else tags
+    tags_of: Tags | Mapping[Path, Sequence[str]] = None if isinstance(tags, Path) else tags
     if isinstance(tags, Path):
-        labels = read_labels(tags, chosen.keys(), trained.classes)
-        given = {
-            chosen[id_]: [name for name, there in zip(trained.classes, label, strict=True) if there]
+        labels = read_labels(tags, paths.keys(), trained.classes)
+        tags_of = {
+            paths[id_]: [name for name, present in zip(trained.classes, label, strict=True) if present]
             for id_, label in labels.items()
         }
-        if unknown := [str(path) for id_, path in chosen.items() if id_ not in labels]:
+        if untagged := [str(path) for id_, path in paths.items() if id_ not in labels]:
             remarks.append(
-                f"{tags} has no tags of {len(unknown)} images ({some(unknown, 3)}): the model found their classes"
+                f"{tags} has no tags of {len(untagged)} images ({some(untagged, 3)}): the model found their classes"
             )
-    ids = {path: id_ for id_, path in chosen.items()}
+    ids = {path: id_ for id_, path in paths.items()}
     unreadable: list[str] = []
     blank = 0
     weights_sha256 = reading.sha256(trained.weights, reading.WEIGHTS)
     with owned(out):
-        remove_partials(*{out, *((out / id_).parent for id_ in chosen)})
-        for image, prediction in track(_readable(trained, list(ids), given, unreadable), "predict", total=len(ids)):
-            place = out / ids[image]
-            write_mask(place.with_name(f"{place.name}_mask.png"), prediction.mask)
-            with replacing(place.with_name(f"{place.name}_overlay.png")) as file:
+        remove_partials(*{out, *((out / id_).parent for id_ in paths)})
+        for image, prediction in track(_readable(trained, list(ids), tags_of, unreadable), "predict", total=len(ids)):
+            stem = out / ids[image]
+            mask_path = stem.with_name(f"{stem.name}_mask.png")
+            write_mask(mask_path, prediction.mask)
+            with replacing(stem.with_name(f"{stem.name}_overlay.png")) as file:
                 Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
             summary = {"image": str(image), **_summary(trained, prediction)}
-            made_of = {"image": image_digest(image), "weights_sha256": weights_sha256}
-            write_json(place.with_name(f"{place.name}.json"), {**summary, "made_of": made_of}, indent=2)
-            tell("prediction", mask=place.with_name(f"{place.name}_mask.png"), **summary)
-            for own in writers:
-                scores = [round(prediction.probabilities[name], 4) for name in trained.classes]
-                own.add(str(image), prediction.mask, dict(enumerate(scores, 1)))
+            provenance = {"image": image_digest(image), "weights_sha256": weights_sha256}
+            write_json(stem.with_name(f"{stem.name}.json"), {**summary, "made_of": provenance}, indent=2)
+            tell("prediction", mask=mask_path, **summary)
+            scores = [round(prediction.probabilities[name], 4) for name in trained.classes]
+            for form_writer in writers:
+                form_writer.add(str(image), prediction.mask, dict(enumerate(scores, 1)))
             blank += not len(prediction.seed.classes)
         if blank:
             remarks.append(f"In {blank} {trained.blank}")
-        written = [own.write(out) for own in writers]
-    return Predicted(len(ids) - len(unreadable), unreadable, left_out, remarks, written)
+        annotations = [form_writer.write(out) for form_writer in writers]
+    return Predicted(len(ids) - len(unreadable), unreadable, left_out, remarks, annotations)
 
 
 def _readable(
     model: Model, paths: list[Path], tags: Tags | Mapping[Path, Sequence[str]], unreadable: list[str]
 ) -> Iterator[tuple[Path, Prediction]]:
-    """Predictions of those that can be read; the others go into ``unreadable``."""
-    left = dict.fromkeys(paths)
-    while left:
+    """Yield the predictions of the images that can be read. Adds the others to ``unreadable``."""
+    remaining = dict.fromkeys(paths)
+    while remaining:
         try:
-            for path, prediction in model.predict_files(list(left), tags):
-                del left[path]
+            for path, prediction in model.predict_files(list(remaining), tags):
+                del remaining[path]
                 yield path, prediction
         except UnreadableImage as error:
-            if error.path not in left:
+            if error.path not in remaining:
                 raise
-            del left[error.path]
+            del remaining[error.path]
             unreadable.append(f"{error.path} ({error.reason})")
 
 
-def _find(given: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """Id -> image, and the files that were left out. Raises UserError if an image is missing or two have one id."""
-    found: list[tuple[str, Path]] = []
+def _find(images: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
+    """Return id -> image of files and folders, and the files that are not images.
+
+    Raises UserError if an image is missing, if two have the same id, or if a name is too long.
+    """
+    paths: list[tuple[str, Path]] = []
     left_out: list[Path] = []
-    missing = [str(path) for path in given if not path.exists()]
+    missing = [str(path) for path in images if not path.exists()]
     if missing:
         raise UserError(f"no such file: {some(missing)}")
-    for path in given:
+    for path in images:
         if not path.is_dir():
-            found.append((path.stem, path))
+            paths.append((path.stem, path))
             continue
         files = [file for file in sorted(path.rglob("*")) if file.is_file() or file.is_symlink()]
-        seen = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        own = [file for file in seen if file.suffix.lower() in IMAGE_SUFFIXES]
-        if not own:
+        visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        in_folder = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not in_folder:
             raise UserError(f"{path}: no images in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-        found += [(file.relative_to(path).with_suffix("").as_posix(), file) for file in own]
-        left_out += [file for file in seen if file not in own]
-    counts = Counter(id_ for id_, _ in found)
-    twice = sorted(id_ for id_, count in counts.items() if count > 1)
-    if twice:
+        paths += [(file.relative_to(path).with_suffix("").as_posix(), file) for file in in_folder]
+        left_out += [file for file in visible if file not in in_folder]
+    counts = Counter(id_ for id_, _ in paths)
+    repeated = sorted(id_ for id_, count in counts.items() if count > 1)
+    if repeated:
         raise UserError(
-            f"several images are called {some(twice)}, and their masks too: "
-            "rename them, or give one folder that holds them all"
+            f"several images are called {some(repeated)}, and so would be their masks: rename them, or give one folder "
+            "that holds them all"
         )
-    long = [str(path) for id_, path in found if len(os.fsencode(Path(id_).name)) > 255 - len("_overlay.png")]
-    if long:
+    too_long = [str(path) for id_, path in paths if len(os.fsencode(Path(id_).name)) > 255 - len("_overlay.png")]
+    if too_long:
         raise UserError(
-            f"names too long to have _overlay.png behind them, at most 243 bytes: rename {', '.join(long[:3])}"
+            f"names of more than 243 bytes are too long for a file NAME_overlay.png: rename {', '.join(too_long[:3])}"
         )
-    return dict(found), left_out
+    return dict(paths), left_out
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
-    # The segmenter's background is a class like the others.
+    # A segmenter has no background score: its background is a class like the others.
     threshold = {"background_score": model.config.cam.mask_threshold} if isinstance(model, CamModel) else {}
     areas = np.bincount(prediction.mask.ravel(), minlength=1 + len(model.classes)) / prediction.mask.size
     return {

@@ -42,32 +42,31 @@ Item = TypeVar("Item")
 SHOWN = 8
 """Images in each of the galleries of the best and the worst."""
 SIDE, HEATS = 320, 4
-"""Most pixels of a picture's side, and most tagged classes of an image that have one: so a gallery has an end."""
+"""Most pixels of a picture's side, and most heat maps of an image. They bound the page's size."""
 
 
 class Report(NamedTuple):
-    """What ``run`` wrote."""
+    """The result of ``run``."""
 
     page: Path
     next: str
-    """A command that goes on from here."""
+    """The command to run next."""
 
 
 def run(folder: Path, overrides: list[str] | None = None) -> Report:
-    """Write ``report.html`` into a run's folder from what is there by now.
+    """Write ``report.html`` into a run's folder, from the results that exist so far.
 
-    ``overrides`` as ``config_file.load`` takes them, such as ``data.root=FOLDER`` where the images now lie.
-
-    Raises UserError if the folder holds no run, or if files that it refers to are gone.
+    ``overrides`` are as in ``config_file.load``, such as ``data.root=FOLDER`` for images that were moved. Raises
+    UserError if the folder holds no run, or if files that it refers to are missing.
     """
     if not (folder / "config.yaml").exists():
-        there = ", ".join(str(file.parent) for file in sorted(folder.glob("*/config.yaml"))) or "as in runs/voc"
-        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {there}")
+        runs = ", ".join(str(file.parent) for file in sorted(folder.glob("*/config.yaml"))) or "for example runs/voc"
+        raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {runs}")
     config = load(folder / "config.yaml", overrides)
     environment = folder / "environment.json"
     model = load_model(folder) if (folder / "model.safetensors").exists() else None
-    found = sorted(folder.glob("evaluation/*/*/evaluation.json"))
-    evaluations = [_evaluation(path, config, model) for path in found]
+    evaluation_paths = sorted(folder.glob("evaluation/*/*/evaluation.json"))
+    evaluations = [_evaluation(path, config, model) for path in evaluation_paths]
     trained = "segmenter" if isinstance(model, Segmenter) else config.method
     page = Environment(autoescape=True, trim_blocks=True).from_string(
         files("cpn_fast.commands").joinpath("report.html").read_text()
@@ -76,15 +75,15 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
         images = len(load_samples(config.data, config.classes, config.data.train_list, labels=False, masks=False))
     else:
         images = len(training_list(config)[0])
-    scored = {path.parent.name for path in found}
-    results = [own for own in all_found(folder, config) if not any(_is_of(name, own) for name in scored)]
+    scored = {path.parent.name for path in evaluation_paths}
+    results = [result for result in all_found(folder, config) if not any(_is_of(name, result) for name in scored)]
     why, then = _next(folder, config, model, overrides or [])
     html = page.render(
         name=config.name,
         next={"why": why, "command": then},
         scoring=_scoring(folder, config, results, overrides or []),
         masks=config.data.root / config.data.masks,
-        results=[_result(own, folder, config) for own in results],
+        results=[_result(result, folder, config) for result in results],
         sure=SURE,
         least=LEAST,
         subtitle=f"{trained} with {config.model.backbone} on {images} images of {len(config.classes)} classes",
@@ -115,11 +114,12 @@ def _json(path: Path) -> Any:
 
 
 def _next(folder: Path, config: Config, model: Model | None, overrides: list[str]) -> tuple[str, str]:
-    """The step after those that were made: why, and the command."""
-    own = [str(folder / "config.yaml")]
-    moved = _here(folder, config, overrides)
+    """Return the reason for the next step, and its command."""
+    config_path = str(folder / "config.yaml")
+    run_overrides = _run_overrides(folder, config, overrides)
     if model is None:
-        return "The training is not at its end. This goes on with it:", command_line("train", *own, overrides=moved)
+        why = "The training is not finished. This command continues it:"
+        return why, command_line("train", config_path, overrides=run_overrides)
     photo = _photo(config)
     if isinstance(model, Segmenter):
         return _PREDICT, command_line("predict", photo, "--model", folder)
@@ -127,37 +127,37 @@ def _next(folder: Path, config: Config, model: Model | None, overrides: list[str
     if (segmenter / "model.safetensors").is_file():
         return _PREDICT, command_line("predict", photo, "--model", segmenter)
     if not any(folder.glob("cams/*/seeds")):
-        return "See what the network found in the photos:", command_line("cam", *own, overrides=moved)
+        why = "See what the network found in the photos:"
+        return why, command_line("cam", config_path, overrides=run_overrides)
     try:
         check(config, 1)
-    except UserError:  # a later stage lacks something, as its list
+    except UserError:  # a later stage lacks something, for example its list
         return _PREDICT, command_line("predict", photo, "--model", folder)
-    return (
-        "Sharper masks, and a segmenter that needs no tags. This refines the seeds, for which AffinityNet trains for "
-        f"{_length(config.affinity.train)}, and trains the segmenter for {_length(config.segment.train)}. The training "
-        f"that is done had {_length(config.train)}.",
-        command_line("run", *own, overrides=moved),
+    why = (
+        "Get sharper masks, and a segmenter that needs no tags. The command refines the seeds, for which AffinityNet "
+        f"trains for {_length(config.affinity.train)}, and trains the segmenter for {_length(config.segment.train)}. "
+        f"The finished training had {_length(config.train)}."
     )
+    return why, command_line("run", config_path, overrides=run_overrides)
 
 
 def _length(train: Train) -> str:
     return f"{train.steps:,} steps" if train.steps else f"{train.epochs:,} epochs"
 
 
-_PREDICT = "Masks of other photos: name them, or a folder of them, in place of this one:"
+_PREDICT = "Make masks of other photos. Replace this photo with yours, or with a folder of photos:"
 
 
-def _here(folder: Path, config: Config, overrides: list[str]) -> list[str]:
-    """The overrides with which the run's own config means this folder."""
-    place = folder.absolute()
-    found = [*overrides]
-    if config.run.absolute() != place:
-        found += [f"out={place.parent}"] + [f"name={place.name}"] * (config.name != place.name)
-    return found
+def _run_overrides(folder: Path, config: Config, overrides: list[str]) -> list[str]:
+    """Return the overrides with which the config in a run's folder names this folder."""
+    path = folder.absolute()
+    if config.run.absolute() == path:
+        return overrides
+    return [*overrides, f"out={path.parent}", *([f"name={path.name}"] if config.name != path.name else [])]
 
 
 def _photo(config: Config) -> Path:
-    """One that is no training image, if the config knows any."""
+    """Return a photo, if possible one that is not trained on."""
     for list_path in (config.segment.eval_list, config.data.eval_list, config.data.train_list):
         try:
             return load_samples(config.data, config.classes, list_path, labels=False, masks=False)[0].image
@@ -167,11 +167,11 @@ def _photo(config: Config) -> Path:
 
 
 def _scoring(folder: Path, config: Config, results: Sequence[Found], overrides: list[str]) -> str | None:
-    """The command that scores a list's seeds, if there are any whose images all have ground truth."""
-    for own in results:
-        if own.kind == "cams" and all(photo.sample.mask is not None for photo in own.photos):
-            words = ("evaluate", folder / "config.yaml", "--cams", own.folder / "seeds", "--list", own.listed)
-            return command_line(*words, overrides=_here(folder, config, overrides))
+    """Return the command that scores a list's seeds, or None if no list has ground truth of all its images."""
+    for result in results:
+        if result.kind == "cams" and all(photo.sample.mask is not None for photo in result.photos):
+            words = ("evaluate", folder / "config.yaml", "--cams", result.folder / "seeds", "--list", result.listed)
+            return command_line(*words, overrides=_run_overrides(folder, config, overrides))
     return None
 
 
@@ -179,7 +179,7 @@ def _scoring(folder: Path, config: Config, results: Sequence[Found], overrides: 
 
 
 def _training(path: Path, folder: Path) -> dict[str, Any]:
-    """Figures and curves of the run, or of one of its parts' (AffinityNet's, the segmenter's)."""
+    """Return the figures and curves of a training: the run's, AffinityNet's or the segmenter's."""
     title = "Training" if path.parent == folder else f"Training of {path.parent.relative_to(folder)}"
     lines = read_metrics(path)
     if not lines:
@@ -193,9 +193,9 @@ def _training(path: Path, folder: Path) -> dict[str, Any]:
         "epochs": f"{last['epoch']:.1f}",
         "images a second (median of the lines)": f"{statistics.median(rates):.1f}",
         "time in steps": f"{seconds / 60:,.1f} minutes",
-        "waiting for data": f"{statistics.mean(line['waiting'] for line in lines):.1%} of it",
+        "waiting for data": f"{statistics.mean(line['waiting'] for line in lines):.1%} of this time",
     }
-    losses = [line["loss"] for line in lines if "loss" in line]  # a line has none where no step's was finite
+    losses = [line["loss"] for line in lines if "loss" in line]  # a line without finite losses has none
     if losses:
         figures["loss at the end"] = f"{losses[-1]:.4f}"
     maps = [line["mAP"] for line in lines if "mAP" in line]
@@ -203,15 +203,15 @@ def _training(path: Path, folder: Path) -> dict[str, Any]:
         figures["classification mAP of the last epoch"] = f"{maps[-1]:.1%}"
     if best := best_of(path.parent):
         figures["best validation"] = best
-        figures["weights that later stages take"] = f"the {options.use_weights} (train.use_weights)"
+        figures["weights that later stages use"] = f"the {options.use_weights} (train.use_weights)"
     skipped = sum(line.get("skipped", 0) for line in lines)
     if skipped:
-        figures["steps skipped, their gradients not being finite"] = f"{skipped:,}"
+        figures["steps skipped, because their gradients were not finite"] = f"{skipped:,}"
     return {"title": title, "figures": figures.items(), "plots": _curves(lines)}
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """A plot for each quantity: the total loss with its parts, validation, classification mAP, learning rate, speed."""
+    """Plot the loss with its terms, validation, classification mAP, learning rate, gradient norm and speed."""
     known = ("step", "epoch", "lr", "images_per_second", "waiting", "gradient_norm", "scale", "skipped", "mAP")
     keys = dict.fromkeys(itertools.chain(*lines))
     panels = {
@@ -248,9 +248,9 @@ def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _changed(config: Config) -> list[tuple[str, str]]:
-    """The keys whose values are not the defaults, with these values."""
-    least = {"name": config.name, "data": {"root": str(config.data.root)}, "train": {"steps": 1}}
-    return [*_differing("", config.model_dump(mode="json"), parse(least, "defaults").model_dump(mode="json"))]
+    """Return the keys with values other than the defaults, and these values."""
+    minimal = {"name": config.name, "data": {"root": str(config.data.root)}, "train": {"steps": 1}}
+    return [*_differing("", config.model_dump(mode="json"), parse(minimal, "defaults").model_dump(mode="json"))]
 
 
 def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -317,7 +317,7 @@ def _confusion(tree: dict[str, Any]) -> Figure:
 
 
 def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, Any]]:
-    """The images with the highest and lowest mean IoU over the classes that they show or are said to."""
+    """Return the images with the highest and lowest mean IoU over their true and predicted classes."""
     source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
     by_id = {sample.id: sample for sample in listed(config, Path(tree["list"]), masks=True)}
     ending = ".png" if threshold is None else ".npz"
@@ -336,7 +336,7 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
     with ThreadPoolExecutor() as pool:
         scores = list(track(pool.map(score, samples), f"Scoring each of {source.name}", total=len(samples)))
     ordered = [(samples[index], scores[index]) for index in np.argsort(scores, kind="stable")[::-1].tolist()]
-    chosen = dict(zip(("Best images", "Worst images"), _both_ends(ordered), strict=True))
+    galleries = dict(zip(("Best images", "Worst images"), _both_ends(ordered), strict=True))
     return [
         {
             "title": title,
@@ -346,16 +346,16 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
                     "note": f"IoU {score:.0%}",
                     "pictures": _pictures(sample, predicted(sample), config, model),
                 }
-                for sample, score in own
+                for sample, score in scored
             ],
         }
-        for title, own in chosen.items()
-        if own
+        for title, scored in galleries.items()
+        if scored
     ]
 
 
 def _pictures(sample: Sample, mask: np.ndarray, config: Config, model: Model | None) -> list[dict[str, Any]]:
-    """Image, ground truth, raw and refined CAMs of the tagged classes, and mask."""
+    """Return the image, ground truth, raw and refined CAMs of the tagged classes, and mask."""
     assert sample.mask is not None
     image, truth = read_image(sample.image), read_mask(sample.mask)
     pictures = [_shown(image, "image"), _masked(image, truth, "ground truth", config)]
@@ -377,23 +377,23 @@ def _cams(model: CamModel, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
 
 
 def _is_of(scored: str, result: Found) -> bool:
-    """Whether an evaluation, by the name of its folder, is of a list's seeds or masks."""
+    """Return whether an evaluation scores a list's seeds or masks. ``scored`` is the name of its folder."""
     return scored.startswith(f"{result.kind}-{result.folder.name}-")
 
 
 def _result(result: Found, folder: Path, config: Config) -> dict[str, Any]:
-    """Counts by class, and the photos whose results agree least and most with their tags."""
+    """Return counts by class, and the photos whose results agree least and most with their tags."""
     compared = [photo for photo in result.photos if photo.agreement is not None]
     best, doubtful = _both_ends(compared)
-    chosen = {"Most doubtful first": doubtful, "Best first": best}
+    galleries = {"Most doubtful first": doubtful, "Best first": best}
     if not compared:
-        chosen = {"The first of the list": result.photos[:SHOWN]}
+        galleries = {"First photos of the list": result.photos[:SHOWN]}
 
     def row(photo: Photo) -> dict[str, Any]:
         notes = [] if photo.agreement is None else [f"agreement {photo.agreement:.0%}", photo.doubt]
-        pictures = _seed_pictures if result.kind == "cams" else _mask_pictures
-        own = pictures(photo, result, folder, config)
-        return {"title": photo.sample.id, "note": "; ".join(filter(None, notes)), "pictures": own}
+        make_pictures = _seed_pictures if result.kind == "cams" else _mask_pictures
+        pictures = make_pictures(photo, result, folder, config)
+        return {"title": photo.sample.id, "note": "; ".join(filter(None, notes)), "pictures": pictures}
 
     return {
         "kind": result.kind,
@@ -406,12 +406,14 @@ def _result(result: Found, folder: Path, config: Config) -> dict[str, Any]:
         "trained_on": result.listed == config.data.train_list,
         "outdated": result.outdated,
         "classes": [count for count in result.classes if count.tagged or count.besides],
-        "galleries": [{"title": title, "rows": [row(photo) for photo in own]} for title, own in chosen.items() if own],
+        "galleries": [
+            {"title": title, "rows": [row(photo) for photo in photos]} for title, photos in galleries.items() if photos
+        ],
     }
 
 
 def _seed_pictures(photo: Photo, result: Found, folder: Path, config: Config) -> list[dict[str, Any]]:
-    """Photo, heat of each tagged class, mask, and pseudo-mask if there is one."""
+    """Return the photo, the heat map of each tagged class, the mask, and the pseudo-mask if there is one."""
     id_, image = photo.sample.id, read_image(photo.sample.image)
     seed = read_seed(result.folder / "seeds" / f"{id_}.npz")
     pictures = [_shown(image, "photo"), *_heats(image, seed, "heat", config, photo.probabilities)]
@@ -432,7 +434,7 @@ def _mask_pictures(photo: Photo, result: Found, folder: Path, config: Config) ->
 
 
 def _both_ends(ordered: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
-    """The first and the last of a sequence, the last one first: up to SHOWN each, and none in both."""
+    """Return the first items of a sequence, and the last items in reverse: up to SHOWN each, without overlap."""
     last = ordered[::-1][: min(SHOWN, len(ordered) // 2)]
     return ordered[: min(SHOWN, len(ordered) - len(last))], last
 
@@ -440,22 +442,23 @@ def _both_ends(ordered: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]
 def _heats(
     image: np.ndarray, seed: Seed, kind: str, config: Config, probabilities: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
-    """The image under the heat of each class of a seed, the least likely first, up to HEATS of them."""
-    places = np.arange(len(seed.classes))
+    """Return the image under the heat map of each class of a seed, the least likely first, up to HEATS of them."""
+    order = np.arange(len(seed.classes))
     if probabilities is not None:
-        places = places[np.argsort(probabilities[seed.classes], kind="stable")]
+        order = order[np.argsort(probabilities[seed.classes], kind="stable")]
     pictures = []
-    for place in places[:HEATS].tolist():
-        index = int(seed.classes[place])
-        said = "" if probabilities is None else f", {probabilities[index]:.0%}"
-        pictures.append(_shown(cam_overlay(image, seed.cam[place]), f"{kind}: {config.classes[index]}{said}"))
-    if len(places) > HEATS:
-        pictures[-1]["caption"] += f" (and {len(places) - HEATS} more)"
+    for position in order[:HEATS].tolist():
+        index = int(seed.classes[position])
+        probability = "" if probabilities is None else f", {probabilities[index]:.0%}"
+        caption = f"{kind}: {config.classes[index]}{probability}"
+        pictures.append(_shown(cam_overlay(image, seed.cam[position]), caption))
+    if len(order) > HEATS:
+        pictures[-1]["caption"] += f" (and {len(order) - HEATS} more)"
     return pictures
 
 
 def _masked(image: np.ndarray, mask: np.ndarray, caption: str, config: Config) -> dict[str, Any]:
-    """The image with the regions of a mask in their colours, which the caption explains."""
+    """Return the image with the regions of a mask in colours, and a caption that explains the colours."""
     values = sorted({*np.unique(mask).tolist()} - {0, IGNORE})
     marks = [
         {"colour": "rgb({}, {}, {})".format(*TINTS[128, value]), "name": config.classes[value - 1]}

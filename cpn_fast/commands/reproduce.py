@@ -1,11 +1,11 @@
 """``cpn-fast reproduce``: the paper's tables and figures, as runs that differ from one config in a few keys.
 
-``RUNS`` says what is trained, ``TABLES`` what is shown of it beside the paper's figure. Runs are named after the
-config, shared between tables, and continued or left alone when they are there.
+``RUNS`` are the runs, ``TABLES`` the results that are shown beside the paper's. Runs are named after the config and
+shared between tables. An existing run is continued, or kept if it is finished.
 
-The other methods are not CPN with some keys changed: each has a config of its own, such as ``voc_seam.yaml`` beside
-``voc.yaml``. That file is what a user trains without ``reproduce``, so it is what is run here too, and its finished run
-is taken. Where there is none, overrides of the base make up the method as it was released.
+The other methods have configs of their own, such as ``voc_seam.yaml`` beside ``voc.yaml``. Users train these files
+without ``reproduce``, so ``reproduce`` runs them too and uses their finished runs. If a file is missing, overrides of
+the base make the released method.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ CPN = "cpn"
 
 
 class Run(NamedTuple):
+    """A run of a table, as changes to a config."""
+
     overrides: tuple[str, ...] = ()
-    """What makes it this run, whatever else is set."""
+    """Keys that define the run. They replace the user's."""
     method: str = ""
-    """It starts from BASE_METHOD.yaml where that is beside BASE.yaml, and otherwise from the base."""
+    """The run starts from BASE_METHOD.yaml if that file is beside BASE.yaml, otherwise from the base."""
     released: tuple[str, ...] = ()
-    """What the base may have otherwise, and the released method had so; for a start from the base."""
+    """Keys of the released method, for a run that starts from the base. The user's replace them."""
 
 
-# All that SEAM reads and CPN's recipes differ in. Its scale, lengths and rates are the base's: they go with the images.
+# The keys that SEAM reads and in which CPN's recipes differ. Scale, lengths and rates depend on the images, so they are
+# the base's.
 _RELEASED_SEAM = (
     *("train.batch=8", "train.momentum=0.0005"),
     *("model.pcm=true", "model.pcm_norm=l2", "model.pcm_sum=column", "model.mask_absent=false"),
@@ -73,24 +76,27 @@ RUNS: dict[str, Run] = {
         for a, b in _GRIDS
     },
 }
-"""By name; CPN's own is the base's. Overrides have no spaces: ``commands`` prints them."""
+"""Runs by name. CPN's is the base's run. Overrides have no spaces, because ``commands`` prints them."""
 
 Measure = Literal["seeds", "background", "foreground", "pseudo-masks", "segmenter", "segmenter and CRF", "seconds"]
 
 CHAIN: tuple[Measure, ...] = ("pseudo-masks", "segmenter", "segmenter and CRF")
-"""What takes all stages of ``cpn-fast run``, whose results these are."""
+"""Results of ``cpn-fast run``: they need all its stages."""
 
 
 class Row(NamedTuple):
+    """A row of a table."""
+
     name: str
     run: str
+    """A key of RUNS."""
     paper: float | None
-    """Per cent IoU, or seconds; None where the paper's figure is not known here."""
+    """The paper's value in per cent IoU or seconds. None: not known here."""
     measure: Measure = "seeds"
     scale: float | None = None
-    """The only scale of its CAMs; None: those of the config."""
+    """The only scale of the CAMs. None: the config's scales."""
     over: tuple[int, ...] = ()
-    """What a figure draws it over: superpixels asked for, or sides of grid cells in pixels."""
+    """Values on the x axis of a figure: superpixels asked for, or sides of grid cells in pixels."""
 
 
 _METHODS = (
@@ -145,17 +151,19 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("seconds an image, grid", "grid-56-112", 0.006, "seconds"),
     ),
 }
-"""The paper's figures: train mIoU of seeds at the oracle threshold, but where a row measures something else."""
+"""The paper's tables and figures: train mIoU of seeds at the oracle threshold, unless a row has another measure."""
 
 OVER = {"fig6": "superpixels asked for", "fig7": "sides of grid cells, px"}
-"""What a figure draws mIoU over."""
+"""Labels of the x axes of figures."""
 
 
 class Result(NamedTuple):
+    """Our result of a row."""
+
     value: float | None
-    """In the unit of ``Row.paper``; None without ground truth."""
+    """In the unit of ``Row.paper``. None without ground truth."""
     curve: scores.Curve | None = None
-    """Of seeds."""
+    """Scores at every threshold. None unless the row measures seeds."""
 
 
 class Plan(NamedTuple):
@@ -167,7 +175,7 @@ class Plan(NamedTuple):
 
 
 def run(name: str, path: Path, overrides: list[str]) -> Path:
-    """Do or finish what a table needs, print it, and write NAME.json and NAME.png; returns the picture's path."""
+    """Train or finish the runs of a table, print it, and write NAME.json and NAME.png. Returns the picture's path."""
     base = _base(name, path, overrides)
     rows = TABLES[name]
     plans = {row.run: plan(row.run, base, path, overrides) for row in rows}
@@ -185,9 +193,9 @@ def run(name: str, path: Path, overrides: list[str]) -> Path:
 
 
 def commands(name: str, path: Path, overrides: list[str]) -> list[str]:
-    """A shell command for each run that a table needs, finished ones too: they may run anywhere, in any order.
+    """Return a shell command for each run of a table, finished runs too. They may run anywhere, in any order.
 
-    Where all of them have ended, ``run`` has only seeds to make and to score.
+    After all of them, ``run`` only makes and scores seeds.
     """
     base = _base(name, path, overrides)
     chains = {row.run for row in TABLES[name] if row.measure in CHAIN}
@@ -209,32 +217,32 @@ def _base(name: str, path: Path, overrides: list[str]) -> Config:
 
 
 def plan(key: str, base: Config, path: Path, overrides: list[str]) -> Plan:
-    """One of ``RUNS``, called ``BASE-KEY``; where its overrides change nothing in its file, that file's own run."""
+    """Return the plan of one of ``RUNS``. The run is called ``BASE-KEY``, or as its file if it changes no key."""
     run = RUNS[key]
-    file, given = path, [*run.released, *overrides]
-    beside = path.with_name(f"{path.stem}_{run.method}{path.suffix}")
-    if run.method and beside.is_file():
-        file, given = beside, overrides
-    own = load(file, given)
-    different = [section for section in ("data", "classes") if getattr(own, section) != getattr(base, section)]
+    file, file_overrides = path, [*run.released, *overrides]
+    method_file = path.with_name(f"{path.stem}_{run.method}{path.suffix}")
+    if run.method and method_file.is_file():
+        file, file_overrides = method_file, overrides
+    config = load(file, file_overrides)
+    different = [section for section in ("data", "classes") if getattr(config, section) != getattr(base, section)]
     if different:
         raise UserError(
-            f"{file}: {' and '.join(different)} differ from {path}'s, and reproduce takes the one for the "
-            f"{run.method} of the other: make them equal, or rename one of the files"
+            f"{file}: {' and '.join(different)} differ from {path}'s, but reproduce uses {file.name} as the "
+            f"{run.method} config of {path.name}: make them equal, or rename one of the files"
         )
-    variant = load(file, [*given, *run.overrides])
-    if variant != own:
+    variant = load(file, [*file_overrides, *run.overrides])
+    if variant != config:
         name = f"{base.name}-{key}"
-    elif file != path and own.name == base.name:  # as after --set name=...
+    elif file != path and config.name == base.name:  # as after --set name=...
         name = f"{base.name}_{run.method}"
     else:
-        return Plan(file, given, own)
-    overrides = [*given, *run.overrides, f"name={name}"]
+        return Plan(file, file_overrides, config)
+    overrides = [*file_overrides, *run.overrides, f"name={name}"]
     return Plan(file, overrides, variant.model_copy(update={"name": name}))
 
 
 class _Measured:
-    """Values of rows. A run that several of them show is opened once, which reads its checkpoints, and scored once."""
+    """Measures rows. A run with several rows is scored once, and opened once, because that reads its checkpoints."""
 
     def __init__(self) -> None:
         self.weights = functools.cache(train.run)
@@ -245,24 +253,25 @@ class _Measured:
         if row.measure == "seconds":
             return Result(seconds_of_patches(config))
         if row.measure in CHAIN:
-            value = {found.name: found.miou for found in self.stages(config)}.get(row.measure)
+            value = {stage.name: stage.miou for stage in self.stages(config)}.get(row.measure)
             return Result(None if value is None else 100 * value)
         weights = self.weights(config)
         if row.scale is not None:
             config = at_scale(config, row.scale)
-        found = self.seeds(config, weights, config.data.eval_list)
-        measured = {"background": found.oracle.background_iou, "foreground": found.oracle.foreground_iou}
-        return Result(100 * float(measured.get(row.measure, found.oracle.mean_iou)), found.curve)
+        evaluation = self.seeds(config, weights, config.data.eval_list)
+        oracle = evaluation.oracle
+        measured = {"background": oracle.background_iou, "foreground": oracle.foreground_iou}
+        return Result(100 * float(measured.get(row.measure, oracle.mean_iou)), evaluation.curve)
 
 
 def at_scale(config: Config, scale: float) -> Config:
-    """The config of seeds of one scale alone, in a folder beside the run's own."""
+    """Return the config of seeds of a single scale, in a folder beside the run's."""
     options = config.cam.model_copy(update={"scales": (scale,)})
     return config.model_copy(update={"name": f"{config.name}-scale-{scale:g}", "cam": options})
 
 
 def scored_seeds(config: Config, weights: Path, list_path: Path, held_out: float | None = None) -> scores.Evaluation:
-    """Make what is missing of a list's seeds and score them, at ``held_out`` too; the scores are not written."""
+    """Make the missing seeds of a list and score all, also at the threshold ``held_out``. Writes no scores."""
     seeds = cam.run(config, weights, list_path) / "seeds"
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
     name = str(list_path)
@@ -272,9 +281,9 @@ def scored_seeds(config: Config, weights: Path, list_path: Path, held_out: float
 
 
 def seconds_of_patches(config: Config, images: int = 8, times: int = 5) -> float:
-    """Seconds to split an augmented training image into a pair on one core, superpixels made on the crop.
+    """Return the seconds on one core to split an augmented training image into a pair, with superpixels of the crop.
 
-    The median of ``times`` batches of ``images`` after one that is not counted: the first call sets things up.
+    It is the median of ``times`` batches of ``images``. One batch before is not counted, because it includes set-up.
     """
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     batch = next(
@@ -291,13 +300,13 @@ def seconds_of_patches(config: Config, images: int = 8, times: int = 5) -> float
     )
 
     def split() -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         superpixels = None
         if config.patches.kind == "superpixel":
             superpixels = segment_batch(batch.images, config.superpixels, 1)
         limit = config.superpixels.count
         complementary_pair(batch.images, superpixels, config.patches, None, torch.Generator(), patch_limit=limit)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -328,7 +337,7 @@ Shown = list[tuple[Row, Result]]
 
 
 def _plot(name: str, rows: tuple[Row, ...], results: list[Result]) -> Figure:
-    """Ours beside the paper's; a figure's curve; and mIoU against the background threshold for rows that have seeds."""
+    """Plot our results beside the paper's, a figure's curve, and the mIoU of seeds against the background threshold."""
     shown = [(row, result) for row, result in zip(rows, results, strict=True) if row.measure != "seconds"]
     panels = [_plot_rows]
     if name in OVER:
@@ -343,27 +352,30 @@ def _plot(name: str, rows: tuple[Row, ...], results: list[Result]) -> Figure:
 
 
 def _plot_rows(axes: Axes, name: str, shown: Shown) -> None:
-    places = np.arange(len(shown))
-    for whose, marker, values in _both(shown):
-        axes.plot(values, places, marker, label=whose)
-    axes.set_yticks(places, [row.name for row, _ in shown])
+    heights = np.arange(len(shown))
+    for label, marker, values in _both(shown):
+        axes.plot(values, heights, marker, label=label)
+    axes.set_yticks(heights, [row.name for row, _ in shown])
     axes.invert_yaxis()
     axes.set(xlabel="IoU, % (seeds: at the oracle threshold)", title=name)
     axes.legend()
 
 
 def _plot_over(axes: Axes, name: str, shown: Shown) -> None:
-    """mIoU over the counts or, at the geometric mean of their sides, the sets of grids; other rows are level lines."""
+    """Plot mIoU over the number of superpixels or the sides of grids. Rows without these are horizontal lines.
+
+    A set of grids is at the geometric mean of its sides.
+    """
     swept = [(row, result) for row, result in shown if row.over]
-    places = [statistics.geometric_mean(row.over) for row, _ in swept]
-    for whose, marker, values in _both(swept):
-        (line,) = axes.plot(places, values, f"{marker}-" if whose == "ours" else marker, label=whose)
+    positions = [statistics.geometric_mean(row.over) for row, _ in swept]
+    for label, marker, values in _both(swept):
+        (line,) = axes.plot(positions, values, f"{marker}-" if label == "ours" else marker, label=label)
         for row, result in shown:
-            level = result.value if whose == "ours" else row.paper
+            level = result.value if label == "ours" else row.paper
             if not row.over and level is not None:
-                axes.axhline(level, color=line.get_color(), ls="--", label=f"{row.name}, {whose}")
+                axes.axhline(level, color=line.get_color(), ls="--", label=f"{row.name}, {label}")
     axes.set_xscale("log")
-    axes.set_xticks(places, [", ".join(map(str, row.over)) for row, _ in swept])
+    axes.set_xticks(positions, [", ".join(map(str, row.over)) for row, _ in swept])
     axes.minorticks_off()
     axes.set(xlabel=OVER[name], ylabel="train mIoU at the oracle threshold, %")
     axes.legend()
@@ -379,9 +391,9 @@ def _plot_thresholds(axes: Axes, name: str, shown: Shown) -> None:
 
 
 def _both(shown: Shown) -> tuple[tuple[str, str, list[float]], ...]:
-    """Whose, a marker, and values, NaN where there is none."""
+    """Return the label, marker and values of the paper's results and of ours. A missing value is NaN."""
     paper, ours = [row.paper for row, _ in shown], [result.value for _, result in shown]
     return tuple(
-        (whose, marker, [np.nan if value is None else value for value in values])
-        for whose, marker, values in (("paper", "D", paper), ("ours", "o", ours))
+        (label, marker, [np.nan if value is None else value for value in values])
+        for label, marker, values in (("paper", "D", paper), ("ours", "o", ours))
     )

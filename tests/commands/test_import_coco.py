@@ -260,7 +260,7 @@ def test_what_is_wrong_with_files_is_said(source: Path, tmp_path: Path) -> None:
     masks = tmp_path / "data/SegmentationClass/part"
     masks.mkdir(parents=True)
     (masks / "mine.png").touch()
-    with pytest.raises(UserError, match=r"it is there already and not of cpn-fast"):
+    with pytest.raises(UserError, match=r"exists, and cpn-fast import-coco did not make it"):
         import_coco.run(source, tmp_path / "photos", tmp_path / "data")
     (masks / "mine.png").rename(masks / ".made_by.json.tmp")  # as after an import that was killed at its start
     assert import_coco.run(source, tmp_path / "photos", tmp_path / "data").images

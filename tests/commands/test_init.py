@@ -80,7 +80,7 @@ def test_it_says_how_long_and_what_to_type_and_the_sizes_follow(photos: Path, mo
     assert config.train.steps == 100 * 16 // 8
     assert config.segment.train.steps == config.affinity.train.steps == config.train.steps // 2
     assert "A step of 8 photos takes 2 s on this CPU" in said.replace("\n", " ")
-    assert re.search(r"about 7\s+minutes, and cpn-fast run, with the stages behind it, about 13", said)
+    assert re.search(r"about\s+7\s+minutes, and cpn-fast run, with all stages, about\s+13", said)
     assert "cpn-fast doctor my-photos-cpn/config.yaml" in said
     assert "cpn-fast run my-photos-cpn/config.yaml" in said
 
@@ -120,7 +120,7 @@ def test_given_again_it_leaves_its_config_and_never_another(photos: Path, monkey
     written = path.read_bytes()
     monkeypatch.setattr("cpn_fast.training.batch_size.try_steps", lambda *_: pytest.fail("measured again"))
     made = init.run(photos, None, None, None)
-    assert "The config was there already, and stays as it is" in made.remarks
+    assert "The config exists already and is kept" in made.remarks
     assert path.read_bytes() == written
     path.write_text(path.read_text().replace("crop: 128", "crop: 96"))
     assert load(path) != config
@@ -133,7 +133,9 @@ def test_what_is_missing_is_said(photos: Path, tmp_path: Path, monkeypatch) -> N
     assert "no tags in it, and its photos are not in a folder for each class" in message_of(photos, None, None, None)
     (photos / "a.csv").write_text("x")
     (photos / "b.csv").write_text("x")
-    assert "--tags has to say which of a.csv, b.csv has the tags" in message_of(photos, None, None, None)
+    assert "several files may have the tags (a.csv, b.csv): name one with --tags" in message_of(
+        photos, None, None, None
+    )
     assert "it names no class of the photos" in message_of(photos, photos / "a.csv", None, None)
     (tmp_path / "empty").mkdir()
     assert "no photos in that folder" in message_of(tmp_path / "empty", None, None, None)

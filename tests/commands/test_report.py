@@ -132,7 +132,9 @@ def test_a_run_without_scores_or_weights_has_a_page_that_says_so(run: Path) -> N
     (run / "model.safetensors").unlink()
     (run / "metrics.jsonl").unlink()
     html = report.run(run).page.read_text()
-    assert f"Nothing has been scored yet: <code>cpn-fast evaluate {run}/config.yaml" in html
+    assert (
+        f"Nothing has been scored yet. This command scores the seeds: <code>cpn-fast evaluate {run}/config.yaml" in html
+    )
     assert "No line of metrics.jsonl" in html
 
 
@@ -204,7 +206,7 @@ def test_photos_without_scores_are_ordered_by_how_their_tags_and_the_network_agr
     (found,) = all_found(run, settings)
     assert [photo.sample.id for photo in found.photos] == [samples[k].id for k in (2, 3, 1, 0)]
     assert found.photos[0].agreement == pytest.approx(0.7)
-    assert found.photos[-1].doubt == f"{settings.classes[absent]} is no tag; the network gives it 80%"
+    assert found.photos[-1].doubt == f"{settings.classes[absent]} is not a tag; the network gives it 80%"
     tagged, missed = (np.sum([sample.label for sample in some], axis=0) for some in (samples, samples[1:2]))
     assert [count.tagged for count in found.classes] == tagged.tolist()
     assert [count.missed for count in found.classes] == missed.tolist()
@@ -212,17 +214,17 @@ def test_photos_without_scores_are_ordered_by_how_their_tags_and_the_network_agr
     assert [count.besides for count in found.classes] == [int(k == absent) for k in range(5)]
 
     html = report.run(run).page.read_text()
-    assert "Made of other weights" not in html
+    assert "Made with other weights" not in html
     shown = re.findall(r"<h4>(\S+) <span>agreement (\d+)%; ([^<]*)", html)
     assert [(id_, share) for id_, share, _ in shown] == [
         (samples[k].id, share) for k, share in ((0, "20"), (1, "30"), (2, "70"), (3, "60"))
     ]
     name = settings.classes[int(np.flatnonzero(samples[1].label)[0])]
     assert f"<figcaption>heat: {name}, 30%" in html
-    assert "It says nothing of outlines" in html
+    assert "It says nothing about outlines" in html
     note = run / "cams/val/made_by.json"
     note.write_text(note.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
-    assert "Made of other weights than this run has now" in report.run(run).page.read_text()
+    assert "Made with other weights than this run has now" in report.run(run).page.read_text()
 
 
 def test_masks_of_a_segmenter_are_compared_with_tags(run: Path) -> None:
@@ -299,5 +301,5 @@ def test_the_next_step_works_at_every_stage(tiny_config, small_voc: Path, tmp_pa
     assert "Seeds on train" in html
     assert "pseudo-mask" in html
     assert "Masks of the segmenter on held_out" in html
-    assert "Nothing has been scored: that takes" in html
+    assert "Nothing has been scored. A score needs" in html
     assert "evaluate" not in html.split("All keys")[0]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +9,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 from jinja2 import Environment
-from matplotlib.figure import Figure
 
 from cpn_fast.commands.agreement import LEAST, SURE, Found, Photo, all_found, listed, mask_path, of_these_images
 from cpn_fast.commands.predict import CamModel, Model, Segmenter
 from cpn_fast.commands.predict import load as load_model
-from cpn_fast.config import Config, Train
+from cpn_fast.commands.report_next import next_step, scoring_command
+from cpn_fast.commands.report_pictures import (
+    captioned,
+    confusion_figure,
+    curves,
+    data_url,
+    figure_url,
+    heat_maps,
+    masked,
+)
+from cpn_fast.config import Config
 from cpn_fast.config_file import load, parse
 from cpn_fast.data.dataset import Sample, load_samples
 from cpn_fast.data.images import read_image
-from cpn_fast.data.masks import IGNORE, read_mask
-from cpn_fast.data.pictures import TINTS, cam_overlay, tinted
+from cpn_fast.data.masks import read_mask
 from cpn_fast.data.scores import SUMMARY, Scores, confusion
 from cpn_fast.data.seeds import Seed, read_seed
 from cpn_fast.pipelines.shards import training_list
@@ -33,16 +37,11 @@ from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import read_json, read_metrics, replacing
 from cpn_fast.runtime.progress import track
-from cpn_fast.runtime.terminal import command_line, plotted
-from cpn_fast.stages.chain import check
-from cpn_fast.training.metrics import VALIDATED
 from cpn_fast.training.validation import best_of
 
 Item = TypeVar("Item")
 SHOWN = 8
 """Images in each of the galleries of the best and the worst."""
-SIDE, HEATS = 320, 4
-"""Most pixels of a picture's side, and most heat maps of an image. They bound the page's size."""
 
 
 class Report(NamedTuple):
@@ -77,11 +76,11 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
         images = len(training_list(config)[0])
     scored = {path.parent.name for path in evaluation_paths}
     results = [result for result in all_found(folder, config) if not any(_is_of(name, result) for name in scored)]
-    why, then = _next(folder, config, model, overrides or [])
+    why, then = next_step(folder, config, model, overrides or [])
     html = page.render(
         name=config.name,
         next={"why": why, "command": then},
-        scoring=_scoring(folder, config, results, overrides or []),
+        scoring=scoring_command(folder, config, results, overrides or []),
         masks=config.data.root / config.data.masks,
         results=[_result(result, folder, config) for result in results],
         sure=SURE,
@@ -108,71 +107,6 @@ def _json(path: Path) -> Any:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, and the command that wrote it makes it anew") from None
-
-
-# What to do next
-
-
-def _next(folder: Path, config: Config, model: Model | None, overrides: list[str]) -> tuple[str, str]:
-    """Return the reason for the next step, and its command."""
-    config_path = str(folder / "config.yaml")
-    run_overrides = _run_overrides(folder, config, overrides)
-    if model is None:
-        why = "The training is not finished. This command continues it:"
-        return why, command_line("train", config_path, overrides=run_overrides)
-    photo = _photo(config)
-    if isinstance(model, Segmenter):
-        return _PREDICT, command_line("predict", photo, "--model", folder)
-    segmenter = folder / "segment/deeplab"
-    if (segmenter / "model.safetensors").is_file():
-        return _PREDICT, command_line("predict", photo, "--model", segmenter)
-    if not any(folder.glob("cams/*/seeds")):
-        why = "See what the network found in the photos:"
-        return why, command_line("cam", config_path, overrides=run_overrides)
-    try:
-        check(config, 1)
-    except UserError:  # a later stage lacks something, for example its list
-        return _PREDICT, command_line("predict", photo, "--model", folder)
-    why = (
-        "Get sharper masks, and a segmenter that needs no tags. The command refines the seeds, for which AffinityNet "
-        f"trains for {_length(config.affinity.train)}, and trains the segmenter for {_length(config.segment.train)}. "
-        f"The finished training had {_length(config.train)}."
-    )
-    return why, command_line("run", config_path, overrides=run_overrides)
-
-
-def _length(train: Train) -> str:
-    return f"{train.steps:,} steps" if train.steps else f"{train.epochs:,} epochs"
-
-
-_PREDICT = "Make masks of other photos. Replace this photo with yours, or with a folder of photos:"
-
-
-def _run_overrides(folder: Path, config: Config, overrides: list[str]) -> list[str]:
-    """Return the overrides with which the config in a run's folder names this folder."""
-    path = folder.absolute()
-    if config.run.absolute() == path:
-        return overrides
-    return [*overrides, f"out={path.parent}", *([f"name={path.name}"] if config.name != path.name else [])]
-
-
-def _photo(config: Config) -> Path:
-    """Return a photo, if possible one that is not trained on."""
-    for list_path in (config.segment.eval_list, config.data.eval_list, config.data.train_list):
-        try:
-            return load_samples(config.data, config.classes, list_path, labels=False, masks=False)[0].image
-        except UserError:
-            continue
-    return Path("photo.jpg")
-
-
-def _scoring(folder: Path, config: Config, results: Sequence[Found], overrides: list[str]) -> str | None:
-    """Return the command that scores a list's seeds, or None if no list has ground truth of all its images."""
-    for result in results:
-        if result.kind == "cams" and all(photo.sample.mask is not None for photo in result.photos):
-            words = ("evaluate", folder / "config.yaml", "--cams", result.folder / "seeds", "--list", result.listed)
-            return command_line(*words, overrides=_run_overrides(folder, config, overrides))
-    return None
 
 
 # Training
@@ -207,41 +141,7 @@ def _training(path: Path, folder: Path) -> dict[str, Any]:
     skipped = sum(line.get("skipped", 0) for line in lines)
     if skipped:
         figures["steps skipped, because their gradients were not finite"] = f"{skipped:,}"
-    return {"title": title, "figures": figures.items(), "plots": _curves(lines)}
-
-
-def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Plot the loss with its terms, validation, classification mAP, learning rate, gradient norm and speed."""
-    known = ("step", "epoch", "lr", "images_per_second", "waiting", "gradient_norm", "scale", "skipped", "mAP")
-    keys = dict.fromkeys(itertools.chain(*lines))
-    panels = {
-        "loss": [key for key in keys if key not in known and not key.startswith(VALIDATED)],
-        "validation": [key for key in keys if key.startswith(VALIDATED)],
-        "classification mAP": ["mAP"],
-        "learning rate": ["lr"],
-        "gradient norm": ["gradient_norm"],
-        "images/s": ["images_per_second"],
-    }
-    plots = []
-    for title, shown in panels.items():
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
-        axes = figure.add_subplot()
-        for key in shown:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                marker = "o" if len(points) < 3 else None
-                axes.plot(*zip(*points, strict=True), label=key, lw=2 if key == "loss" else 1.2, marker=marker)
-        if not axes.lines:
-            continue
-        if title == "loss" and len(shown) > 1:
-            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-            axes.set_yscale("log")
-        measure = f" ({shown[0].removeprefix(VALIDATED)})" if title == "validation" else ""
-        axes.set(title=f"{title}{measure}", xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        plots.append({"alt": f"{title} over the steps", "data": _embedded(figure)})
-    return plots
+    return {"title": title, "figures": figures.items(), "plots": curves(lines)}
 
 
 # Configuration
@@ -268,11 +168,11 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
     tree = _json(path)
     plots = [
-        {"alt": alt, "data": _data(reading.read_bytes(path.with_name(name), reading.IMAGE), "png")}
+        {"alt": alt, "data": data_url(reading.read_bytes(path.with_name(name), reading.IMAGE), "png")}
         for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))
         if path.with_name(name).exists()
     ]
-    plots.append({"alt": "Where the pixels of each class go", "data": _embedded(_confusion(tree))})
+    plots.append({"alt": "Where the pixels of each class go", "data": figure_url(confusion_figure(tree))})
     return {
         "title": f"{path.parent.name} on {path.parent.parent.name}",
         "anchor": f"{path.parent.parent.name}-{path.parent.name}",
@@ -289,31 +189,6 @@ def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, An
         "plots": plots,
         "galleries": _galleries(tree, config, model),
     }
-
-
-def _confusion(tree: dict[str, Any]) -> Figure:
-    counts = np.array(tree["results"][0]["confusion"], float)
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [plotted(name) for name in tree["classes"]]
-    side = 3 + 0.3 * len(names)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 1:
-            axes.text(
-                column,
-                row,
-                f"{share:.0f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if share > 55 else "black",
-            )
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true", title="% of a class's pixels")
-    return figure
 
 
 def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, Any]]:
@@ -358,12 +233,12 @@ def _pictures(sample: Sample, mask: np.ndarray, config: Config, model: Model | N
     """Return the image, ground truth, raw and refined CAMs of the tagged classes, and mask."""
     assert sample.mask is not None
     image, truth = read_image(sample.image), read_mask(sample.mask)
-    pictures = [_shown(image, "image"), _masked(image, truth, "ground truth", config)]
+    pictures = [captioned(image, "image"), masked(image, truth, "ground truth", config)]
     if isinstance(model, CamModel) and sample.label is not None:
         tags = [name for name, present in zip(model.classes, sample.label, strict=True) if present]
         for kind, seed in _cams(model, sample.image, tags).items():
-            pictures += _heats(image, seed, kind, config)
-    return [*pictures, _masked(image, mask, "mask", config)]
+            pictures += heat_maps(image, seed, kind, config)
+    return [*pictures, masked(image, mask, "mask", config)]
 
 
 def _cams(model: CamModel, image: Path, tags: Sequence[str]) -> dict[str, Seed]:
@@ -416,76 +291,21 @@ def _seed_pictures(photo: Photo, result: Found, folder: Path, config: Config) ->
     """Return the photo, the heat map of each tagged class, the mask, and the pseudo-mask if there is one."""
     id_, image = photo.sample.id, read_image(photo.sample.image)
     seed = read_seed(result.folder / "seeds" / f"{id_}.npz")
-    pictures = [_shown(image, "photo"), *_heats(image, seed, "heat", config, photo.probabilities)]
-    pictures.append(_masked(image, seed.mask(config.cam.mask_threshold), "mask", config))
+    pictures = [captioned(image, "photo"), *heat_maps(image, seed, "heat", config, photo.probabilities)]
+    pictures.append(masked(image, seed.mask(config.cam.mask_threshold), "mask", config))
     refined = folder / "refine/masks" / f"{id_}.png"
     if result.listed == config.data.train_list and refined.is_file():
-        pictures.append(_masked(image, read_mask(refined), "pseudo-mask", config))
+        pictures.append(masked(image, read_mask(refined), "pseudo-mask", config))
     return pictures
 
 
 def _mask_pictures(photo: Photo, result: Found, folder: Path, config: Config) -> list[dict[str, Any]]:
     image = read_image(photo.sample.image)
     mask = read_mask(mask_path(result.folder, photo.sample))
-    return [_shown(image, "photo"), _masked(image, mask, "mask", config)]
-
-
-# Pictures in the page
+    return [captioned(image, "photo"), masked(image, mask, "mask", config)]
 
 
 def _both_ends(ordered: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
     """Return the first items of a sequence, and the last items in reverse: up to SHOWN each, without overlap."""
     last = ordered[::-1][: min(SHOWN, len(ordered) // 2)]
     return ordered[: min(SHOWN, len(ordered) - len(last))], last
-
-
-def _heats(
-    image: np.ndarray, seed: Seed, kind: str, config: Config, probabilities: np.ndarray | None = None
-) -> list[dict[str, Any]]:
-    """Return the image under the heat map of each class of a seed, the least likely first, up to HEATS of them."""
-    order = np.arange(len(seed.classes))
-    if probabilities is not None:
-        order = order[np.argsort(probabilities[seed.classes], kind="stable")]
-    pictures = []
-    for position in order[:HEATS].tolist():
-        index = int(seed.classes[position])
-        probability = "" if probabilities is None else f", {probabilities[index]:.0%}"
-        caption = f"{kind}: {config.classes[index]}{probability}"
-        pictures.append(_shown(cam_overlay(image, seed.cam[position]), caption))
-    if len(order) > HEATS:
-        pictures[-1]["caption"] += f" (and {len(order) - HEATS} more)"
-    return pictures
-
-
-def _masked(image: np.ndarray, mask: np.ndarray, caption: str, config: Config) -> dict[str, Any]:
-    """Return the image with the regions of a mask in colours, and a caption that explains the colours."""
-    values = sorted({*np.unique(mask).tolist()} - {0, IGNORE})
-    marks = [
-        {"colour": "rgb({}, {}, {})".format(*TINTS[128, value]), "name": config.classes[value - 1]}
-        for value in values
-        if value <= len(config.classes)
-    ]
-    return {**_shown(tinted(image, mask), caption if marks else f"{caption}: nothing"), "marks": marks}
-
-
-def _shown(image: np.ndarray, caption: str) -> dict[str, Any]:
-    scale = min(1, SIDE / max(image.shape[:2]))
-    size = max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0]))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return {"caption": caption, "data": _data(_jpeg(small), "jpeg"), "marks": []}
-
-
-def _embedded(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return _data(file.getvalue(), "png")
-
-
-def _jpeg(picture: np.ndarray) -> bytes:
-    done, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 88])
-    assert done
-    return content.tobytes()
-
-
-def _data(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

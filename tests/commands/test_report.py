@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cpn_fast.cli import app
-from cpn_fast.commands import report
+from cpn_fast.commands import report, report_pictures
 from cpn_fast.commands.agreement import all_found
 from cpn_fast.config_file import dump, load
 from cpn_fast.data.dataset import load_samples
@@ -61,7 +61,7 @@ def test_the_page_stands_alone_and_says_what_was_measured(run: Path) -> None:
     ):
         assert words in html
     assert len(pictures(html)) == PLOTS + CAMS
-    assert max(max(picture.size) for picture in pictures(html)[PLOTS:]) <= report.SIDE
+    assert max(max(picture.size) for picture in pictures(html)[PLOTS:]) <= report_pictures.SIDE
     for caption in ("image", "ground truth", r"plain CAM: \w+", r"refined CAM: \w+", "mask"):
         assert re.search(rf"<figcaption>{caption}\b", html)
     assert html.index("Best images") < html.index("Worst images")

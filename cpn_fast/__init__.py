@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cpn_fast.moved import Finder
 
 if TYPE_CHECKING:
-    from cpn_fast.commands.predict import load as load
+    from cpn_fast.commands.trained_model import load as load
 
 __version__ = "0.1.0"
 sys.meta_path.append(Finder())
@@ -17,7 +17,7 @@ sys.meta_path.append(Finder())
 def __getattr__(name: str) -> Any:
     """``cpn_fast.load``, imported when it is asked for: it needs torch, and ``cpn-fast --help`` does not."""
     if name == "load":
-        from cpn_fast.commands.predict import load
+        from cpn_fast.commands.trained_model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

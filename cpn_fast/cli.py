@@ -387,14 +387,14 @@ def convert(
         print(convert(source, destination))
         _done("convert", weights=destination)
         return
-    from cpn_fast.commands import predict
+    from cpn_fast.commands import trained_model
 
-    model = predict.load(source, "cpu")
+    model = trained_model.load(source, "cpu")
     model.export(destination)
     inputs = ", ".join(["images", "tags"][: len(model.outputs)])
     print(f"{destination}: takes {inputs}; gives {', '.join(model.outputs)}")
     print("images: RGB from 0 to 255, float32 (N, 3, H, W)")
-    if isinstance(model, predict.CamModel):
+    if isinstance(model, trained_model.CamModel):
         print(f"tags: 0 or 1, float32 (N, {len(model.classes)})")
     if destination.suffix == ".pt2":
         print(f"network = torch.export.load({str(destination)!r}).module()")

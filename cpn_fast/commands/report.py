@@ -13,8 +13,6 @@ import numpy as np
 from jinja2 import Environment
 
 from cpn_fast.commands.agreement import LEAST, SURE, Found, Photo, all_found, listed, mask_path, of_these_images
-from cpn_fast.commands.predict import CamModel, Model, Segmenter
-from cpn_fast.commands.predict import load as load_model
 from cpn_fast.commands.report_next import next_step, scoring_command
 from cpn_fast.commands.report_pictures import (
     captioned,
@@ -25,6 +23,8 @@ from cpn_fast.commands.report_pictures import (
     heat_maps,
     masked,
 )
+from cpn_fast.commands.trained_model import CamModel, Model, Segmenter
+from cpn_fast.commands.trained_model import load as load_model
 from cpn_fast.config import Config
 from cpn_fast.config_file import load, parse
 from cpn_fast.data.dataset import Sample, load_samples

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpn_fast.commands.agreement import Found
-from cpn_fast.commands.predict import Model, Segmenter
+from cpn_fast.commands.trained_model import Model, Segmenter
 from cpn_fast.config import Config, Train
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.runtime.errors import UserError

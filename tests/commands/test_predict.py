@@ -21,7 +21,7 @@ from cpn_fast import config_file
 from cpn_fast.cli import app
 from cpn_fast.commands import predict
 from cpn_fast.commands.annotations import FORMS
-from cpn_fast.commands.predict import PRESENT
+from cpn_fast.commands.trained_model import PRESENT
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.data.images import read_image
 from cpn_fast.data.masks import read_mask

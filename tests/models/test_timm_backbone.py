@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from cpn_fast.commands.demo_data import DEMO_CLASSES
-from cpn_fast.commands.predict import load
+from cpn_fast.commands.trained_model import load
 from cpn_fast.config import Config, Model
 from cpn_fast.config_file import parse
 from cpn_fast.models import build_backbone, pretrained

@@ -22,7 +22,7 @@ from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import read_note
 from cpn_fast.runtime.progress import track
-from cpn_fast.stages.cam import LISTED
+from cpn_fast.stages.results import LISTED
 
 SURE = 0.5
 """The network finds a class if its probability is at least this."""

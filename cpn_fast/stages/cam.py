@@ -26,15 +26,13 @@ from cpn_fast.models.weights import require_finite
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.backlog import Backlog
 from cpn_fast.runtime.errors import UserError
-from cpn_fast.runtime.files import claim, replacing, write_json
-from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.files import replacing
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress
+from cpn_fast.stages.results import claim_once, list_folder
 
 OWN = ("seeds", "masks", "overlays", "pictures.json")
 """What this stage writes for a list."""
-LISTED = "listed.json"
-"""Says, in the folder of a list's results, which list that is."""
 
 
 def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
@@ -46,10 +44,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     rank = distributed.join()
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=False)
-    folder = config.run / "cams" / config.list_name(list_path)
-    with owned(folder, rank):
-        if rank.first:
-            write_json(folder / LISTED, {"list": str(list_path)})
+    with list_folder(config.run / "cams", config, list_path, rank) as folder:
         _make(config, weights, samples, folder, rank)
     return folder
 
@@ -57,8 +52,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
 def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     device = rank.device
     network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    origin = claim(folder, _made_by(config, weights), OWN) if rank.first else ""
-    origin = rank.gather(origin)[0]
+    origin = claim_once(rank, folder, _made_by(config, weights), OWN)
     own = rank.share(samples)
     missing, undrawn = [], []
     sources = seed_sources(own, origin)

@@ -51,12 +51,13 @@ from cpn_fast.refinement.walk import random_walk
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.backlog import Backlog
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import claim, read_note, remove_partials, write_json
+from cpn_fast.runtime.files import read_note, remove_partials, write_json
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress, track
 from cpn_fast.stages import train
 from cpn_fast.stages.cam import seed_sources
+from cpn_fast.stages.results import claim_once, require_results
 from cpn_fast.training import run_folder
 
 
@@ -88,10 +89,10 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
     }
     alphas = {folder / "crf-low": config.crf.low_alpha, folder / "crf-high": config.crf.high_alpha}
     for place, alpha in alphas.items():
-        _claim(rank, place, {"version": VERSION, "alpha": alpha, "parameters": config.crf.parameters})
+        claim_once(rank, place, {"version": VERSION, "alpha": alpha, "parameters": config.crf.parameters})
     write_label_maps(own, seeds, alphas, sources=sources, parameters=config.crf.parameters, workers=workers)
     rank.wait()
-    _claim(rank, folder / "labels", {"version": VERSION})
+    claim_once(rank, folder / "labels", {"version": VERSION})
     write_labels(own, folder / "crf-low", folder / "crf-high", folder / "labels")
     rank.wait()
     settings = affinity_config(config)
@@ -107,7 +108,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
         "radius": config.affinity.radius,
     }
     with owned(settings.run, rank):
-        _claim(rank, settings.run, made_by | run_folder.decisive(settings), run_folder.OWN, free=run_folder.LENGTH)
+        claim_once(rank, settings.run, made_by | run_folder.decisive(settings), run_folder.OWN, free=run_folder.LENGTH)
         weights = train.fit(settings, Affinity, part_of=(config, "affinity"))
     made_by = {
         "version": VERSION,
@@ -115,7 +116,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
         "radius": config.affinity.radius,
         **config.walk.model_dump(mode="json"),
     }
-    _claim(rank, folder / "masks", made_by)
+    claim_once(rank, folder / "masks", made_by)
     walk(config, weights, own, seeds, folder / "masks", sources=sources, device=rank.device, workers=workers)
     rank.wait()
     return folder / "masks"
@@ -229,12 +230,7 @@ def _seeds(config: Config, samples: Sequence[Sample]) -> Path:
     folder = config.run / "cams" / config.list_name(config.data.train_list)
     again = f"cpn-fast cam CONFIG --list {config.data.train_list}"
 
-    missing = [sample.id for sample in samples if not (folder / "seeds" / f"{sample.id}.npz").exists()]
-    if missing:
-        raise UserError(
-            f"{folder / 'seeds'}: {len(missing)} of the {len(samples)} images of {config.data.train_list} have no "
-            f"seed ({some(missing, 3)}). Make them first: {again}"
-        )
+    require_results(folder / "seeds", "seed", samples, config.data.train_list, f"Make them first: {again}")
     manifest = folder / "made_by.json"
     if not manifest.exists():
         raise UserError(f"{manifest}: expected beside the seeds, which `cpn-fast cam` makes, and not found")
@@ -256,15 +252,3 @@ def _remember_tags(folder: Path, samples: Sequence[Sample]) -> str:
     if read_note(path) != now:
         write_json(path, now)
     return combined(now)
-
-
-def _claim(
-    rank: distributed.Rank,
-    folder: Path,
-    made_by: dict[str, object],
-    own: Sequence[str] = ("**/*.png",),
-    free: Sequence[str] = (),
-) -> None:
-    if rank.first:
-        claim(folder, made_by, own, free=free)
-    rank.wait()

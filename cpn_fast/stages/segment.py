@@ -38,12 +38,12 @@ from cpn_fast.refinement.crf import PARAMETERS, Room, dense_crf, process_pool
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.backlog import Backlog
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import claim, replacing, write_json
+from cpn_fast.runtime.files import replacing
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress
 from cpn_fast.stages import train
-from cpn_fast.stages.cam import LISTED
+from cpn_fast.stages.results import claim_once, list_folder, require_results
 from cpn_fast.training import run_folder
 
 POSSIBLE = 0.01
@@ -61,12 +61,8 @@ def run(config: Config, masks: Path) -> Path:
     """
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     samples = [dataclasses.replace(sample, mask=masks / f"{sample.id}.png") for sample in samples]
-    missing = [sample.id for sample in samples if sample.mask is not None and not sample.mask.exists()]
-    if missing:
-        raise UserError(
-            f"{masks}: {len(missing)} of {len(samples)} images of {config.data.train_list} have no mask there "
-            f"({some(missing, 3)}). `cpn-fast refine` writes pseudo-masks; --masks names another folder"
-        )
+    remedy = "`cpn-fast refine` writes pseudo-masks; --masks names another folder"
+    require_results(masks, "mask", samples, config.data.train_list, remedy)
     images = image_digests([sample.image for sample in samples])
     old = [
         sample.id for sample in samples if sample.mask is not None and is_of_another_image(sample.mask, sample.image)
@@ -80,15 +76,14 @@ def run(config: Config, masks: Path) -> Path:
     rank = distributed.join()
     train.check_batch(settings.train, rank.world, len(samples), "segment.train")
     with owned(settings.run, rank):
-        if rank.first:
-            made_by = {
-                "version": VERSION,
-                "images": combined(images),
-                "masks_sha256": _digest(samples),
-                "bn_momentum": config.segment.bn_momentum,
-            }
-            claim(settings.run, made_by | run_folder.decisive(settings), run_folder.OWN, free=run_folder.LENGTH)
-        rank.wait()
+        made_by = {
+            "version": VERSION,
+            "images": combined(images),
+            "masks_sha256": _digest(samples),
+            "bn_momentum": config.segment.bn_momentum,
+            **run_folder.decisive(settings),
+        }
+        claim_once(rank, settings.run, made_by, run_folder.OWN, free=run_folder.LENGTH)
         workers, verified = settings.train.data_threads, settings.run / "masks.json"
         check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
         return train.fit(settings, lambda settings: Segmentation(settings, masks), part_of=(config, "segment"))
@@ -107,10 +102,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
     rank = distributed.join()
     list_path = list_path or config.segment.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
-    folder = config.run / "segment" / config.list_name(list_path)
-    with owned(folder, rank):
-        if rank.first:
-            write_json(folder / LISTED, {"list": str(list_path)})
+    with list_folder(config.run / "segment", config, list_path, rank) as folder:
         _segment(config, weights, samples, folder, rank)
     return folder
 
@@ -124,9 +116,7 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
         "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
     }
-    if rank.first:
-        claim(folder, made_by, ("masks", "crf"))
-    rank.wait()
+    claim_once(rank, folder, made_by, ("masks", "crf"))
     kinds = ("masks", "crf") if options.crf else ("masks",)
     own = rank.share(samples)
     images = image_digests([sample.image for sample in own])
@@ -213,13 +203,8 @@ def write_submission(config: Config, masks: Path, path: Path, list_path: Path | 
     check_submission(path)
     list_path = list_path or config.segment.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=False)
-    missing = [sample.id for sample in samples if not (masks / f"{sample.id}.png").exists()]
-    if missing:
-        raise UserError(
-            f"{masks}: {len(missing)} of the {len(samples)} images of {list_path} have no mask there "
-            f"({some(missing, 3)}). `cpn-fast segment CONFIG --list {list_path}` "
-            "makes what is missing"
-        )
+    remedy = f"`cpn-fast segment CONFIG --list {list_path}` makes what is missing"
+    require_results(masks, "mask", samples, list_path, remedy)
     with (
         replacing(path) as file,
         gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,  # no times: the same masks give the same bytes

@@ -163,7 +163,7 @@ def test_missing_seeds_name_the_command(seeded) -> None:
     seeds = seeded.run / "cams" / "train" / "seeds"
     path = min(seeds.iterdir())
     path.unlink()
-    with pytest.raises(UserError, match=rf"1 of the 12 images .* no seed \({path.stem}\)") as caught:
+    with pytest.raises(UserError, match=rf"1 of the 12 images .* no seed there \({path.stem}\)") as caught:
         refine.run(seeded)
     assert "cpn-fast cam CONFIG --list ImageSets/Segmentation/train.txt" in str(caught.value)
 

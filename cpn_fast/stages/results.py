@@ -1,0 +1,53 @@
+"""Folders of results: one per list, with one file per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from cpn_fast.config import Config
+from cpn_fast.data.dataset import Sample
+from cpn_fast.runtime.distributed import Rank
+from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.files import claim, write_json
+from cpn_fast.runtime.owner import owned
+
+LISTED = "listed.json"
+"""Names the list, in the folder of its results."""
+SUFFIXES = {"seed": ".npz", "mask": ".png"}
+
+
+@contextmanager
+def list_folder(parent: Path, config: Config, list_path: Path, rank: Rank) -> Iterator[Path]:
+    """Own the folder of a list's results, and yield it. All processes must call this."""
+    folder = parent / config.list_name(list_path)
+    with owned(folder, rank):
+        if rank.first:
+            write_json(folder / LISTED, {"list": str(list_path)})
+        yield folder
+
+
+def claim_once(
+    rank: Rank,
+    folder: Path,
+    made_by: dict[str, Any],
+    patterns: Sequence[str] = ("**/*.png",),
+    *,
+    free: Sequence[str] = (),
+) -> str:
+    """Claim a folder (``files.claim``) in the first process; return the digest. All processes must call this."""
+    return rank.gather(claim(folder, made_by, patterns, free=free) if rank.first else "")[0]
+
+
+def require_results(
+    folder: Path, kind: Literal["seed", "mask"], samples: Sequence[Sample], list_path: Path, remedy: str
+) -> None:
+    """Raise UserError if images of the list have no ``folder/ID.npz`` (seed) or ``folder/ID.png`` (mask)."""
+    missing = [sample.id for sample in samples if not (folder / f"{sample.id}{SUFFIXES[kind]}").exists()]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of the {len(samples)} images of {list_path} have no {kind} there "
+            f"({some(missing, 3)}). {remedy}"
+        )

@@ -1,4 +1,4 @@
-"""Stage ``train``: from images and tags to a trained network. One straight loop for every method."""
+"""Stage ``train``: train a network on images and tags. All methods run the same loop."""
 
 from __future__ import annotations
 
@@ -44,19 +44,18 @@ DROPOUT, HIDING = range(2)  # streams of random numbers
 
 
 def run(config: Config) -> Path:
-    """Train the config's method, as ``fit`` does."""
+    """Train the config's method (``fit``)."""
     return fit(config, METHODS[config.method])
 
 
 def fit(config: Config, build: Callable[[Config], Method], part_of: tuple[Config, str] | None = None) -> Path:
-    """Train, or continue where the run's newest checkpoint stands; returns the file of its weights.
+    """Train, or continue from the run's newest checkpoint; return the file of its weights.
 
-    ``build`` makes the method; ``config`` says where (``out`` and ``name``), on what and how it is trained, and with
-    ``train.use_weights`` whether the file is that of the last step or of the best; ``part_of``, whose stage this is and
-    which. Raises UserError for anything wrong with the data, the weights, or a run folder that belongs to another
-    config.
+    ``build`` makes the method. ``config`` has the run's folder (``out`` and ``name``), its data and its training;
+    ``train.use_weights`` chooses the last or the best weights. ``part_of`` has the config of the whole run and the name
+    of this stage in it. Raises UserError for faulty data or weights, and for a run folder of another config.
 
-    Under torchrun the processes share each step's images and average their gradients; the first one writes. Their
+    Under torchrun the processes share each step's images and average their gradients. The first one writes. Their
     number may change between two starts.
     """
     rank = distributed.join()
@@ -72,19 +71,19 @@ def _fit(
     hook = None
     if rank.first and config.hook is not None:
         hook = Hook(config.hook, config.run, {"run": whole_run.name, "stage": stage})
-    if config.train.deterministic:  # before `sized` makes the first use of cuBLAS
+    if config.train.deterministic:  # before `sized` uses cuBLAS
         choose_deterministic_algorithms()
     config = sized(config, build, rank)
     train = config.train
     assert train.batch != "auto"
-    state, earlier = _opened(config, rank, stage)
-    if rank.gather(earlier is not None and earlier.finished)[0]:
+    state, resumed = _open(config, rank, stage)
+    if rank.gather(resumed is not None and resumed.finished)[0]:
         if hook is not None:
             hook.give(read_metrics(config.run / "metrics.jsonl"))
             hook.close()
         return chosen(config.run, config)
 
-    samples, shards = _listed(config, rank, state, earlier)
+    samples, shards = _training_list(config, rank, state, resumed)
     steps = resume.number_of_steps(train, len(samples))
     if steps == 0:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
@@ -123,13 +122,12 @@ def _fit(
             done = step + 1
             validates = train.validate_every is not None and (done % train.validate_every == 0 or done == steps)
             logs = done % train.log_every == 0 or done == steps or validates
-            # One process stops after any step; several must stop after the same one, and agree when they log.
+            # A single process stops after any step. Several must stop after the same step, so they agree when they log.
             stops = done < steps and (stopping() if rank.world == 1 else logs and any(rank.gather(stopping())))
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
             meter.add(done, train.lr * factor, figures, batches, ends_line=logs)
-            if (
-                validation is not None and isinstance(network, Network) and validates
-            ):  # before the checkpoint, which has it
+            # Before the checkpoint: a run that continues from there does not validate this step again.
+            if validation is not None and isinstance(network, Network) and validates:
                 meter.validated(validation.after(done, network))
             note = meter.read(done, wait=keeps)
             if rank.first and keeps:
@@ -148,7 +146,7 @@ def _fit(
                     meter.show("cams", picture, done)
             progress.advance(note=note)
             if stops:
-                raise interrupts.Stopped(f"stopped after step {done} of {steps}, which {config.run} keeps")
+                raise interrupts.Stopped(f"stopped after step {done} of {steps}; {config.run} has its checkpoint")
     if rank.first:
         tensors = to_released_keys(network.state_dict())
         write_weights(config.run / FINAL, tensors, config=config_file.dump(config), training={"step": steps})
@@ -156,34 +154,34 @@ def _fit(
     return chosen(config.run, config)
 
 
-def _opened(config: Config, rank: distributed.Rank, stage: str) -> tuple[dict[str, Any] | None, resume.Resumed | None]:
-    """The newest checkpoint of the run's folder, and in the first process what a run that is there goes on with."""
+def _open(config: Config, rank: distributed.Rank, stage: str) -> tuple[dict[str, Any] | None, resume.Resumed | None]:
+    """Open the run's folder; return its newest checkpoint and, in the first process, how the run continues."""
     final = config.run / FINAL
     if rank.first:
         _refuse_another(config)
     whole = rank.gather(rank.first and is_whole(final))[0]
     state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
-    earlier = None
+    resumed = None
     if rank.first and (state is not None or (whole and own_config(final) is not None)):
         section = stage if stage == "train" else f"{stage}.train"
-        earlier = resume.resumed(config, training_list(config)[0], state, final if whole else None, section)
+        resumed = resume.resumed(config, training_list(config)[0], state, final if whole else None, section)
     if rank.first:
         open_run(config, rank.device)
-    return state, earlier
+    return state, resumed
 
 
-def _listed(
-    config: Config, rank: distributed.Rank, state: dict[str, Any] | None, earlier: resume.Resumed | None
+def _training_list(
+    config: Config, rank: distributed.Rank, state: dict[str, Any] | None, resumed: resume.Resumed | None
 ) -> tuple[list[Sample], Shards | None]:
-    """The training list, which the first process checks and notes in the run's folder."""
+    """Load the training list. The first process checks it and records it in the run's folder."""
     samples, shards = training_list(config, decode=rank.first)
     if rank.first:
         for doubt in cannot_be_learned(samples, config.classes):
             print(f"Warning: {doubt}", file=sys.stderr)
-        for remark in earlier.remarks if earlier is not None else ():
+        for remark in resumed.remarks if resumed is not None else ():
             print(remark)
-        if listed := resume.described(samples) if state is None else earlier.listed if earlier is not None else {}:
-            resume.remember(config.run, listed)
+        if note := resume.described(samples) if state is None else resumed.list_note if resumed is not None else {}:
+            resume.remember(config.run, note)
     return samples, shards
 
 
@@ -196,15 +194,15 @@ def _method(
     *,
     pretrained: bool,
 ) -> Method:
-    """The method with its network on the device, with ``pretrained`` weights or, to be loaded over, random ones."""
+    """Build the method and move its network to the device, with ``pretrained`` weights or with random ones."""
     torch.manual_seed(config.train.seed)
     method = build(config)
     network = method.network
     if pretrained and config.model.weights is None and network.backbone.frozen:
         raise UserError(
-            f"model.weights is null, but {config.model.backbone} keeps its first layers and its batch statistics as "
-            "they are, which random weights do not survive: name a file of pretrained weights; docs/voc.md says where "
-            "they come from"
+            f"model.weights is null, but {config.model.backbone} does not train its first layers and its batch "
+            "statistics, so it cannot start from random weights. Name a file of pretrained weights; docs/voc.md says "
+            "where to get one"
         )
     if pretrained and config.model.weights is not None:
         fresh = start_from(network, config.model.weights)
@@ -228,7 +226,7 @@ def _pipeline(
     rank: distributed.Rank,
     start: int,
 ) -> TrainingPipeline:
-    """The process's share of batches from step ``start`` on, with what the method wants to know of each pixel."""
+    """Return the process's share of the batches from step ``start`` on, with the maps that the method needs."""
     online = None
     if method.map != "superpixels":
         map_path = method.map
@@ -260,9 +258,9 @@ def _pipeline(
 
 
 def check_batch(train: Train, world: int, images: int | None = None, key: str = "train") -> None:
-    """Raise UserError if ``world`` processes cannot share a batch, or ``images`` do not make a step.
+    """Raise UserError if ``world`` processes cannot share a batch, or if ``images`` are too few for a step.
 
-    ``key`` is the section's whole name, as in ``segment.train``.
+    ``key`` is the section's full name, for example ``segment.train``.
     """
     if train.batch == "auto":
         return
@@ -283,31 +281,33 @@ def check_batch(train: Train, world: int, images: int | None = None, key: str = 
 
 
 def _first_images(samples: Sequence[Sample], shards: Shards | None) -> list[np.ndarray]:
-    """The pictures of the gallery, uint8 RGB (H, W, 3)."""
+    """Read the images of the gallery, uint8 RGB (H, W, 3)."""
     first = samples[:COUNT]
     contents = [None] * len(first) if shards is None else [content for content, *_ in shards.read(range(len(first)))]
     return [read_image(sample.image, content) for sample, content in zip(first, contents, strict=True)]
 
 
 def choose_deterministic_algorithms() -> None:
-    """In this process from now on: torch's own, cuDNN's and cuBLAS's."""
+    """Make torch, cuDNN and cuBLAS use deterministic algorithms in this process from now on."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def keyed_seed(*key: int) -> int:
-    """A seed for (seed, step, stream): streams of different keys are independent."""
+    """Return a seed for the key (seed, step, stream). Different keys give independent random numbers."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _refuse_another(config: Config) -> None:
-    """Raise UserError for the folder of a run of another config."""
-    found = run_config(config.run)
-    if found is not None:
-        differing = differing_keys(config_file.read(found[1], str(found[0])), config)
-        if differing:
-            raise UserError(
-                f"{config.run} holds a run of another config; these keys differ: {', '.join(differing)}, says "
-                f"{found[0].name}. Give this one another name, or delete that folder"
-            )
+    """Raise UserError if the folder holds a run of another config."""
+    recorded = run_config(config.run)
+    if recorded is None:
+        return
+    path, text = recorded
+    differing = differing_keys(config_file.read(text, str(path)), config)
+    if differing:
+        raise UserError(
+            f"{config.run} holds a run of another config. These keys differ from its {path.name}: "
+            f"{', '.join(differing)}. Give this run another name, or delete that folder"
+        )

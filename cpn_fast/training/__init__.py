@@ -1,1 +1,1 @@
-"""What the training loop is made of."""
+"""The parts of the training loop."""

@@ -1,4 +1,4 @@
-"""``train.batch: auto``: the most images whose training step fits a GPU's memory, found by trying."""
+"""``train.batch: auto``: try which number of images fits a GPU's memory in a training step."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from cpn_fast.training.run_folder import run_config
 from cpn_fast.training.step import Step, make_optimizer
 
 MOST = 256
-"""Images a process."""
+"""Images of one process."""
 FRACTION = 0.9
-"""Of a GPU's memory, which trials may use at most."""
+"""Part of a GPU's memory that trials may use at most."""
 OTHERS = 2 << 30
-"""Bytes that trials leave free at least: for CUDA's context, DALI's decoders and pictures of CAMs. Not measured."""
+"""Bytes that trials leave free: an estimate for CUDA's context, DALI's decoders and pictures of CAMs."""
 
 
 def sized(config: Config, build: Callable[[Config], Method], rank: Rank) -> Config:
-    """The config with a number for ``auto``: that of the run's folder, else the largest that fits every process.
+    """Return the config with a number for ``auto``: from the run's folder, or the largest that fits every process.
 
-    All processes must call it. Raises UserError without a GPU, and if not one image fits.
+    All processes must call it. Raises UserError without a GPU, and if not even one image fits.
     """
     if config.train.batch != "auto":
         return config
-    found = run_config(config.run) if rank.first else None
-    batch = rank.gather(None if found is None else config_file.read(found[1], str(found[0])).train.batch)[0]
+    recorded = run_config(config.run) if rank.first else None
+    batch = rank.gather(None if recorded is None else config_file.read(recorded[1], str(recorded[0])).train.batch)[0]
     if batch is None:
         share = min(rank.gather(largest(lambda images: step_fits(config, build, rank, images), MOST)))
         if share == 0:
@@ -50,7 +50,7 @@ def sized(config: Config, build: Callable[[Config], Method], rank: Rank) -> Conf
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that ``fits``, as do all below it; 0 if 1 does not. By doubling and halving."""
+    """Return the largest number up to ``most`` that ``fits``, or 0. All numbers below it must fit too."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -62,15 +62,15 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def usable(device: torch.device) -> float:
-    """The share of a GPU's memory that a training step may take."""
+    """Return the part of a GPU's memory that a training step may use, from 0 to 1."""
     total = torch.cuda.get_device_properties(device).total_memory
     return max(0.0, min(FRACTION, 1 - OTHERS / total))
 
 
 def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, images: int) -> bool:
-    """Whether training steps of ``images`` of the config's size fit the GPU's memory.
+    """Return whether training steps with ``images`` images of the config's size fit the GPU's memory.
 
-    They are made without ``torch.compile`` and without a CUDA graph, neither of which needs more.
+    The trials run without ``torch.compile`` and without a CUDA graph. Neither of them needs more memory.
     """
     device = rank.device
     if device.type != "cuda":
@@ -92,9 +92,10 @@ def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, ima
 def try_steps(
     config: Config, build: Callable[[Config], Method], device: torch.device, images: int, count: int = 2
 ) -> float:
-    """``count`` steps, the second of which finds momentum; of a method of its own, on random images with all classes.
+    """Make ``count`` steps of a new method on random images with all classes; return the seconds of the fastest one.
 
-    Returns how many seconds the quickest took, the first left out: other work on the machine only adds to a step's.
+    The first step is not timed. The second one is the first with momentum. Other work on the machine only slows a step
+    down, so the fastest one counts.
     """
     method = build(config)
     method.network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
-"""Training checkpoints: written whole or not at all, readable with ``weights_only=True``.
+"""Training checkpoints: written atomically, readable with ``weights_only=True``.
 
-Shuffling, augmentation, hiding and dropout all follow from (seed, step), so the step is also the state of the
-random generators and of the data pipeline.
+Shuffling, augmentation, hiding and dropout all follow from (seed, step). So the step also restores the random
+generators and the data pipeline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write(
     scaler: dict[str, Any],
     config: str,
 ) -> Path:
-    """Write ``step-NNNNNNNN.pt`` through a temporary name and remove all but the newest ``keep``."""
+    """Write ``step-NNNNNNNN.pt`` atomically; remove all checkpoints but the newest ``keep``."""
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as file:
         state = {"step": step, "model": model, "optimizer": optimizer, "scaler": scaler, "config": config}
@@ -38,20 +38,20 @@ def write(
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep``, as ``write`` does unless it is killed in between."""
+    """Remove all but the newest ``keep`` checkpoints. ``write`` does so too, unless it is killed before."""
     for old in existing(folder)[keep:]:
         old.unlink()
 
 
 def existing(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
+    """Return the checkpoints in a folder, newest first."""
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
 def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest state that can be read, with a warning on stderr if newer ones are damaged; None without any.
+    """Return the state of the newest readable checkpoint; None if there is no checkpoint.
 
-    Raises UserError if all are damaged.
+    Damaged newer ones are named on stderr. Raises UserError if all are damaged.
     """
     damaged: list[UserError] = []
     for path in existing(folder):
@@ -64,34 +64,34 @@ def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
             print(f"Warning: {problem}. Going on from {path.name}", file=sys.stderr)
         return state
     if damaged:
-        raise UserError(f"{damaged[0]}. No other is there: delete {folder} to start again")
+        raise UserError(f"{damaged[0]}. There is no other checkpoint: delete {folder} to start again")
     return None
 
 
 def config_of(path: Path) -> str | None:
-    """The config (YAML) of the run that a checkpoint is of, without reading its tensors; None if it cannot be read."""
+    """Return the config (YAML) in a checkpoint without reading its tensors; None if it cannot be read."""
     try:
         reading.require_regular(path, reading.WEIGHTS)
         with zipfile.ZipFile(path) as records:
             (pickled,) = (name for name in records.namelist() if name.endswith("data.pkl"))
-            records.read(pickled)  # compares its checksum
+            records.read(pickled)  # compares the checksum
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # unpickling raises many types
+    except Exception:  # unpickling raises exceptions of many types
         return None
-    found = state.get("config") if isinstance(state, dict) else None
-    return found if isinstance(found, str) else None
+    config = state.get("config") if isinstance(state, dict) else None
+    return config if isinstance(config, str) else None
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:
-    """The state as ``write`` was given it; raises UserError for a damaged or foreign file."""
+    """Return the state that ``write`` saved. Raises UserError for a damaged or foreign file."""
     try:
         reading.require_regular(path, reading.WEIGHTS)
-        with zipfile.ZipFile(path) as records:  # torch does not compare the checksums that it writes
+        with zipfile.ZipFile(path) as records:  # torch writes checksums, but does not compare them
             broken = records.testzip()
         if broken is not None:
             raise zipfile.BadZipFile(f"checksum of {broken}")
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # unpickling raises many types
+    except Exception as error:  # unpickling raises exceptions of many types
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict) or not {"step", "model", "optimizer", "config"} <= state.keys():
         raise UserError(f"{path}: not a training checkpoint; expected keys step, model, optimizer and config")

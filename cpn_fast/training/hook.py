@@ -1,7 +1,7 @@
-"""The key ``hook``: a function of the user's that gets every line of metrics.jsonl (docs/logging.md).
+"""The key ``hook``: a function of the user that gets every line of metrics.jsonl (docs/logging.md).
 
-It is called by the first process, where lines are written. What it raises never ends a training: the line waits, and is
-given again before the next one.
+The first process calls it, since that process writes the lines. An exception of the function never ends a training: the
+line waits and is given again before the next one.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from cpn_fast.runtime.files import read_note, write_json
 
 @functools.cache
 def load(name: str) -> Callable[[dict[str, Any]], object]:
-    """The function that ``package.module:function`` or ``FILE.py:function`` names.
+    """Return the function that ``package.module:function`` or ``FILE.py:function`` names.
 
     Raises UserError if it cannot be imported, or does not take one argument.
     """
-    place, _, wanted = name.rpartition(":")
+    source, _, attribute = name.rpartition(":")
     try:
-        module = _of_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+        module = _from_file(Path(source).expanduser()) if source.endswith(".py") else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # the module is the user's: it may raise anything
-        hint = f"; did you mean {place}.py:{wanted}?" if Path(f"{place}.py").is_file() else ""
+        hint = f"; did you mean {source}.py:{attribute}?" if Path(f"{source}.py").is_file() else ""
         raise UserError(f"hook: {name} cannot be imported: {type(error).__name__}: {error}{hint}") from None
-    function = getattr(module, wanted, None)
+    function = getattr(module, attribute, None)
     if not callable(function):
-        found = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise UserError(f"hook: {place} has no function {wanted}; its functions are {', '.join(found) or 'none'}")
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise UserError(f"hook: {source} has no function {attribute}; its functions are {', '.join(names) or 'none'}")
     try:
         inspect.signature(function).bind({})
     except TypeError as error:
         raise UserError(f"hook: {name} must take one argument, the line as a dict: {error}") from None
-    except ValueError:  # a function of C may not tell
+    except ValueError:  # a C function may have no signature
         pass
     return function
 
 
-def _of_file(path: Path) -> ModuleType:
+def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"{path.absolute()} is no file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -59,50 +59,50 @@ def _of_file(path: Path) -> ModuleType:
 
 
 class Hook:
-    """Hands lines to the function in their order, each once.
+    """Gives the lines to the function, in their order, each one once.
 
-    ``hook.json`` in ``folder``, that of the metrics.jsonl, remembers the step up to which they were given, so that a
-    continued training does not give its first lines again. ``told`` is put before every line's figures.
+    ``hook.json``, beside metrics.jsonl in ``folder``, has the last step that was given, so that a continued training
+    does not give lines twice. The function gets ``context`` with every line.
     """
 
-    def __init__(self, name: str, folder: Path, told: dict[str, Any]) -> None:
-        self.name, self.function, self.path, self.told = name, load(name), folder / "hook.json", told
+    def __init__(self, name: str, folder: Path, context: dict[str, Any]) -> None:
+        self.name, self.function, self.path, self.context = name, load(name), folder / "hook.json", context
         note = read_note(self.path)
         known = isinstance(note, dict) and note.get("hook") == name and isinstance(note.get("step"), int)
-        self.given = note["step"] if known else 0
+        self.last_step = note["step"] if known else 0
         self.waiting: deque[dict[str, Any]] = deque()
         self.failing = False
 
     def give(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Call the function with each line that it has not been given, until it raises."""
-        self.waiting += [line for line in lines if line["step"] > self.given]
-        before = self.given
+        """Call the function with each line that it did not get yet, until it raises."""
+        self.waiting += [line for line in lines if line["step"] > self.last_step]
+        before = self.last_step
         while self.waiting:
             line = self.waiting[0]
             try:
-                self.function({**self.told, **line})
+                self.function({**self.context, **line})
             except Exception as error:
                 if not self.failing:
-                    print(f"Warning: {self._complaint(line['step'], error)}", file=sys.stderr)
+                    print(f"Warning: {self._failure(line['step'], error)}", file=sys.stderr)
                 self.failing = True
                 break
-            self.failing, self.given = False, line["step"]
+            self.failing, self.last_step = False, line["step"]
             self.waiting.popleft()
-        if self.given > before:
-            write_json(self.path, {"hook": self.name, "step": self.given})
+        if self.last_step > before:
+            write_json(self.path, {"hook": self.name, "step": self.last_step})
 
     def close(self) -> None:
-        """Say what it has not taken to the end."""
+        """Warn about lines that the function did not take."""
         if self.waiting:
-            first, there = self.waiting[0]["step"], self.path.with_name("metrics.jsonl")
+            first, metrics = self.waiting[0]["step"], self.path.with_name("metrics.jsonl")
             print(
                 f"Warning: hook {self.name} has not taken {len(self.waiting)} lines, from step {first} on; they are in "
-                f"{there}, and the same command gives them again",
+                f"{metrics}, and the same command gives them again",
                 file=sys.stderr,
             )
 
-    def _complaint(self, step: int, error: Exception) -> str:
-        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    def _failure(self, step: int, error: Exception) -> str:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first frame is ours
         where = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
-        said = f"{type(error).__name__}: {error}".rstrip(": ")
-        return f"hook {self.name} failed at step {step}: {said}{where}. Training goes on, and the next line tries again"
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        return f"hook {self.name} failed at step {step}: {reason}{where}. Training goes on; the next line tries again"

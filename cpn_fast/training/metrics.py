@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains: metrics.jsonl, TensorBoard, and the progress bar's note."""
+"""The figures of a training: metrics.jsonl, TensorBoard, and the progress bar's note."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ from cpn_fast.training.nonfinite import GradientGuard
 from cpn_fast.training.step import Figures
 
 AHEAD = 2
-"""Steps that a GPU has still to make when the host waits for one: it never runs dry, and signals find the host near."""
-
-
+"""Steps that the GPU still has to make when the host waits for one. The GPU always has work, and the host is never so
+far ahead that a signal comes late."""
 VALIDATED = "validation_"
-"""How figures of ``train.validate_every`` begin."""
+"""Prefix of the figures of ``train.validate_every``."""
 
 
 class Wait(NamedTuple):
-    """From when a batch was asked for to when it was there."""
+    """The time between the request for a batch and its arrival."""
 
     seconds: float
-    """Of the host."""
+    """Time of the host."""
     marks: tuple[torch.cuda.Event, torch.cuda.Event] | None
-    """Before and after it in the GPU's own work, which the host may be far ahead of."""
+    """Before and after it in the GPU's queue. The host may be far ahead of the GPU."""
 
     def of_device(self) -> float:
-        """Seconds in which the device had nothing else to do; on a GPU only once the step is made."""
+        """Return the seconds in which the device had no work. On a GPU, call it after the step is made."""
         if self.marks is None:
             return self.seconds
         before, after = self.marks
         return before.elapsed_time(after) / 1000
 
 
-class _Told(NamedTuple):
+class _Pending(NamedTuple):
     """A step's figures on their way to the host."""
 
     step: int
@@ -54,19 +53,19 @@ class _Told(NamedTuple):
     logits: Tensor | None
     labels: Tensor
     indices: Tensor
-    there: torch.cuda.Event | None
+    copied: torch.cuda.Event | None
     line: dict[str, Any] | None
-    """What is known beforehand of the line that ends with this step."""
+    """The known part of the line that ends with this step; None if no line does."""
     waits: Sequence[Wait]
 
 
 class Meter:
-    """Means since the last line, written to metrics.jsonl and TensorBoard, and given to the user's hook.
+    """Writes the means since the last line to metrics.jsonl and TensorBoard, and gives them to the user's hook.
 
-    Figures are copied to the host without waiting for them, and read when they must be there. Means are over all
-    processes; the first writes. A continued run's first line, and its first mAP, cover what came since it continued.
-    What is not finite, as at a step that is skipped, counts in no mean and no mAP; where nothing is left, the line has
-    none. ``waiting`` is the share of the time in which this process's device had nothing to do for want of data.
+    Figures are copied to the host without waiting, and read when the copy is complete. Means are over all processes;
+    the first one writes. The first line of a continued run, and its first mAP, cover only the steps since it continued.
+    Values that are not finite, as in a skipped step, are left out of means and mAP. A figure without finite values is
+    left out of the line. ``waiting`` is the part of the time in which this process's device waited for data.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Meter:
             if self.hook is not None:
                 self.hook.give(kept)
         self.last_step, self.last_added = start, start
-        self.under_way: deque[_Told] = deque()
+        self.under_way: deque[_Pending] = deque()
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.began = time.perf_counter()
@@ -108,11 +107,11 @@ class Meter:
 
     def _restart(self) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
-        """Name of a figure -> its sum over the steps at which it is finite, and how many these are."""
+        """Name of a figure -> its sum over the steps with a finite value, and the number of these steps."""
         self.skipped, self.waited = 0, 0.0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, with the time that the device waits for each of them noted."""
+        """Yield the batches, and record the time that the device waits for each of them."""
         while True:
             began, before = time.perf_counter(), None
             if self.on_cuda:
@@ -127,7 +126,7 @@ class Meter:
             yield batch
 
     def add(self, step: int, lr: float, figures: Figures, batches: Sequence[Batch], *, ends_line: bool) -> None:
-        """Send a step's figures to the host; ``ends_line`` says that a line is to be written with them."""
+        """Send a step's figures to the host; ``ends_line``: a line is written with them."""
         line = None
         if ends_line:
             now = time.perf_counter()
@@ -138,64 +137,66 @@ class Meter:
         labels, indices = (torch.cat(parts) for parts in zip(*((b.labels, b.indices) for b in batches), strict=True))
         values, labels, indices = (x.to("cpu", non_blocking=True) for x in (figures.values, labels, indices))
         logits = None if figures.logits is None else figures.logits.to("cpu", non_blocking=True)
-        there = None
+        copied = None
         if self.on_cuda:
-            there = torch.cuda.Event(blocking=True)  # else the host spins on a core that DALI could use
-            there.record()
+            copied = torch.cuda.Event(blocking=True)  # otherwise the host spins on a core that DALI could use
+            copied.record()
         waits, self.waits = self.waits, []
-        self.under_way.append(_Told(step, figures.names, values, logits, labels, indices, there, line, waits))
+        self.under_way.append(_Pending(step, figures.names, values, logits, labels, indices, copied, line, waits))
 
     def validated(self, figures: dict[str, float]) -> None:
-        """Add to the line that ends with the newest step; the time since then counts in no line's speed."""
+        """Add figures to the line of the newest step. The time of their computation counts in no line's speed."""
         line = self.under_way[-1].line
         assert line is not None
         line |= figures
         self.began = time.perf_counter()
 
     def read(self, step: int, *, wait: bool) -> str | None:
-        """Take in figures, after ``step`` was added: all of them, or without ``wait`` on a GPU those AHEAD steps old.
+        """Read the figures, after ``step`` was added. Without ``wait`` a GPU's newest AHEAD steps stay unread.
 
-        Several processes do so for the same steps. Returns a note for the progress bar if a line was written. Raises
-        UserError for a gradient that was not finite (``GradientGuard.passes``).
+        All processes read the same steps. Returns a note for the progress bar if a line was written. Raises UserError
+        for a gradient that was not finite (``GradientGuard.passes``).
         """
         note = None
         while self.under_way:
-            told = self.under_way[0]
-            if not wait and told.there is not None and told.step > step - AHEAD:
+            pending = self.under_way[0]
+            if not wait and pending.copied is not None and pending.step > step - AHEAD:
                 break
-            if told.there is not None:
-                told.there.synchronize()
+            if pending.copied is not None:
+                pending.copied.synchronize()
             self.under_way.popleft()
-            note = self._take(told) or note
+            note = self._take(pending) or note
         return note
 
     def show(self, name: str, picture: np.ndarray, step: int) -> None:
-        """A picture, uint8 RGB (H, W, 3), for TensorBoard."""
+        """Send a picture, uint8 RGB (H, W, 3), to TensorBoard."""
         if self.board is not None:
             self.board.add_image(name, picture, step, dataformats="HWC")
 
-    def _take(self, told: _Told) -> str | None:
-        values = dict(zip(told.names, told.values.tolist(), strict=True))
+    def _take(self, pending: _Pending) -> str | None:
+        values = dict(zip(pending.names, pending.values.tolist(), strict=True))
         norm, scale = values["gradient_norm"], values.pop("scale")
-        if not self.guard.passes(told.step, norm, scale, told.indices.tolist()):
+        if not self.guard.passes(pending.step, norm, scale, pending.indices.tolist()):
             self.skipped += 1
             values["gradient_norm"] = 0.0
         for name, value in values.items():
             if math.isfinite(value):
                 total, count = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + value, count + 1
-        self.waited += sum(wait.of_device() for wait in told.waits)
-        if told.logits is not None:
-            scored = told.logits.float().isfinite().all(dim=1)  # a step that is skipped may have logits of no use
-            self.logits.append(told.logits[scored])  # clones: the originals' pinned memory is used again
-            self.labels.append(told.labels[scored])
-        return None if told.line is None else self._write(told.line, scale)
+        self.waited += sum(wait.of_device() for wait in pending.waits)
+        if pending.logits is not None:
+            scored = pending.logits.float().isfinite().all(dim=1)  # a skipped step may have others
+            self.logits.append(pending.logits[scored])  # a copy: the pinned memory of the original is used again
+            self.labels.append(pending.labels[scored])
+        return None if pending.line is None else self._write(pending.line, scale)
 
     def _write(self, line: dict[str, Any], scale: float) -> str:
         everywhere = self.rank.gather(self.sums)
         names = dict.fromkeys(name for sums in everywhere for name in sums)  # in the order of the first process
-        found = {name: [sums[name] for sums in everywhere if name in sums] for name in names}
-        means = {name: sum(total for total, _ in own) / sum(count for _, count in own) for name, own in found.items()}
+        means = {}
+        for name in names:
+            totals, counts = zip(*(sums[name] for sums in everywhere if name in sums), strict=True)
+            means[name] = sum(totals) / sum(counts)
         norm = means.pop("gradient_norm")
         seconds = line.pop("seconds")
         measured = {"images_per_second": line.pop("images_per_second"), "waiting": min(1.0, self.waited / seconds)}
@@ -228,8 +229,8 @@ class Meter:
 
 
 def mean_average_precision(labels: Tensor, logits: Tensor) -> float:
-    """Mean over the classes that occur, of the average precision of their logits; (N, classes) each."""
-    from sklearn.metrics import average_precision_score  # slow to import, and needed here alone
+    """Return the mean average precision over the classes that occur; labels and logits are (N, classes)."""
+    from sklearn.metrics import average_precision_score  # slow to import, and only needed here
 
     truth, scores = labels.cpu().numpy() > 0.5, logits.float().cpu().numpy()
     occurring = truth.any(axis=0)

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: found, written down with their images, and skipped or made an end of."""
+"""Steps whose gradient is not finite: find them, record their images, and skip the step or stop the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "nonfinite.json"
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], *, zeroes: bool) -> Tensor:
-    """The gradient's L2 norm, a scalar on its device; ``zeroes`` makes a gradient that is not finite zero."""
+    """Return the gradient's L2 norm, a scalar on its device. ``zeroes`` sets a gradient that is not finite to 0."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if zeroes:
@@ -30,17 +30,17 @@ def gradient_norm(parameters: Iterable[nn.Parameter], *, zeroes: bool) -> Tensor
 
 
 class GradientGuard:
-    """Judges the steps by the norms of their gradients, once these have come to the host."""
+    """Checks the norm of each step's gradient on the host."""
 
     def __init__(self, folder: Path, ids: Sequence[str], mode: Literal["stop", "skip"], rank: Rank) -> None:
         self.path, self.ids, self.mode, self.rank = folder / FILE, ids, mode, rank
 
     def passes(self, step: int, norm: float, scale: float, indices: list[int]) -> bool:
-        """Whether a step's gradient was finite. Raises UserError in mode ``stop`` if it was not.
+        """Return whether a step's gradient was finite. Raises UserError in mode ``stop`` if it was not.
 
-        ``scale`` is what a gradient scaler multiplied the loss by, else 1. Above 1 the scaler may be at fault, which
-        halves it at such a step: then nothing is raised nor written down. Gradients are averaged over the processes,
-        so that all find the same steps; all must call this for the same ones.
+        ``scale`` is the factor of a gradient scaler, or 1. A factor above 1 may be the cause, and the scaler halves it
+        at this step: then nothing is recorded or raised. Gradients are averaged over the processes, so all of them find
+        the same steps. All processes must call this for the same steps.
         """
         if math.isfinite(norm):
             return True
@@ -48,7 +48,7 @@ class GradientGuard:
             return False
         images = list(chain(*self.rank.gather([self.ids[i] for i in indices])))
         if self.rank.first:
-            write_json(self.path, [*_earlier(self.path), {"step": step, "images": images}], indent=1)
+            write_json(self.path, [*_recorded(self.path), {"step": step, "images": images}], indent=1)
         if self.mode == "stop":
             raise UserError(
                 f"the gradient of step {step} is not finite; its images are {', '.join(images[:8])} "
@@ -57,8 +57,8 @@ class GradientGuard:
         return False
 
 
-def _earlier(path: Path) -> list[dict[str, Any]]:
-    """What is written down already; of a damaged file nothing, for the steps to come matter more."""
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    """Return the recorded steps; none of a damaged file, which must not keep new ones from being recorded."""
     try:
         return list(read_json(path))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Pictures of CAMs while a network trains, for TensorBoard."""
+"""Pictures of CAMs for TensorBoard while a network trains."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cpn_fast.models.network import Network
 from cpn_fast.runtime.precision import autocast
 
 COUNT, SIDE = 4, 160
-"""Images, and pixels of a picture's side."""
+"""Number of images, and side of a picture in pixels."""
 
 
 class Gallery:
-    """A few images, whose CAMs are drawn whenever it is asked for them."""
+    """Draws the CAMs of a few images."""
 
     def __init__(self, shown: Sequence[tuple[np.ndarray, np.ndarray]], config: Config, network: Network) -> None:
         """``shown`` holds images, uint8 RGB (H, W, 3), with their labels, bool (classes,)."""
@@ -31,15 +31,15 @@ class Gallery:
         self.labels = torch.from_numpy(np.stack([label for _, label in shown])).to(self.device)
 
     def picture(self) -> np.ndarray | None:
-        """uint8 RGB: a row for each image, beside it the strongest of its classes' raw and, if any, refined CAMs.
+        """Return uint8 RGB: a row per image, with the image, the maximum of its raw CAMs, and that of its refined CAMs.
 
-        None, with a warning on stderr the first time, where the GPU's memory is full: training goes on without it.
+        Returns None if the GPU's memory is full, with a warning on stderr the first time. Training goes on.
         """
         try:
             return self._drawn()
         except torch.OutOfMemoryError:
             if not self.warned:
-                print("Warning: no pictures of CAMs, for which the GPU's memory has no room", file=sys.stderr)
+                print("Warning: no pictures of CAMs: the GPU's memory is full", file=sys.stderr)
             self.warned = True
             return None
         finally:
@@ -51,7 +51,7 @@ class Gallery:
         images = ((torch.from_numpy(self.images).to(self.device) - mean) / std).permute(0, 3, 1, 2)
         self.network.eval()
         with autocast(self.precision, self.device):
-            # Not the call, which torch.compile may have taken over for the shapes of training.
+            # Not network(...): torch.compile may have replaced it for the shapes of training.
             cams = self.network.forward(images.contiguous(memory_format=torch.channels_last), self.labels.float())
         small = [cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for image in self.images]
         columns = [small] + [self._over(small, maps) for maps in cams if maps is not None]
@@ -62,12 +62,12 @@ class Gallery:
         heat = heat / heat.amax((2, 3), keepdim=True).clamp(min=1e-5)
         heat = F.interpolate(heat, (SIDE, SIDE), mode="bilinear", align_corners=True)[:, 0]
         levels = (255 * heat).round().byte().cpu().numpy()
-        coloured = [cv2.cvtColor(cv2.applyColorMap(own, cv2.COLORMAP_JET), cv2.COLOR_BGR2RGB) for own in levels]
-        return [cv2.addWeighted(image, 0.5, own, 0.5, 0) for image, own in zip(images, coloured, strict=True)]
+        coloured = [cv2.cvtColor(cv2.applyColorMap(plane, cv2.COLORMAP_JET), cv2.COLOR_BGR2RGB) for plane in levels]
+        return [cv2.addWeighted(image, 0.5, colours, 0.5, 0) for image, colours in zip(images, coloured, strict=True)]
 
 
 def _fitted(image: np.ndarray, side: int) -> np.ndarray:
-    """Resized to a long side of ``side``, at the top left of a black square."""
+    """Resize an image to a long side of ``side``; put it at the top left of a black square."""
     scale = side / max(image.shape[:2])
     height, width = (max(1, round(scale * length)) for length in image.shape[:2])
     square = np.zeros((side, side, 3), np.uint8)

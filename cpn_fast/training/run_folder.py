@@ -1,4 +1,4 @@
-"""A training run's folder: which config and which list it belongs to, and on what it ran."""
+"""A training run's folder: its config, the keys that may change, and its environment."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from cpn_fast.training import checkpoint
 
 
 def own_config(path: Path) -> str | None:
-    """The config (YAML) of the run that wrote a .safetensors file or a checkpoint; None of others."""
+    """Return the config (YAML) in a .safetensors file or a checkpoint; None if it has none."""
     if path.suffix != ".safetensors":
         return checkpoint.config_of(path)
-    found = note_of(path).get("config")
-    return found if isinstance(found, str) and found else None
+    config = note_of(path).get("config")
+    return config if isinstance(config, str) and config else None
 
 
 def run_config(run: Path) -> tuple[Path, str] | None:
-    """The config (YAML) that a run was trained with, and the file that says so; None if nothing was trained there.
+    """Return the file that has the config of a run's training, and the config (YAML); None if no step was made.
 
-    Checkpoints and weights know theirs; ``config.yaml`` is asked where neither is there.
+    Checkpoints and weights have it. Without them it is ``config.yaml``.
     """
     for path in (*checkpoint.existing(run / "checkpoints"), run / FINAL):
         if path.exists() and (text := own_config(path)) is not None:
             return path, text
     path = run / "config.yaml"
-    if path.exists() and (run / "metrics.jsonl").exists():  # else no step was made, as with missing weights
+    if path.exists() and (run / "metrics.jsonl").exists():  # without metrics no step was made
         return path, reading.read_bytes(path, reading.CONFIG).decode(errors="replace")
     return None
 
 
 OWN = ("checkpoints", FINAL, "*.json", "*.jsonl", "config.yaml", "events.*")
-"""What training writes into a run's folder, for runs that are part of another."""
+"""Patterns of the files that training writes into a run's folder."""
 
 
 def open_run(config: Config, device: torch.device) -> None:
-    """Make the run's folder, with its config and its environment."""
+    """Make the run's folder; write its config and its environment."""
     remove_partials(config.run, config.run / "checkpoints")
     checkpoint.prune(config.run / "checkpoints", config.train.keep_checkpoints)
     with replacing(config.run / "config.yaml") as file:
@@ -62,18 +62,20 @@ def open_run(config: Config, device: torch.device) -> None:
     write_json(config.run / "environment.json", environment, indent=2)
 
 
-def _backends(wanted: str | None, device: torch.device) -> dict[str, str]:
-    """What each of our operations runs on; on a GPU, where it is not Triton, with the reason."""
-    chosen = kernels.backends(device, precision.dtype(wanted, device))
-    reasons = {name: f": {own.reason}" if own.reason and device.type == "cuda" else "" for name, own in chosen.items()}
-    return {name: f"{own.backend}{reasons[name]}" for name, own in chosen.items()}
+def _backends(name: str | None, device: torch.device) -> dict[str, str]:
+    """Return the backend of each operation. On a GPU, backends other than Triton come with the reason."""
+    choices = kernels.backends(device, precision.dtype(name, device))
+    return {
+        operation: f"{choice.backend}: {choice.reason}" if choice.reason and device.type == "cuda" else choice.backend
+        for operation, choice in choices.items()
+    }
 
 
 LENGTH = ("train.steps", "train.epochs")
-"""Keys that may change between two starts of one run, upwards."""
+"""Keys that may be raised between two starts of one run."""
 
-# What may change between two starts of one run: nothing that the weights of a sound run depend on. Where the data lies
-# may, for list.json tells whether it is the same.
+# Keys that may change between two starts of one run: the weights do not depend on them. Paths of data are among them,
+# since list.json tells whether the data is the same.
 FREE = {"out", "hook", "superpixels.cache", "cam", "evaluate", "crf", "affinity", "walk", "segment"} | {
     f"{section}.{key}"
     for section, keys in {
@@ -87,11 +89,11 @@ FREE = {"out", "hook", "superpixels.cache", "cam", "evaluate", "crf", "affinity"
     for key in keys
 }
 MAY_MOVE = {"data.train_list", "data.shards", "model.weights"}
-"""Keys of files and folders whose last name counts alone."""
+"""Keys of paths of which only the last part is compared."""
 
 
 def part(config: Config, name: str, out: Path, section: Affinity | Segment) -> Config:
-    """The config of a training run ``out/name`` that is a stage of ``config``'s, as a section says."""
+    """Return the config of the training run ``out/name``, a stage of ``config``'s run with options from ``section``."""
     changes = {
         "name": name,
         "out": out,
@@ -103,22 +105,22 @@ def part(config: Config, name: str, out: Path, section: Affinity | Segment) -> C
 
 
 def decisive(config: Config) -> dict[str, Any]:
-    """Key (``train.lr``) -> plain value of all in a config that the weights of a sound run depend on."""
+    """Return key (``train.lr``) -> plain value for all keys that the weights depend on."""
     return _flat(yaml.safe_load(config_file.dump(config)))
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:
-    """Which of the ``decisive`` keys differ, but for those with which a run goes on (``resume``)."""
+    """Return the ``decisive`` keys that differ. Keys that ``resume`` compares are left out."""
     before, now = decisive(one), decisive(other)
     keys = (before.keys() | now.keys()) - {*LENGTH, "data.train_list"}
     return sorted(key for key in keys if before.get(key) != now.get(key))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in ((prefix + name, value) for name, value in tree.items() if prefix + name not in FREE):
         if key in MAY_MOVE and value is not None:
-            found[key] = Path(value).name
+            values[key] = Path(value).name
         else:
-            found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return found
+            values |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return values

@@ -1,8 +1,8 @@
 """One optimiser step: views of the batches, forward, losses, backward, the gradient's norm, new weights.
 
-Nothing in it waits for the device, and all that differs between two steps is in tensors that stay where they are: the
-batches are copied into buffers of its own, and rates of learning are tensors. So on a GPU the whole of it can be
-captured in a CUDA graph, which launches the same kernels on the same memory at once.
+Nothing in it waits for the device. All inputs of a step are in tensors with a fixed address: batches are copied into
+buffers, and learning rates are tensors. So on a GPU a CUDA graph can capture the whole step and launch its kernels at
+once.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cpn_fast.runtime.precision import autocast
 from cpn_fast.training.nonfinite import gradient_norm
 
 WARM_UP = 3
-"""Steps before the capture, in which kernels are compiled and libraries take their memory."""
+"""Steps before the capture. They compile kernels and let libraries allocate their memory."""
 
 
 class Figures(NamedTuple):
-    """What a step tells, on its device. The next step may overwrite it."""
+    """The figures of a step, on its device. The next step may overwrite them."""
 
     names: tuple[str, ...]
     """``loss``, the method's terms, ``gradient_norm`` and ``scale``, which is 1 without a gradient scaler."""
@@ -41,10 +41,10 @@ class Figures(NamedTuple):
 
 
 class Step:
-    """Calling it with ``train.accumulate`` batches of one size makes a step of the method's network.
+    """A call with ``train.accumulate`` batches of one size makes a step of the method's network.
 
-    Random numbers are drawn from torch's own generator and from ``generator``, which the caller may seed between steps:
-    a captured step follows the seeds as any other. Raises UserError where ``train`` asks for what this device or this
+    Random numbers come from torch's default generator and from ``generator``. The caller may seed both between steps;
+    captured steps follow the seeds too. Raises UserError if ``train`` asks for something that this device or this
     method cannot do.
     """
 
@@ -82,16 +82,18 @@ class Step:
 
     def __call__(self, batches: Sequence[Batch]) -> Figures:
         if self.inputs:
-            for own, batch in zip(self.inputs, batches, strict=True):
-                for buffer, tensor in zip(_tensors(own).values(), _tensors(batch).values(), strict=True):
+            for buffers, batch in zip(self.inputs, batches, strict=True):
+                for buffer, tensor in zip(_tensors(buffers).values(), _tensors(batch).values(), strict=True):
                     buffer.copy_(tensor)
         else:
-            copies: list[dict[str, Any]] = [{name: x.clone() for name, x in _tensors(own).items()} for own in batches]
+            copies: list[dict[str, Any]] = [
+                {name: tensor.clone() for name, tensor in _tensors(batch).items()} for batch in batches
+            ]
             self.inputs = [batch._replace(**copy) for batch, copy in zip(batches, copies, strict=True)]
         return self._captured() if self.captures else self._make()
 
     def _captured(self) -> Figures:
-        """The first steps beside the main stream, as a capture wants to find memory and autograd; then the graph."""
+        """Make the first steps on a side stream, to warm up memory and autograd for the capture; then run the graph."""
         if self.made < WARM_UP:
             self.made += 1
             assert self.side is not None
@@ -103,16 +105,16 @@ class Step:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)  # the capture registers torch's own
-            self.optimizer.zero_grad(set_to_none=True)  # else these gradients stay beside those of the graph
+            self.optimizer.zero_grad(set_to_none=True)  # otherwise they stay in memory beside those of the graph
             failed: BaseException | None = None
-            try:  # DALI's threads go on meanwhile: what they do must not end the capture
+            try:  # thread_local: the work of DALI's threads must not end the capture
                 with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
                     try:
                         self.figures = self._make()
                     except BaseException as error:
                         failed = error
                         raise
-            except RuntimeError as error:  # of a capture that failed, the end fails too and says nothing of the reason
+            except RuntimeError as error:  # the end of a failed capture fails too, and hides the reason
                 failed = failed or error
                 if not isinstance(failed, RuntimeError):
                     raise failed from None
@@ -124,9 +126,9 @@ class Step:
     def _make(self) -> Figures:
         self.optimizer.zero_grad(set_to_none=True)
         all_losses = []
-        for left, batch in zip(reversed(range(len(self.inputs))), self.inputs, strict=True):
+        for remaining, batch in zip(reversed(range(len(self.inputs))), self.inputs, strict=True):
             views = self.method.views(batch, self.generator)
-            with exchanging(self.forward, now=left == 0):
+            with exchanging(self.forward, now=remaining == 0):
                 with autocast(self.precision, self.device):
                     outputs = [
                         self.forward(images.contiguous(memory_format=torch.channels_last), *others)
@@ -142,7 +144,7 @@ class Step:
         self.scaler.update()
 
         parts = [{"loss": losses.total, **losses.parts} for losses in all_losses]
-        means = {name: torch.stack([own[name].float() for own in parts]).mean() for name in parts[0]}
+        means = {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}
         values = {**means, "gradient_norm": norm, "scale": scale}
         logits = [losses.logits for losses in all_losses if losses.logits is not None]
         return Figures(tuple(values), torch.stack([*values.values()]), torch.cat(logits) if logits else None)
@@ -155,7 +157,7 @@ def _why_not_captured(error: RuntimeError) -> str:
             "train.cuda_graph=false or train.checkpoint_activations=true, or lower train.batch in a run of another name"
         )
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"the step cannot be captured in a CUDA graph: {reason}. Go on with train.cuda_graph=false"
+    return f"the step cannot be captured in a CUDA graph: {reason}. Continue with train.cuda_graph=false"
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
@@ -163,7 +165,7 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def captures(method: Method, train: Train, rank: Rank, device: torch.device) -> bool:
-    """Whether steps are captured (``train.cuda_graph``). Raises UserError if they are to be and cannot."""
+    """Return whether steps are captured (``train.cuda_graph``). Raises UserError if it is true but impossible."""
     obstacle = None
     if device.type != "cuda":
         obstacle = "there is no GPU"
@@ -177,14 +179,14 @@ def captures(method: Method, train: Train, rank: Rank, device: torch.device) -> 
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """Have torch.compile run the network, whose names of weights stay as they are. Dropout draws its usual numbers."""
+    """Run the network with torch.compile. Names of weights and the random numbers of dropout stay the same."""
     network.compile(dynamic=False, options={"fallback_random": True})
 
 
 def make_optimizer(network: Headed, train: Train, device: torch.device) -> torch.optim.SGD:
-    """SGD in four groups: backbone weights x1, biases x2, head weights x10, biases x20; biases do not decay.
+    """Return SGD with four groups: backbone weights x1, biases x2, head weights x10, biases x20; biases do not decay.
 
-    ``lr`` of a group is a tensor, which ``set_rate`` fills.
+    A group's ``lr`` is a tensor that ``set_rate`` fills.
     """
     groups: list[dict[str, Any]] = []
     for is_head, is_bias, times in ((False, False, 1), (False, True, 2), (True, False, 10), (True, True, 20)):
@@ -200,26 +202,26 @@ def make_optimizer(network: Headed, train: Train, device: torch.device) -> torch
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """A checkpoint's momentum; what else the groups hold stays this run's own."""
-    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    """Load a checkpoint's momentum. The options of the groups stay those of this run."""
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, own, strict=True):
+    for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
 
 
 def rate_factor(step: int, steps: int, train: Train) -> float:
-    """What ``train.lr`` is multiplied by at a step (from 0) of a training of ``steps``; 0 from its end on."""
+    """Return the factor of ``train.lr`` at a step (from 0) of a training of ``steps`` steps; 0 from its end on."""
     return max(0.0, 1 - step / steps) ** train.power
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Each group's own rate times a factor."""
+    """Set the rate of each group to its base rate times a factor."""
     for group in optimizer.param_groups:
         group["lr"].fill_(group["base_lr"] * factor)
 
 
 def averaging(network: nn.Module) -> DistributedDataParallel:
-    """The network with gradients averaged over the processes. Buffers never change, so none are exchanged."""
+    """Return the network with gradients averaged over the processes. Buffers never change, so none are exchanged."""
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
     options: dict[str, Any] = {buffers: False}
@@ -227,7 +229,7 @@ def averaging(network: nn.Module) -> DistributedDataParallel:
 
 
 def exchanging(forward: nn.Module, *, now: bool) -> Any:
-    """A block whose backward pass averages the gradients over the processes, or leaves that to a later one."""
+    """Return a context whose backward pass averages the gradients over the processes, or leaves that to a later one."""
     if now or not isinstance(forward, DistributedDataParallel):
         return nullcontext()
     return forward.no_sync()

@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, tiny_
     (settings.run / "model.safetensors").unlink()
     for path in (newest, older):
         path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=rf"{newest.name}.*No other is there: delete"):
+    with pytest.raises(UserError, match=rf"{newest.name}.*There is no other checkpoint: delete"):
         train.run(settings)
 
 

@@ -73,7 +73,7 @@ def test_a_finished_run_with_more_steps_goes_on_and_says_at_which_rate(tiny_conf
     said = typed("train", path, *longer)
     rate = 0.01 * (1 - 6 / 12) ** 0.9
     assert "Going on after step 6: the run now has 12 steps, before it had 6" in said
-    assert f"goes on at {rate:.3g}, where it had come to 0, and falls to 0 at step 12" in said
+    assert f"The learning rate is now {rate:.3g}, before it was 0, and it falls to 0 at step 12" in said
     assert training_of(final) == {"step": 12}
     assert [line["step"] for line in lines(settings.run)] == [2, 4, 6, 8, 10, 12]
     assert lines(settings.run)[3]["lr"] == pytest.approx(0.01 * (1 - 7 / 12) ** 0.9)
@@ -94,7 +94,7 @@ def test_a_finished_run_with_more_steps_goes_on_and_says_at_which_rate(tiny_conf
 def test_steps_that_were_made_cannot_be_taken_back(tiny_config, killed) -> None:
     path = tiny_config(**PLAIN)
     killed(config_file.load(path))
-    with pytest.raises(UserError, match=r"train\.steps is 2, but .* has made 3 steps.* Set it to 3 to end there"):
+    with pytest.raises(UserError, match=r"train\.steps is 2, but .* has made 3 steps.* Set it to 3 to stop there"):
         typed("train", path, "--set", "train.steps=2")
     assert config_file.load(path).run.joinpath("config.yaml").read_text().count("steps: 6") == 1
     said = typed("train", path, "--set", "train.steps=4")  # fewer steps than planned, more than were made
@@ -112,7 +112,7 @@ def test_without_checkpoints_nothing_goes_on(tiny_config) -> None:
     typed("train", path)
     shutil.rmtree(config_file.load(path).run / "checkpoints")
     typed("train", path)  # at its end
-    with pytest.raises(UserError, match=r"its checkpoints are gone.*another name, and model\.weights=.*safetensors"):
+    with pytest.raises(UserError, match=r"its checkpoints are gone.*another name and model\.weights=.*safetensors"):
         typed("train", path, "--set", "train.steps=8")
 
 
@@ -136,13 +136,13 @@ def test_more_images_are_trained_on_when_there_are_steps_left(growing) -> None:
     stamp = (run / "model.safetensors").stat().st_mtime_ns
     images(12)
     said = typed("train", path)
-    assert re.search(r"the list has 4 images more than \S+ was trained on, and all its 6 steps are made: raise", said)
+    assert re.search(r"the list has 4 more images than \S+ was trained on, and all its 6 steps are made. Raise", said)
     assert (run / "model.safetensors").stat().st_mtime_ns == stamp
     said = typed("train", path, "--set", "train.steps=10")
-    assert "The list has 4 images more than before: they are trained on from here on" in said
+    assert "The list has 4 more images than before: the run trains on them from now on" in said
     assert "Warning" not in said
     assert json.loads((run / "list.json").read_text())["images"] == 12
-    assert "images more" not in typed("train", path, "--set", "train.steps=10")
+    assert "more images" not in typed("train", path, "--set", "train.steps=10")
     assert lines(run)[-1]["epoch"] == pytest.approx(10 / 6, abs=1e-3)
 
 
@@ -166,7 +166,7 @@ def test_a_list_of_another_name_must_hold_all_that_was_trained_on(growing) -> No
     typed("train", path)
     images(6, "fewer.txt")
     images(12, "more.txt")
-    with pytest.raises(UserError, match=r"was trained on .*train\.txt, which fewer\.txt is not with more images"):
+    with pytest.raises(UserError, match=r"was trained on .*train\.txt, but fewer\.txt does not extend this list"):
         typed("train", path, "--set", "data.train_list=fewer.txt")
     said = typed("train", path, "--set", "data.train_list=more.txt", "--set", "train.steps=8")
-    assert "The list has 4 images more than before" in said
+    assert "The list has 4 more images than before" in said

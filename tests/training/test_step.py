@@ -249,7 +249,7 @@ def test_every_call_makes_one_step_whether_eager_captured_or_replayed(tiny_confi
         (
             RuntimeError("an operation that waits\nat line 3"),
             UserError,
-            "graph: an operation that waits. Go on with",
+            "graph: an operation that waits. Continue with",
         ),
         (torch.OutOfMemoryError("CUDA out of memory."), UserError, "memory does not hold the step as a CUDA graph"),
         (KeyError("a bug"), KeyError, "a bug"),
@@ -437,7 +437,7 @@ def test_figures_are_read_late_and_belong_to_their_steps(tiny_config) -> None:
             figures = Figures(("loss", "gradient_norm", "scale"), values, None)
             meter.add(step, 0.1 * step, figures, batches(1), ends_line=step % 3 == 0)
             events.append(Event())
-            meter.under_way[-1] = meter.under_way[-1]._replace(there=events[-1])
+            meter.under_way[-1] = meter.under_way[-1]._replace(copied=events[-1])
             note = meter.read(step, wait=False)
             assert [event.waited for event in events] == [number <= step - AHEAD for number in range(1, step + 1)]
             assert (note is not None) == (step - AHEAD > 0 and (step - AHEAD) % 3 == 0)

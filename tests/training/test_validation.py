@@ -62,7 +62,7 @@ def test_without_masks_the_score_is_the_precision_of_tags(tiny_config, small_voc
     shutil.copytree(small_voc, root, ignore=shutil.ignore_patterns("SegmentationClass"))
     settings = config_file.load(tiny_config(**VALIDATED | {"data": {"root": str(root), "eval_list": VAL}}))
     train.run(settings)
-    assert "mean average precision of tags, for want of masks" in capsys.readouterr().out
+    assert "mAP of their tags, since masks are missing" in capsys.readouterr().out
     found = scores(settings, "validation_mAP")
     note = training_of(settings.run / BEST)
     assert note["measure"] == "mAP"
@@ -158,7 +158,7 @@ def test_other_images_choose_the_best_anew(tiny_config, capsys) -> None:
     before = training_of(config_file.load(path).run / BEST)
     train.run(config_file.load(path, listed))
     said = capsys.readouterr()
-    assert "was the best on other images: it is chosen anew" in said.err
+    assert "was the best on other images and is chosen anew" in said.err
     assert "12 of which are trained on" in said.out
     after = training_of(config_file.load(path).run / BEST)
     assert after["of"] != before["of"]

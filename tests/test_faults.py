@@ -437,7 +437,7 @@ ROWS = [
         "another config, and metrics.jsonl is gone",
         "train again",
         1,
-        "these keys differ: train.lr, says step-00000002.pt",
+        "These keys differ from its step-00000002.pt: train.lr",
     ),
     row(
         "a bit of the weights that flipped",
@@ -469,19 +469,19 @@ ROWS = [
         "an image that was replaced after its seed",
         "evaluate",
         1,
-        "1 files of another image than is there now: val_0001.npz",
+        "1 files made from an image that has changed: val_0001.npz",
     ),
     row(
         "an image that was replaced after its seed",
         "evaluate masks",
         1,
-        "1 files of another image than is there now: val_0001.png",
+        "1 files made from an image that has changed: val_0001.png",
     ),
     row(
         "an image that was replaced after its seed",
         "segment",
         1,
-        "1 masks are of other images than are there now (val_0001)",
+        "1 masks were made from images that have changed (val_0001)",
     ),
     row(
         "an image that was replaced by a larger one",

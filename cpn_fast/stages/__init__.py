@@ -1,1 +1,1 @@
-"""The stages of the chain: each reads the files of the one before and writes its own."""
+"""The stages of the chain. Each one reads the files of the stage before it."""

@@ -1,4 +1,4 @@
-"""Stage ``cam``: multi-scale CAM seeds of a trained network, with masks and overlays to look at."""
+"""Stage ``cam``: write multi-scale CAM seeds of a trained network, with masks and overlays to look at."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from cpn_fast.runtime.progress import Progress
 from cpn_fast.stages.results import claim_once, list_folder
 
 OWN = ("seeds", "masks", "overlays", "pictures.json")
-"""What this stage writes for a list."""
+"""What this stage writes into the folder of a list."""
 
 
 def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
-    """Write ``seeds/ID.npz``, ``masks/ID.png`` and ``overlays/ID.jpg`` for a list; returns their folder.
+    """Write ``seeds/ID.npz``, ``masks/ID.png`` and ``overlays/ID.jpg`` for a list; return their folder.
 
-    Finished images are kept when the weights and the settings are the same, and made again when they are not; another
-    ``cam.mask_threshold`` only draws masks and overlays anew. Under torchrun each process makes its share of the list.
+    Finished images are kept while the weights and the settings are unchanged. Another ``cam.mask_threshold`` only
+    redraws masks and overlays. Under torchrun each process makes its share of the list.
     """
     rank = distributed.join()
     list_path = list_path or config.data.eval_list
@@ -52,18 +52,18 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
 def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     device = rank.device
     network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    origin = claim_once(rank, folder, _made_by(config, weights), OWN)
-    own = rank.share(samples)
+    origin = claim_once(rank, folder, _provenance(config, weights), OWN)
+    share = rank.share(samples)
     missing, undrawn = [], []
-    sources = seed_sources(own, origin)
-    for sample in own:
+    sources = seed_sources(share, origin)
+    for sample in share:
         if not _finished(folder, sample, sources[sample.id]):
             missing.append(sample)
         elif not _drawn(folder, sample, sources[sample.id], config):
             undrawn.append(sample)
     batches = images_for(network, missing, config, config.cam.scales)
     writers = config.train.data_threads
-    progress = Progress("cam", len(own), len(own) - len(missing))
+    progress = Progress("cam", len(share), len(share) - len(missing))
     with ThreadPoolExecutor(writers) as pool, Backlog(writers + config.cam.batch) as writing, progress:
         for sample in undrawn:
             writing.add(pool.submit(_redraw, folder, sample, sources[sample.id], config))
@@ -72,14 +72,14 @@ def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path
             labels = torch.from_numpy(np.stack([tags(sample) for sample in chosen]))
             with torch.inference_mode(), autocast(config.train.precision, device):
                 cams, probabilities = summed_cams(network, batch, labels, config.cam)
-            for sample, cam, found in zip(chosen, cams, probabilities, strict=True):
-                writing.add(pool.submit(_write, folder, sample, cam, found, sources[sample.id], config, weights))
+            for sample, cam, scores in zip(chosen, cams, probabilities, strict=True):
+                writing.add(pool.submit(_write, folder, sample, cam, scores, sources[sample.id], config, weights))
             progress.advance(len(chosen))
     rank.wait()
 
 
 def seed_sources(samples: Sequence[Sample], origin: str) -> dict[str, str]:
-    """Id -> what its seed is made of: image, tags, and the ``origin`` of the folder, which ``claim`` returned."""
+    """Return id -> the mark of its seed, made of image, tags and the folder's ``origin``, which ``claim`` returned."""
     images = image_digests([sample.image for sample in samples])
     return {
         sample.id: mark(image, origin, np.flatnonzero(tags(sample)).tolist())
@@ -88,13 +88,13 @@ def seed_sources(samples: Sequence[Sample], origin: str) -> dict[str, str]:
 
 
 def _write(
-    folder: Path, sample: Sample, cam: Tensor, found: Tensor, source: str, config: Config, weights: Path
+    folder: Path, sample: Sample, cam: Tensor, scores: Tensor, source: str, config: Config, weights: Path
 ) -> None:
-    """In a thread, so that neither the GPU nor the loop that feeds it waits for files."""
+    """Write an image's results. Runs in a thread: neither the GPU nor the loop waits for files."""
     seed = Seed(np.flatnonzero(tags(sample)), unit_scale(cam).cpu().numpy())
-    probabilities = found.cpu().numpy()
-    for made in (seed.cam, probabilities):
-        require_finite(made, weights, sample.id)
+    probabilities = scores.cpu().numpy()
+    for array in (seed.cam, probabilities):
+        require_finite(array, weights, sample.id)
     _draw(folder, sample, seed, source, config)
     path = folder / "seeds" / f"{sample.id}.npz"
     write_seed(path, seed, source, probabilities)  # last: its presence says that the image is done
@@ -110,7 +110,8 @@ def _draw(folder: Path, sample: Sample, seed: Seed, source: str, config: Config)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     with replacing(folder / "overlays" / f"{sample.id}.jpg") as file:
         file.write(jpeg.tobytes())
-    write_mask(folder / "masks" / f"{sample.id}.png", mask, _mask_source(source, config))  # last: it tells of both
+    # The mask is last: its presence says that both are drawn.
+    write_mask(folder / "masks" / f"{sample.id}.png", mask, _mask_source(source, config))
 
 
 def _mask_source(seed: str, config: Config) -> str:
@@ -134,7 +135,7 @@ def _drawn(folder: Path, sample: Sample, source: str, config: Config) -> bool:
     return can_be_kept(mask, _mask_source(source, config)) and overlay.exists()
 
 
-def _made_by(config: Config, weights: Path) -> dict[str, Any]:
+def _provenance(config: Config, weights: Path) -> dict[str, Any]:
     return {
         "version": VERSION,
         "weights_sha256": reading.sha256(weights, reading.WEIGHTS),

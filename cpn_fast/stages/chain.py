@@ -1,4 +1,4 @@
-"""``cpn-fast run``: all stages in their order. Each leaves finished work alone and continues what was interrupted."""
+"""``cpn-fast run``: all stages in order. Each one keeps finished work and continues interrupted work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cpn_fast.training import hook
 
 
 class Stage(NamedTuple):
-    """What a stage made, scored."""
+    """A stage's results and their score."""
 
     name: str
     list: Path
@@ -26,14 +26,14 @@ class Stage(NamedTuple):
 
 
 def run(config: Config) -> list[Stage]:
-    """Train, make seeds, refine them, train a segmenter; score whatever there is ground truth for, and print a table.
+    """Train, make seeds, refine them and train a segmenter; score what has ground truth, and print and return a table.
 
-    Seeds are scored on ``data.eval_list``, and so are pseudo-masks if its images are among ``data.train_list``; the
-    segmenter on ``segment.eval_list``.
+    Seeds are scored on ``data.eval_list``, the segmenter on ``segment.eval_list``. Pseudo-masks are scored on
+    ``data.eval_list`` if all its images are in ``data.train_list``.
     """
     rank = distributed.join()
     check(config, rank.world)
-    with owned(config.run, rank):  # of all its stages: another start must not come in between two of them
+    with owned(config.run, rank):  # for all stages: no other start may come between two of them
         return _run(config)
 
 
@@ -64,7 +64,7 @@ def _run(config: Config) -> list[Stage]:
 
 
 def check(config: Config, world: int) -> None:
-    """Look for what any stage needs, before the first one takes hours. Raises UserError with all that is found."""
+    """Check what every stage needs, before the first one takes hours. Raises UserError that lists all problems."""
     lists, problems = config.data, []
     images = {}
     for key, list_path, labels in (
@@ -87,14 +87,14 @@ def check(config: Config, world: int) -> None:
             problems.append(str(error))
     weights, run = config.model.weights, config.run
     trained = all((run / part / "model.safetensors").is_file() for part in (".", "refine/affinity", "segment/deeplab"))
-    elsewhere = weights is None or str(weights) == "timm" or str(weights).startswith(PACKAGE)
-    if not trained and not elsewhere:
+    is_file = weights is not None and str(weights) != "timm" and not str(weights).startswith(PACKAGE)
+    if not trained and is_file:
         assert weights is not None
         try:
             reading.require_regular(weights, reading.WEIGHTS)
         except OSError as error:
             reason = f"{weights}: {error.strerror}"
-            problems.append(f"model.weights: {reason}; AffinityNet and the segmenter start from it too")
+            problems.append(f"model.weights: {reason}; AffinityNet and the segmenter start from this file too")
     if config.hook is not None and distributed.join().first:
         try:
             hook.load(config.hook)
@@ -105,11 +105,11 @@ def check(config: Config, world: int) -> None:
 
 
 def score(config: Config, list_path: Path, *, cams: Path | None = None, masks: Path | None = None) -> float | None:
-    """mIoU of seeds at their best threshold or of masks; None if an image of the list has no ground truth."""
+    """Return the mIoU of seeds at their best threshold or of masks; None if an image has no ground truth."""
     if not has_ground_truth(config.data, config.classes, list_path):
         return None
-    found = evaluate.run(config, cams=cams, masks=masks, list_path=list_path, threshold_from=None)
-    return float(found.results[-1].scores.mean_iou)
+    evaluation = evaluate.run(config, cams=cams, masks=masks, list_path=list_path, threshold_from=None)
+    return float(evaluation.results[-1].scores.mean_iou)
 
 
 def _ids(config: Config, list_path: Path) -> set[str]:

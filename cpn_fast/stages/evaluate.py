@@ -1,8 +1,8 @@
-"""Stage ``evaluate``: scores of CAM seeds, at every background threshold from one pass, or of mask PNGs.
+"""Stage ``evaluate``: score CAM seeds at all background thresholds in one pass, or score mask PNGs.
 
-The score of a seed depends on the background threshold. One chosen on the very masks that it is scored on is
-the *oracle*: an upper bound, and called so everywhere. A *fixed* one was set beforehand in the config; a *held-out*
-one is the oracle of other images.
+The score of a seed depends on the background threshold. The *oracle* threshold is chosen on the masks that it is scored
+on, so its score is an upper bound. A *fixed* threshold is set in the config. A *held-out* threshold is the oracle of
+other images.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def evaluate_cams(
 ) -> Evaluation:
     """Score ``folder/<id>.npz`` against the samples' masks. held_out: a threshold chosen on other images.
 
-    Raises UserError with every missing, damaged or ill-sized file.
+    Raises UserError that lists all missing and damaged files, and files of the wrong size.
     """
     grid = np.arange(config.thresholds) / config.thresholds
-    given: dict[Kind, float] = {}
+    chosen: dict[Kind, float] = {}
     if held_out is not None:
-        given["held-out"] = held_out
+        chosen["held-out"] = held_out
     if config.threshold is not None:
-        given["fixed"] = config.threshold
-    tried = np.union1d(grid, list(given.values()))
+        chosen["fixed"] = config.threshold
+    tried = np.union1d(grid, list(chosen.values()))
     sweep = ThresholdSweep(tried, len(classes))
 
     def score(sample: Sample, path: Path) -> None:
@@ -67,7 +67,7 @@ def evaluate_cams(
     counts = distributed.join().sum(sweep.confusion())
     curve = Scores(counts[np.searchsorted(tried, grid)])
     best = int(np.argmax(curve.mean_iou))
-    results = [Result(kind, value, Scores(counts[np.searchsorted(tried, value)])) for kind, value in given.items()]
+    results = [Result(kind, value, Scores(counts[np.searchsorted(tried, value)])) for kind, value in chosen.items()]
     results.append(Result("oracle", float(grid[best]), Scores(curve.confusion[best])))
     return Evaluation(
         folder, list_name, tuple(s.id for s in samples), tuple(classes), tuple(results), Curve(grid, curve)
@@ -79,7 +79,7 @@ def evaluate_masks(
 ) -> Evaluation:
     """Score ``folder/<id>.png`` against the samples' masks.
 
-    Raises UserError with every missing, damaged or ill-sized file.
+    Raises UserError that lists all missing and damaged files, and files of the wrong size.
     """
     total = np.zeros((len(classes) + 1, len(classes) + 1), np.int64)
     lock = threading.Lock()
@@ -100,35 +100,35 @@ def evaluate_masks(
 
 
 def held_out_threshold(path: Path, ids: Collection[str]) -> float:
-    """The oracle threshold in another list's evaluation.json.
+    """Return the oracle threshold in another list's evaluation.json.
 
-    Raises UserError if that evaluation saw any of ``ids``, for then it would be no held-out one here.
+    Raises UserError if that evaluation scored any of ``ids``: the threshold would not be held out.
     """
     try:
         tree = read_json(path)
-        found = [float(result["threshold"]) for result in tree["results"] if result["kind"] == "oracle"]
+        oracles = [float(result["threshold"]) for result in tree["results"] if result["kind"] == "oracle"]
         seen = set(tree["ids"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such evaluation; `cpn-fast evaluate CONFIG --cams DIR` writes one") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not an evaluation.json of cpn-fast: {error}") from None
-    if not found:
-        raise UserError(f"{path}: it scores masks and has no threshold; give an evaluation of seeds")
-    both = [id_ for id_ in ids if id_ in seen]
-    if both:
+    if not oracles:
+        raise UserError(f"{path}: it scores masks, so it has no threshold; give an evaluation of seeds")
+    shared = [id_ for id_ in ids if id_ in seen]
+    if shared:
         raise UserError(
-            f"{path}: its threshold was chosen on {len(both)} of the {len(ids)} images to be scored "
-            f"({some(both, 3)}): give an evaluation of other images"
+            f"{path}: its threshold was chosen on {len(shared)} of the {len(ids)} images to be scored "
+            f"({some(shared, 3)}): give an evaluation of other images"
         )
-    return found[0]
+    return oracles[0]
 
 
 def run(
     config: Config, *, cams: Path | None, masks: Path | None, list_path: Path | None, threshold_from: Path | None
 ) -> Evaluation:
-    """Score a folder of seeds or of masks on a list (the config's ``data.eval_list`` by default), print and write it.
+    """Score a folder of seeds or of masks on a list (default ``data.eval_list``); print and write the scores.
 
-    threshold_from: the evaluation.json of other images, whose best threshold is used here too.
+    threshold_from: the evaluation.json of other images; its oracle threshold is scored here too.
     """
     source = cams or masks
     if source is None or (cams and masks):
@@ -139,7 +139,7 @@ def run(
         raise UserError(f"{source}: no such folder; `cpn-fast cam` prints where it writes seeds and masks")
     inner = source / ("seeds" if cams else "masks")
     if inner.is_dir():
-        raise UserError(f"{source}: holds what the stage made, not only {inner.name}; did you mean {inner}?")
+        raise UserError(f"{source}: holds all results of a stage, not only {inner.name}; did you mean {inner}?")
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
     workers = os.cpu_count() or 1
@@ -151,23 +151,24 @@ def run(
         )
     else:
         evaluation = evaluate_masks(samples, source, config.classes, list_name=name, workers=workers)
-    never = [
+    absent = [
         name for name, pixels in zip(config.classes, evaluation.results[0].scores.true[1:], strict=True) if not pixels
     ]
-    if len(never) == len(config.classes):
+    if len(absent) == len(config.classes):
         raise UserError(
             f"{config.data.root / config.data.masks}: no ground truth of the {len(samples)} images has a pixel of any "
-            f"class ({some(never)}), so nothing can be scored. Mask values of the classes are 1 to {len(never)}"
+            f"class ({some(absent)}), so nothing can be scored. Mask values of the classes are 1 to {len(absent)}"
         )
-    if never and distributed.join().first:
-        print(f"Warning: no ground truth has a pixel of {some(never)}, and no score counts them", file=sys.stderr)
-    place, home = source.resolve(), config.run.resolve()
-    inside = place.is_relative_to(home)
-    parts = place.relative_to(home).parts if inside else place.parts[-2:]
+    if absent and distributed.join().first:
+        print(f"Warning: no ground truth has a pixel of {some(absent)}; the scores leave them out", file=sys.stderr)
+    resolved, run_folder = source.resolve(), config.run.resolve()
+    inside = resolved.is_relative_to(run_folder)
+    parts = resolved.relative_to(run_folder).parts if inside else resolved.parts[-2:]
     name = "-".join(parts)
-    if not inside or len(os.fsencode(name)) > 200:  # others may end in the names of the run's own; a name has 255 bytes
+    # A folder outside the run may end like one inside. A file name has at most 255 bytes.
+    if not inside or len(os.fsencode(name)) > 200:
         name = name if len(os.fsencode(name)) <= 200 else parts[-1][:40]
-        name += f"-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+        name += f"-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:8]}"
     folder = config.run / "evaluation" / config.list_name(list_path) / name
     if distributed.join().first:
         with owned(folder, waits=True):
@@ -179,13 +180,13 @@ def run(
 
 
 class _Problem(Exception):
-    """What keeps an image from being scored: a kind, to count under, and a file's name."""
+    """An image cannot be scored: the kind of problem, and the file's name."""
 
 
 def _each(
     samples: Sequence[Sample], folder: Path, suffix: str, score: Callable[[Sample, Path], None], workers: int
 ) -> None:
-    """Score this process's share in threads (reading and inflating leave the GIL); raise all problems in one go."""
+    """Score this process's share in threads (reading and inflating release the GIL); raise all problems at once."""
 
     def attempt(sample: Sample) -> tuple[str, str] | None:
         path = folder / f"{sample.id}{suffix}"
@@ -194,7 +195,7 @@ def _each(
         try:
             score(sample, path)
             if is_of_another_image(path, sample.image):
-                return "files of another image than is there now", path.name
+                return "files made from an image that has changed", path.name
         except _Problem as problem:
             kind, name = problem.args
             return kind, name
@@ -203,12 +204,12 @@ def _each(
         return None
 
     rank = distributed.join()
-    own = rank.share(samples)
+    share = rank.share(samples)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            tried = list(track(pool.map(attempt, own), f"scoring {folder.name}", total=len(own)))
+            tried = list(track(pool.map(attempt, share), f"scoring {folder.name}", total=len(share)))
         finally:
-            pool.shutdown(cancel_futures=True)  # who stops this need not wait for the rest
+            pool.shutdown(cancel_futures=True)  # after an error or an interrupt, drop the queued images
     problems: dict[str, list[str]] = defaultdict(list)
     for kind, name in filter(None, itertools.chain.from_iterable(rank.gather(tried))):
         problems[kind].append(name)

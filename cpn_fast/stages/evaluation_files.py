@@ -1,4 +1,4 @@
-"""What an evaluation leaves: evaluation.json, per_class.csv, plots, and the table on the terminal."""
+"""The results of an evaluation: evaluation.json, per_class.csv, plots, and the table on the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cpn_fast.runtime.files import remove_partials, replacing, with_checksum
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> Path:
-    """Write evaluation.json (everything), per_class.csv and plots; returns the path of evaluation.json."""
+    """Write evaluation.json (everything), per_class.csv and plots; return the path of evaluation.json."""
     remove_partials(folder)
     tree = with_checksum(_as_tree(evaluation))
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items())
@@ -81,7 +81,7 @@ def _result_tree(result: Result, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _plain(values: np.ndarray) -> Any:
-    """Nested lists; JSON has no NaN."""
+    """Return nested lists with None for NaN, which JSON lacks."""
     return np.where(np.isnan(values), np.array(None), values).tolist()
 
 

@@ -1,14 +1,14 @@
-"""Stage ``refine``: from seeds of the training list to pseudo-masks, by AffinityNet (Ahn and Kwak, CVPR 2018).
+"""Stage ``refine``: make pseudo-masks from the training list's seeds with AffinityNet (Ahn and Kwak, CVPR 2018).
 
-Its parts read each other's files, in ``refine`` in the run's folder:
+It has five parts. Each one is a folder in ``RUN/refine`` and reads the folders before it:
 
 - ``crf-low``, ``crf-high``: masks of the dense CRF with a large and with a small background score;
-- ``labels``: what both are sure of, masks with 255 elsewhere;
+- ``labels``: masks with the classes of ``crf-low``, the background of ``crf-high``, and 255 elsewhere;
 - ``affinity``: AffinityNet's training run;
-- ``masks``: the pseudo-masks, seeds that walked along AffinityNet's affinities.
+- ``masks``: the pseudo-masks, made from the seeds by a random walk along AffinityNet's affinities.
 
-A part is skipped when it is finished and what it was made of is unchanged, made again when that changed (tags and
-settings of AffinityNet's training among it), and continued in the middle when it was interrupted.
+A finished part is skipped while its inputs are unchanged, and made again when they change. Tags and the settings of
+AffinityNet's training are inputs too. An interrupted part continues where it stopped.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ from cpn_fast.training import run_folder
 
 
 def run(config: Config) -> Path:
-    """Refine the seeds of ``data.train_list``; returns the folder of pseudo-masks, ``ID.png`` with VOC's palette.
+    """Refine the seeds of ``data.train_list``; return the folder of pseudo-masks, ``ID.png`` with VOC's palette.
 
-    Under torchrun each process makes its share. Raises UserError for seeds that are missing or damaged.
+    Under torchrun each process makes its share. Raises UserError for missing, damaged or outdated seeds.
     """
     rank = distributed.join()
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
@@ -76,48 +76,49 @@ def run(config: Config) -> Path:
 
 def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distributed.Rank) -> Path:
     seeds = _seeds(config, samples)
-    listed = ""
+    tags_digest = ""
     if rank.first:
         remove_partials(folder)
-        listed = _remember_tags(folder, samples)
-    own = rank.share(samples)
+        tags_digest = _remember_tags(folder, samples)
+    share = rank.share(samples)
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
-    images = image_digests([sample.image for sample in own])
+    images = image_digests([sample.image for sample in share])
     sources = {
         sample.id: mark(image, seed_digest(seeds / f"{sample.id}.npz"))
-        for sample, image in zip(own, images, strict=True)
+        for sample, image in zip(share, images, strict=True)
     }
     alphas = {folder / "crf-low": config.crf.low_alpha, folder / "crf-high": config.crf.high_alpha}
-    for place, alpha in alphas.items():
-        claim_once(rank, place, {"version": VERSION, "alpha": alpha, "parameters": config.crf.parameters})
-    write_label_maps(own, seeds, alphas, sources=sources, parameters=config.crf.parameters, workers=workers)
+    for masks, alpha in alphas.items():
+        claim_once(rank, masks, {"version": VERSION, "alpha": alpha, "parameters": config.crf.parameters})
+    write_label_maps(share, seeds, alphas, sources=sources, parameters=config.crf.parameters, workers=workers)
     rank.wait()
     claim_once(rank, folder / "labels", {"version": VERSION})
-    write_labels(own, folder / "crf-low", folder / "crf-high", folder / "labels")
+    write_labels(share, folder / "crf-low", folder / "crf-high", folder / "labels")
     rank.wait()
     settings = affinity_config(config)
-    # Of each process's share, for a file is read once: what AffinityNet is trained on.
-    made_of = rank.gather(
-        [(sample.id, image, label_digest(folder, sample)) for sample, image in zip(own, images, strict=True)]
+    # Each process digests its share of AffinityNet's inputs, so that every file is read once.
+    digests = rank.gather(
+        [(sample.id, image, label_digest(folder, sample)) for sample, image in zip(share, images, strict=True)]
     )
-    made_by = {
+    provenance = {
         "version": VERSION,
-        "images": combined(sorted((id_, image) for share in made_of for id_, image, _ in share)),
-        "labels": combined(sorted((id_, label) for share in made_of for id_, _, label in share)),
-        "tags": listed,
+        "images": combined(sorted((id_, image) for part in digests for id_, image, _ in part)),
+        "labels": combined(sorted((id_, label) for part in digests for id_, _, label in part)),
+        "tags": tags_digest,
         "radius": config.affinity.radius,
+        **run_folder.decisive(settings),
     }
     with owned(settings.run, rank):
-        claim_once(rank, settings.run, made_by | run_folder.decisive(settings), run_folder.OWN, free=run_folder.LENGTH)
+        claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH)
         weights = train.fit(settings, Affinity, part_of=(config, "affinity"))
-    made_by = {
+    provenance = {
         "version": VERSION,
         "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         "radius": config.affinity.radius,
         **config.walk.model_dump(mode="json"),
     }
-    claim_once(rank, folder / "masks", made_by)
-    walk(config, weights, own, seeds, folder / "masks", sources=sources, device=rank.device, workers=workers)
+    claim_once(rank, folder / "masks", provenance)
+    walk(config, weights, share, seeds, folder / "masks", sources=sources, device=rank.device, workers=workers)
     rank.wait()
     return folder / "masks"
 
@@ -127,17 +128,17 @@ def label_digest(folder: Path, sample: Sample) -> str:
 
 
 def affinity_config(config: Config) -> Config:
-    """The training run of AffinityNet in ``RUN/refine/affinity``, on the labels beside it."""
+    """Return the config of AffinityNet's training run ``RUN/refine/affinity``, on the labels beside it."""
     training = run_folder.part(config, "affinity", config.run / "refine", config.affinity)
     return training.model_copy(update={"model": config.model.model_copy(update={"stride": 8})})
 
 
 def write_labels(samples: Sequence[Sample], low: Path, high: Path, folder: Path) -> None:
-    """Write ``combined_labels`` of two folders of masks, for the samples that have none of these very masks yet."""
+    """Write the combined labels of two mask folders. Files that were made from the same masks are kept."""
 
     def source(sample: Sample) -> str:
         name = f"{sample.id}.png"
-        contents = (reading.read_bytes(place / name, reading.MASK) for place in (low, high))
+        contents = (reading.read_bytes(masks / name, reading.MASK) for masks in (low, high))
         return hashlib.sha256(b"".join(contents)).hexdigest()
 
     sources = {sample.id: source(sample) for sample in samples}
@@ -167,7 +168,7 @@ def walk(
     device: torch.device,
     workers: int,
 ) -> None:
-    """Write ``folder/ID.png``, the mask of ``seeds/ID.npz`` after the walk, where none of ``sources[ID]`` is yet."""
+    """Write ``folder/ID.png``, the mask of ``seeds/ID.npz`` after the walk. Masks of ``sources[ID]`` are kept."""
     missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png", sources[sample.id])]
     if not missing:
         return
@@ -192,10 +193,10 @@ def walk(
 
 @torch.inference_mode()
 def walked_scores(network: AffinityNet, batch: ScaledBatch, seeds: Sequence[Seed], config: Config) -> list[np.ndarray]:
-    """Scores of background and present classes after the walk, float32 (1 + k, H, W), of images of one size.
+    """Return scores of background and present classes after the walk, float32 (1 + k, H, W) for each image.
 
-    The seeds are averaged over the cells of the feature map, walk there, and are enlarged bilinearly. The released code
-    pads to a multiple of 8 pixels first: at such sizes both are the same.
+    All images of the batch have one size. The seeds are averaged over the cells of the feature map, walk there, and are
+    enlarged bilinearly. The released code first pads images to a multiple of 8 pixels: at such sizes both agree.
     """
     images = batch.scales[0].contiguous(memory_format=torch.channels_last)
     with autocast(config.affinity.train.precision, images.device):
@@ -203,51 +204,51 @@ def walked_scores(network: AffinityNet, batch: ScaledBatch, seeds: Sequence[Seed
     height, width = features.shape[2:]
     radius = fitting_radius(config.affinity.radius, height, width)
     scores = [torch.from_numpy(with_background(seed, config.walk.alpha)).to(images.device) for seed in seeds]
-    planes = max(len(own) for own in scores)
-    pooled = torch.stack([_filled(F.adaptive_avg_pool2d(own, (height, width)), planes) for own in scores])
+    planes = max(map(len, scores))
+    pooled = torch.stack([_padded(F.adaptive_avg_pool2d(before, (height, width)), planes) for before in scores])
     affinities = pair_affinities(features, radius)
     walked = random_walk(affinities, pooled, radius=radius, beta=config.walk.beta, logt=config.walk.logt)
     large = F.interpolate(walked, batch.size, mode="bilinear", align_corners=False)
-    return [own[: len(before)].cpu().numpy() for own, before in zip(large, scores, strict=True)]
+    return [after[: len(before)].cpu().numpy() for after, before in zip(large, scores, strict=True)]
 
 
-def _filled(scores: Tensor, planes: int) -> Tensor:
-    """Planes of 0 behind (k, h, w), which stay 0 in the walk."""
+def _padded(scores: Tensor, planes: int) -> Tensor:
+    """Append planes of 0 to (k, h, w). The walk leaves them 0."""
     return F.pad(scores, (0, 0, 0, 0, 0, planes - len(scores)))
 
 
 def _write_mask(
     path: Path, image: Path, scores: np.ndarray, values: np.ndarray, source: str, crf: CrfName | None
 ) -> None:
-    """In another thread or process, so that the network need not wait for files."""
+    """Write an image's mask. Runs in another thread or process: the network does not wait for files."""
     if crf is not None:
         scores = dense_crf(read_image(image), scores, PARAMETERS[crf])
     write_mask(path, values[scores.argmax(0)], source)
 
 
 def _seeds(config: Config, samples: Sequence[Sample]) -> Path:
-    """Folder of the seeds. Raises UserError if some are missing, or are of other images or tags than are there now."""
+    """Return the folder of the seeds. Raises UserError if any are missing, or their images or tags have changed."""
     folder = config.run / "cams" / config.list_name(config.data.train_list)
     again = f"cpn-fast cam CONFIG --list {config.data.train_list}"
 
     require_results(folder / "seeds", "seed", samples, config.data.train_list, f"Make them first: {again}")
     manifest = folder / "made_by.json"
     if not manifest.exists():
-        raise UserError(f"{manifest}: expected beside the seeds, which `cpn-fast cam` makes, and not found")
+        raise UserError(f"{manifest}: not found; `cpn-fast cam` writes it beside the seeds")
     expected = seed_sources(samples, reading.sha256(manifest, reading.NOTE))
-    old = [
+    outdated = [
         id_ for id_, source in expected.items() if seed_source(folder / "seeds" / f"{id_}.npz") not in (None, source)
     ]
-    if old:
+    if outdated:
         raise UserError(
-            f"{folder / 'seeds'}: {len(old)} seeds are of other images or other tags than are there now "
-            f"({some(old, 3)}). Make them anew first: {again}"
+            f"{folder / 'seeds'}: {len(outdated)} seeds were made from images or tags that have changed "
+            f"({some(outdated, 3)}). Make them again first: {again}"
         )
     return folder / "seeds"
 
 
 def _remember_tags(folder: Path, samples: Sequence[Sample]) -> str:
-    """Write down which tags the parts follow from; returns a digest of the list and its tags."""
+    """Write the tags of all images to tags.json; return the digest of the list and its tags."""
     path, now = folder / "tags.json", {sample.id: np.flatnonzero(tags(sample)).tolist() for sample in samples}
     if read_note(path) != now:
         write_json(path, now)

@@ -1,7 +1,7 @@
-"""Stage ``segment``: a DeepLab segmenter trained on pseudo-masks, which needs no tags afterwards, and its masks.
+"""Stage ``segment``: train a DeepLab segmenter on pseudo-masks and write its masks. The segmenter needs no tags.
 
-In ``segment`` in the run's folder, ``deeplab`` is the training run and ``LIST/masks`` and ``LIST/crf`` are masks of the
-images of a list before and after the dense CRF.
+``RUN/segment/deeplab`` is its training run. ``RUN/segment/LIST`` has the masks of a list: ``masks`` before the dense
+CRF and ``crf`` after it.
 """
 
 from __future__ import annotations
@@ -47,57 +47,57 @@ from cpn_fast.stages.results import claim_once, list_folder, require_results
 from cpn_fast.training import run_folder
 
 POSSIBLE = 0.01
-"""A class whose probability is nowhere above this is left out of the CRF, whose time grows with their number."""
+"""The CRF leaves out classes whose probability is nowhere above this: its time grows with the number of classes."""
 SUBMISSION = "results/VOC2012/Segmentation/comp6_test_cls"
-"""Where VOC's evaluation server looks for masks in an archive."""
+"""The folder in an archive where VOC's evaluation server looks for masks."""
 SUBMISSION_SUFFIXES = (".tar.gz", ".tgz")
 
 
 def run(config: Config, masks: Path) -> Path:
-    """Train the segmenter on ``masks/ID.png`` of ``data.train_list``, or continue; returns the file of its weights.
+    """Train the segmenter on ``masks/ID.png`` of ``data.train_list``, or continue; return the file of its weights.
 
-    A finished run is left alone while masks and settings are the same, and made anew when they are not. Raises
-    UserError for masks that are missing or do not fit their images.
+    A finished run is kept while masks and settings are unchanged, and trained anew when they change. Raises UserError
+    for missing masks and for masks that do not fit their images.
     """
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     samples = [dataclasses.replace(sample, mask=masks / f"{sample.id}.png") for sample in samples]
     remedy = "`cpn-fast refine` writes pseudo-masks; --masks names another folder"
     require_results(masks, "mask", samples, config.data.train_list, remedy)
     images = image_digests([sample.image for sample in samples])
-    old = [
+    outdated = [
         sample.id for sample in samples if sample.mask is not None and is_of_another_image(sample.mask, sample.image)
     ]
-    if old:
+    if outdated:
         raise UserError(
-            f"{masks}: {len(old)} masks are of other images than are there now ({some(old, 3)}). "
-            "Make them anew first, as `cpn-fast cam` and `cpn-fast refine` do"
+            f"{masks}: {len(outdated)} masks were made from images that have changed ({some(outdated, 3)}). "
+            "Make them again first, with `cpn-fast cam` and `cpn-fast refine`"
         )
     settings = deeplab_config(config)
     rank = distributed.join()
     train.check_batch(settings.train, rank.world, len(samples), "segment.train")
     with owned(settings.run, rank):
-        made_by = {
+        provenance = {
             "version": VERSION,
             "images": combined(images),
             "masks_sha256": _digest(samples),
             "bn_momentum": config.segment.bn_momentum,
             **run_folder.decisive(settings),
         }
-        claim_once(rank, settings.run, made_by, run_folder.OWN, free=run_folder.LENGTH)
+        claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH)
         workers, verified = settings.train.data_threads, settings.run / "masks.json"
         check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
         return train.fit(settings, lambda settings: Segmentation(settings, masks), part_of=(config, "segment"))
 
 
 def deeplab_config(config: Config) -> Config:
-    """The segmenter's training run, in ``RUN/segment/deeplab``."""
+    """Return the config of the segmenter's training run ``RUN/segment/deeplab``."""
     return run_folder.part(config, "deeplab", config.run / "segment", config.segment)
 
 
 def segment(config: Config, weights: Path, list_path: Path | None = None) -> Path:
-    """Write ``masks/ID.png``, and ``crf/ID.png`` if ``segment.crf`` is set, for a list; returns their folder.
+    """Write ``masks/ID.png``, and ``crf/ID.png`` if ``segment.crf`` is set, for a list; return their folder.
 
-    Finished images are kept when weights and settings are the same. Under torchrun each process makes its share.
+    Finished images are kept while weights and settings are unchanged. Under torchrun each process makes its share.
     """
     rank = distributed.join()
     list_path = list_path or config.segment.eval_list
@@ -111,26 +111,26 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
     options = config.segment
     network = trained(build_deeplab(config), weights).to(rank.device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    made_by = {
+    provenance = {
         "version": VERSION,
         "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
     }
-    claim_once(rank, folder, made_by, ("masks", "crf"))
+    claim_once(rank, folder, provenance, ("masks", "crf"))
     kinds = ("masks", "crf") if options.crf else ("masks",)
-    own = rank.share(samples)
-    images = image_digests([sample.image for sample in own])
-    sources = {sample.id: mark(image) for sample, image in zip(own, images, strict=True)}
+    share = rank.share(samples)
+    images = image_digests([sample.image for sample in share])
+    sources = {sample.id: mark(image) for sample, image in zip(share, images, strict=True)}
     missing = [
         sample
-        for sample in own
+        for sample in share
         if not all(can_be_kept(folder / kind / f"{sample.id}.png", sources[sample.id]) for kind in kinds)
     ]
     batches = images_for(network, missing, config, options.scales)
     workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
     with ExitStack() as stack:
         pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))
-        progress = stack.enter_context(Progress("segment", len(own), len(own) - len(missing)))
+        progress = stack.enter_context(Progress("segment", len(share), len(share) - len(missing)))
         writing = stack.enter_context(Backlog(2 * workers, progress.advance))
         room = Room()
         for batch in batches:
@@ -144,7 +144,7 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
 
 
 def class_probabilities(network: DeepLab, batch: ScaledBatch, config: Config) -> list[np.ndarray]:
-    """Softmax of the mean logits, float32 (1 + classes, H, W) an image; class 0 is background."""
+    """Return the softmax of the mean logits, float32 (1 + classes, H, W) for each image; class 0 is background."""
     options = config.segment
     with torch.inference_mode(), autocast(options.train.precision, batch.scales[0].device):
         logits = mean_logits(network, batch, flip=options.flip, pixels=config.cam.pixels)
@@ -152,9 +152,10 @@ def class_probabilities(network: DeepLab, batch: ScaledBatch, config: Config) ->
 
 
 def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int) -> Tensor:
-    """Mean over scales and flips of the logits at the original size: float32 (B, 1 + classes, H, W).
+    """Return the mean of the logits over scales and flips, at the original size: float32 (B, 1 + classes, H, W).
 
-    A forward pass has an image and its mirror image together, or one after the other where both exceed ``pixels``.
+    A forward pass takes the images together with their mirror images, or one after the other if both have more than
+    ``pixels`` pixels.
     """
     total: Tensor | None = None
     for images in batch.scales:
@@ -178,7 +179,7 @@ def _write(folder: Path, sample: Sample, probabilities: np.ndarray, source: str,
 
 
 def mask_of(probabilities: np.ndarray, image: Path, crf: CrfName | None) -> np.ndarray:
-    """uint8 (H, W): the most probable class of each pixel, after the CRF if one is named."""
+    """Return the most probable class of each pixel, uint8 (H, W), after the CRF if one is named."""
     if crf is None:
         return probabilities.argmax(0).astype(np.uint8)
     values = np.flatnonzero(probabilities.max((1, 2)) > POSSIBLE).astype(np.uint8)
@@ -187,18 +188,18 @@ def mask_of(probabilities: np.ndarray, image: Path, crf: CrfName | None) -> np.n
 
 
 def check_submission(path: Path) -> None:
-    """Raise UserError for a file name that does not tell what ``write_submission`` writes."""
+    """Raise UserError for a file name without the suffix of the archive that ``write_submission`` writes."""
     if not path.name.endswith(SUBMISSION_SUFFIXES):
         raise UserError(
-            f"--submission {path}: expected a name that ends in {' or '.join(SUBMISSION_SUFFIXES)}, the archive "
-            f"that is written, found {path.suffix or 'no ending'}"
+            f"--submission {path}: expected an archive name that ends in {' or '.join(SUBMISSION_SUFFIXES)}, "
+            f"found {path.suffix or 'no ending'}"
         )
 
 
 def write_submission(config: Config, masks: Path, path: Path, list_path: Path | None = None) -> int:
-    """Pack a list's masks as VOC's evaluation server takes them, a .tar.gz; returns how many there are.
+    """Pack a list's masks into a .tar.gz for VOC's evaluation server; return their number.
 
-    What else is in the folder, as from a list that was longer once, stays out. Raises UserError if a mask is missing.
+    Masks of other images in the folder stay out. Raises UserError if a mask is missing.
     """
     check_submission(path)
     list_path = list_path or config.segment.eval_list

@@ -369,7 +369,7 @@ def test_a_threshold_file_that_holds_none_is_refused(world: World) -> None:
         (world.root / "a.json").write_text(content)
         with pytest.raises(UserError, match=r"a\.json: not an evaluation\.json"):
             held_out_threshold(world.root / "a.json", [])
-    with pytest.raises(UserError, match=r"masks and has no threshold"):
+    with pytest.raises(UserError, match=r"masks, so it has no threshold"):
         held_out_threshold(write_evaluation(world.root / "m", world.masks()), [])
 
 

@@ -230,7 +230,7 @@ def test_a_replaced_image_makes_its_files_and_what_learned_of_it_anew(own_images
     image = own_images / "JPEGImages/train_0003.jpg"
     Image.fromarray(255 - read_image(image)).save(image)
     capsys.readouterr()
-    with pytest.raises(UserError, match=r"1 seeds are of other images or other tags than are there now \(train_0003\)"):
+    with pytest.raises(UserError, match=r"1 seeds were made from images or tags that have changed \(train_0003\)"):
         refine.run(settings)
     after = made()
     assert "trained on 1 other images under the same names (train_0003)" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_from_masks_to_a_score(settings, small_voc, tmp_path) -> None:
 
 
 def test_masks_that_are_missing_or_do_not_fit_are_named(settings, small_voc, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"12 of 12 images .* have no mask"):
+    with pytest.raises(UserError, match=r"12 of the 12 images .* have no mask"):
         segment.run(settings, tmp_path)
     for path in (small_voc / "SegmentationClass").iterdir():
         Image.fromarray(read_mask(path)[1:]).save(tmp_path / path.name)
@@ -117,7 +117,8 @@ def test_a_submission_of_another_kind_is_refused_before_training(tiny_config, sm
     arguments = ["segment", str(path), "--masks", str(small_voc / "SegmentationClass")]
     result = CliRunner().invoke(app, [*arguments, "--submission", str(tmp_path / name)])
     assert isinstance(result.exception, UserError)
-    assert re.search(rf"{name}: expected a name that ends in \.tar\.gz or \.tgz, .* found ", str(result.exception))
+    message = str(result.exception)
+    assert re.search(rf"{name}: expected an archive name that ends in \.tar\.gz or \.tgz, found ", message)
     assert not config_file.load(path).run.exists()
 
 

@@ -361,7 +361,7 @@ def test_training_starts_from_any_of_our_networks(tiny_config, capsys) -> None:
 
 
 def test_a_frozen_stem_is_not_left_with_random_weights(tiny_config) -> None:
-    with pytest.raises(UserError, match=r"model\.weights is null, but mobilenet_v2 keeps"):
+    with pytest.raises(UserError, match=r"model\.weights is null, but mobilenet_v2 does not train"):
         train.run(config_file.load(tiny_config(model={"backbone": "mobilenet_v2"})))
 
 

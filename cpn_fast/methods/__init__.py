@@ -1,1 +1,1 @@
-"""Training methods: what a method adds to the trainer is its network, the views it makes of a batch, and its losses."""
+"""Training methods. A method is a network, the views of a batch that it trains on, and its losses."""

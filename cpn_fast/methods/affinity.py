@@ -1,4 +1,4 @@
-"""AffinityNet's training: pairs of cells that the labels of stage ``refine`` call alike or different."""
+"""AffinityNet's training: pairs of cells with equal or different labels, which stage ``refine`` made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cpn_fast.refinement.affinity import affinity_losses, cell_labels, fitting_r
 
 
 class Affinity:
-    """Labels are masks with 255 where they are unsure, ``labels/ID.png`` beside the run's folder."""
+    """Labels are the masks ``labels/ID.png`` beside the run's folder, with 255 for unknown pixels."""
 
     capturable = True
 

@@ -1,4 +1,4 @@
-"""CPN: consistency of an image's CAM with those of a complementary pair of patch images (paper section 3)."""
+"""CPN: the CAM of an image agrees with the CAMs of a complementary pair of patch images (paper section 3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cpn_fast.pipelines.training import Batch
 
 
 class Cpn:
-    """The triplet of image, patches and complement, in one forward pass of 3 B images (exact: BN is frozen)."""
+    """Image, patches and complement in one forward pass of 3 B images. This is exact, since BN is frozen."""
 
     capturable = True
 
@@ -32,7 +32,7 @@ class Cpn:
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
         if self.fill is not None:
-            self.fill = self.fill.to(batch.images.device)  # once: a copy from the host cannot be captured
+            self.fill = self.fill.to(batch.images.device)  # only once: a CUDA graph cannot capture a copy from the host
         pair = complementary_pair(
             batch.images,
             batch.map,
@@ -46,11 +46,11 @@ class Cpn:
         return Views([(images, batch.labels.repeat(3, 1))], batch, pair.share)
 
     def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
-        """Eqs. 13 to 15 and the released background suppression.
+        """Return the losses of eqs. 13 to 15 and the released background suppression.
 
-        The foreground of a negative counts as 0, so eq. 14 and the suppression are 0. Eq. 15 asks its refined
-        background to be 1 in the paper's form (``background: before-lambda``, ``refined_background: own``). In the
-        released form it is 2, without a gradient.
+        An image without tags has a foreground of 0, so its eq. 14 and its suppression are 0. Its eq. 15 pulls the
+        refined background to 1 in the paper's form (``background: before-lambda``, ``refined_background: own``). In the
+        released form eq. 15 is 2 for this image, without a gradient.
         """
         (cams,) = outputs
         size, options = views.batch.size, self.options

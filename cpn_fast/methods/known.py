@@ -11,4 +11,4 @@ from cpn_fast.methods.method import Method
 from cpn_fast.methods.seam import Seam
 
 METHODS: dict[str, Callable[[Config], Method]] = {"cam": PlainCam, "cpn": Cpn, "seam": Seam}
-"""Values of ``Config.method``: each makes a method with a network of random weights."""
+"""Value of ``Config.method`` -> a function that makes the method, with random weights."""

@@ -1,4 +1,4 @@
-"""What the trainer asks of a method."""
+"""The interface between the trainer and a method."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from cpn_fast.pipelines.training import Batch
 
 
 class Views(NamedTuple):
-    """What goes through the network in one step."""
+    """The inputs of the network in one step."""
 
     inputs: Sequence[tuple[Tensor, ...]]
-    """Arguments of each forward pass: images (V * B, 3, H, W), view after view, and what else the network takes."""
+    """Arguments of each forward pass: images (V * B, 3, H, W), view after view, and the network's other arguments."""
     batch: Batch
-    """What they are views of."""
+    """The batch that the views show."""
     visible: Tensor | None = None
-    """(B,) share of the image that a patch view shows (lambda)."""
+    """(B,) part of the image that a patch view shows, from 0 to 1 (lambda)."""
 
 
 class Losses(NamedTuple):
     total: Tensor
     parts: dict[str, Tensor]
-    """Unweighted terms by the name of their weight in the config, detached."""
+    """Name of a weight in the config -> its unweighted term, detached."""
     logits: Tensor | None = None
-    """(B, classes) of the whole image, detached; None if the method does not classify."""
+    """Logits (B, classes) of the whole images, detached; None if the method does not classify."""
 
 
 class Method(Protocol):
     @property
     def network(self) -> Headed:
-        """What is trained, built with random weights."""
+        """The trained network; new methods have random weights."""
         ...
 
     @property
     def map(self) -> Literal["superpixels"] | Callable[[Sample], Path] | None:
-        """What a batch's map holds: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or nothing."""
+        """The map of a batch: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or None."""
         ...
 
     @property
     def capturable(self) -> bool:
-        """Whether views and losses run the same kernels whatever a batch of one size holds, as a CUDA graph needs."""
+        """Whether views and losses run the same kernels for all batches of one size, as a CUDA graph needs."""
         ...
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views: ...
 
     def losses(self, outputs: Sequence[Any], views: Views) -> Losses:
-        """``outputs`` are the network's, one for each of ``views.inputs``."""
+        """``outputs`` has one output of the network for each of ``views.inputs``."""
         ...

@@ -1,4 +1,4 @@
-"""Complementary pairs: an image whose patches are hidden at random, and the same image with only those shown."""
+"""Complementary pairs: an image with randomly hidden patches, and the same image with only those patches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cpn_fast.config import Patches, Rgb
 
 class Pair(NamedTuple):
     visible: Tensor
-    """(B, 3, H, W), hidden patches filled."""
+    """(B, 3, H, W), with hidden patches filled."""
     complement: Tensor
-    """(B, 3, H, W), visible patches filled."""
+    """(B, 3, H, W), with visible patches filled."""
     share: Tensor
-    """(B,) float32, how much of the image ``visible`` shows (lambda)."""
+    """(B,) float32, part of the image that ``visible`` shows, from 0 to 1 (lambda)."""
 
 
 def complementary_pair(
@@ -32,11 +32,11 @@ def complementary_pair(
 ) -> Pair:
     """Hide patches of normalised images, (B, 3, H, W) of any float dtype, on their device and without a host sync.
 
-    ``superpixels`` (B, H, W) holds integer labels from 0 to ``patch_limit - 1``, and -1 where padding is: that stays as
-    it is in both images. Labels that a crop lacks, and padding, count nowhere. Grids ignore both arguments. ``fill``
-    (3,) is the normalised colour of hidden pixels, None is 0. Every random number comes from ``generator``, on its own
-    device: the same state gives the same pair. ``place`` (number, world) says that these are the number-th of world
-    equal parts of the images, which then become the pairs that the whole would.
+    ``superpixels`` (B, H, W) holds integer labels from 0 to ``patch_limit - 1``, and -1 for padding. Padding stays
+    unchanged in both images. Padding and labels outside the crop do not count. Grids ignore ``superpixels`` and
+    ``patch_limit``. ``fill`` (3,) is the normalised colour of hidden pixels; None is 0. Random numbers come only from
+    ``generator``, on its device: the same state gives the same pair. ``place`` (number, world): the images are part
+    ``number`` of a batch in ``world`` equal parts, and get the same pairs as in the whole batch.
     """
     if config.kind == "grid":
         patches, patch_limit = _grid(images, config.grid_sizes, generator, place)
@@ -64,14 +64,14 @@ def complementary_pair(
 
 
 def normalised_fill(config: Patches, mean: Rgb, std: Rgb) -> Tensor | None:
-    """``patches.fill`` as ``complementary_pair`` takes it, for images normalised as (x - mean) / std."""
+    """Return ``patches.fill`` for ``complementary_pair``, for images normalised as (x - mean) / std."""
     return None if config.fill is None else (torch.tensor(config.fill) - torch.tensor(mean)) / torch.tensor(std)
 
 
 def _grid(
     images: Tensor, sizes: tuple[int, ...], generator: torch.Generator, place: tuple[int, int]
 ) -> tuple[Tensor, int]:
-    """Square cells of a side drawn per image, the last ones cut off: cell numbers (B, H * W) and their bound."""
+    """Return numbers of square cells (B, H * W) and their bound. The side is random per image; border cells are cut."""
     height, width = images.shape[2:]
     y, x = (torch.arange(side, device=images.device) for side in (height, width))
     cells = [(y // size)[:, None] * math.ceil(width / size) + x // size for size in sizes]
@@ -80,11 +80,11 @@ def _grid(
 
 
 def _draw_with_replacement(present: Tensor, hide: float, generator: torch.Generator, place: tuple[int, int]) -> Tensor:
-    """Draw floor(hide * n) of an image's n present patches, a patch perhaps more than once: bool like ``present``."""
+    """Draw floor(hide * n) of an image's n present patches, with replacement; return bool like ``present``."""
     count = present.sum(1, keepdim=True)
     draws = math.floor(hide * present.shape[1])
     ranks = (_uniform((len(present), draws), present.device, generator, place) * count).long()
-    # The number of draws differs between images, but the shapes must not: surplus draws fall on an extra rank.
+    # Images need different numbers of draws, but one shape: surplus draws fall on an extra rank.
     surplus = torch.arange(draws, device=present.device) >= (hide * count.double()).floor()
     ranks = ranks.masked_fill(surplus, present.shape[1])
     drawn = torch.zeros_like(torch.nn.functional.pad(present, (0, 1))).scatter_(1, ranks, True)
@@ -94,7 +94,7 @@ def _draw_with_replacement(present: Tensor, hide: float, generator: torch.Genera
 def _uniform(
     shape: tuple[int, ...], device: torch.device, generator: torch.Generator, place: tuple[int, int]
 ) -> Tensor:
-    """float32 from [0, 1), drawn for all parts; its product with a whole number n never rounds up to n."""
+    """Draw float32 from [0, 1) for all parts; return this part. A product with an integer n never rounds up to n."""
     number, world = place
     drawn = torch.rand((world, *shape), generator=generator, device=generator.device)
     return drawn[number].to(device)

@@ -1,4 +1,4 @@
-"""SEAM (Wang et al., CVPR 2020): an image's CAM must be that of the same image at a smaller scale."""
+"""SEAM (Wang et al., CVPR 2020): the CAMs of an image and of its smaller copy agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Seam:
 
     map = None
     capturable = False
-    """The losses take the maps of present classes, and so wait for how many there are."""
+    """The losses take the maps of present classes, so they wait for the number of these."""
 
     def __init__(self, config: Config) -> None:
         self.network = build_network(config)
@@ -33,7 +33,7 @@ class Seam:
         return Views([(batch.images, batch.labels), (small, batch.labels)], batch)
 
     def losses(self, outputs: Sequence[Cams], views: Views) -> Losses:
-        """Means over both scales of classification and background suppression; ER and ECR between the scales."""
+        """Return the losses: classification and suppression as means over both scales, ER and ECR between them."""
         sizes = [(images.shape[2], images.shape[3]) for images, _ in views.inputs]
         labels = views.batch.labels
         logits = [pooled_logits(cams.raw[:, 1:], size=size) for cams, size in zip(outputs, sizes, strict=True)]
@@ -64,14 +64,16 @@ def equivariance_losses(
     how: str,
     hard_share: float,
 ) -> tuple[Tensor, Tensor]:
-    """ER and ECR of released SEAM, each a scalar.
+    """Return ER and ECR of released SEAM, two scalars.
 
-    ``raw`` and ``refined`` hold the maps (N, 1 + C, h, w) of the image and of its small copy, which are upsampled to
-    ``sizes``, (H, W) of the two images, and normalised there (``Loss.normalise``); the image's then shrink to its
-    copy's size. ER is the mean difference of the raw foreground maps. ECR compares the refined map of one scale, its
-    own background included, with the raw map of the other, of whose foreground each pixel keeps the best class and
-    whose background is 1 - that; per image the largest ``hard_share`` of the errors count. A negative has no foreground
-    here: its ER is 0, and its ECR asks the refined background to be the same everywhere.
+    ``raw`` and ``refined`` hold the maps (N, 1 + C, h, w) of the image and of its small copy. The maps are upsampled to
+    ``sizes``, (H, W) of the two images, and normalised there (``Loss.normalise``). Those of the image then shrink to
+    the size of the copy.
+
+    ER is the mean difference of the raw foreground maps. ECR compares the refined map of one scale, background
+    included, with the raw map of the other. Of a raw map each pixel keeps its best class, and the background is 1 minus
+    its score. Per image the largest ``hard_share`` of the errors count. An image without tags has no foreground: its ER
+    is 0, and its ECR makes the refined background constant.
     """
     with full_precision(raw[0]):
         raw = [
@@ -91,14 +93,14 @@ def equivariance_losses(
 def _normalised(
     maps: Tensor, labels: Tensor, size: tuple[int, int], target: tuple[int, int], how: str, *, own_background: bool
 ) -> Tensor:
-    """Normalised at ``size``, resized to ``target``: (N, 1 + C, *target), 0 where a class is absent.
+    """Normalise maps at ``size`` and resize them to ``target``: (N, 1 + C, *target), 0 for absent classes.
 
-    Only the maps of present classes are ever held at full resolution.
+    Only the maps of present classes exist at full resolution.
     """
     background = torch.full_like(labels[:, :1], own_background)
     present = torch.cat([background, labels], dim=1).nonzero(as_tuple=True)
     full = maps.new_zeros(*maps.shape[:2], *target, dtype=statistics_dtype(maps))
-    if not len(present[0]):  # negatives alone
+    if not len(present[0]):  # only images without tags
         return full
     chosen = normalise(upsample(maps[present].to(full.dtype)[None], size), how)
     return full.index_put(present, upsample(chosen, target)[0])

@@ -19,7 +19,7 @@ from cpn_fast.pipelines.training import Batch
 
 
 class Segmentation:
-    """``masks`` holds ``ID.png`` for every training image; IGNORE and padding train nothing."""
+    """``masks`` has ``ID.png`` for every training image. Pixels with IGNORE and padding have no loss."""
 
     capturable = True
 

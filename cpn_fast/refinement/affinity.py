@@ -1,9 +1,9 @@
 """Affinities of neighbouring pixels (Ahn and Kwak, CVPR 2018): pairs, their labels, the loss.
 
-All of it lives on the feature grid at stride 8. A pair is a cell of the inner grid, which leaves out radius - 1 cells
-on the left, on the right and at the bottom, together with a cell below it or right of it that is nearer than radius:
-34 directions and, on 56 x 56 cells, 84,864 pairs at radius 5. No table of pairs is kept: direction by direction, both
-ends of all pairs are two views of one map.
+Everything is on the feature grid at stride 8. The inner grid leaves out radius - 1 cells on the left, on the right and
+at the bottom. A pair is a cell of the inner grid and a cell below it, or right of it, that is nearer than radius. At
+radius 5 there are 34 directions and, on 56 x 56 cells, 84,864 pairs. There is no table of pairs: for each direction,
+both ends of all pairs are two views of one map.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ STRIDE = 8
 
 
 def directions(radius: int) -> list[tuple[int, int]]:
-    """Steps (dy, dx) of half a disc, dx^2 + dy^2 < radius^2, without the step that stays."""
+    """Return the steps (dy, dx) of half a disc, dx^2 + dy^2 < radius^2, without (0, 0)."""
     reach = range(1 - radius, radius)
     return [(dy, dx) for dy in range(radius) for dx in reach if dx * dx + dy * dy < radius**2 and (dy, dx) > (0, 0)]
 
 
 def fitting_radius(radius: int, height: int, width: int) -> int:
-    """The radius, or what a map too small for it can hold, as in SEAM's code."""
+    """Return the radius, or a smaller one that fits a small map, as in SEAM's code."""
     edge = min(height, width)
     return radius if edge > 2 * radius else (edge - 1) // 2
 
 
 def pairs(maps: Tensor, radius: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both ends of all pairs in each direction: maps (..., h, w) -> views (..., h - radius + 1, w - 2 radius + 2)."""
+    """Yield both ends of all pairs for each direction: maps (..., h, w) -> (..., h - radius + 1, w - 2 radius + 2)."""
     reach = max(radius, 1) - 1
     height, width = maps.shape[-2] - reach, maps.shape[-1] - 2 * reach
     near = maps[..., :height, reach : reach + width]
@@ -44,16 +44,16 @@ def pairs(maps: Tensor, radius: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def pair_affinities(features: Tensor, radius: int) -> Tensor:
-    """exp(-mean over channels of |f_i - f_j|): features (N, C, h, w) -> float32 (N, D, h', w') in D directions.
+    """Return exp(-mean over channels of |f_i - f_j|): features (N, C, h, w) -> float32 (N, D, h', w'), D directions.
 
-    The backward pass computes the differences again, so that memory stays at that of the features.
+    The backward pass computes the differences again, so only the features stay in memory.
     """
     features = features.float()
     planes = [
         checkpoint(_affinity, near, far, use_reentrant=False, preserve_rng_state=False)
         for near, far in pairs(features, radius)
     ]
-    return torch.stack(planes, dim=1) if planes else features[:, :0]  # a map of one or two cells has no pairs
+    return torch.stack(planes, dim=1) if planes else features[:, :0]  # one or two cells have no pairs
 
 
 def _affinity(near: Tensor, far: Tensor) -> Tensor:
@@ -64,8 +64,10 @@ def _affinity(near: Tensor, far: Tensor) -> Tensor:
 
 
 def combined_labels(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """What both CRFs are sure of, uint8 (H, W): a class where it beats the large background score of the low alpha,
-    background where it wins with the small score of the high alpha, IGNORE between them.
+    """Return certain labels, uint8 (H, W), from the masks of the CRFs with a low and with a high alpha.
+
+    Classes are those that beat the large background score of the low alpha. Background is where it wins with the small
+    score of the high alpha. All other pixels are IGNORE.
     """
     labels = np.where(low == 0, np.uint8(IGNORE), low)
     labels[high == 0] = 0
@@ -75,9 +77,9 @@ def combined_labels(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def cell_labels(labels: Tensor) -> Tensor:
     """``combined_labels`` on the feature grid: integers (N, H, W), padding -1 -> int64 (N, H / 8, W / 8), rounded up.
 
-    A cell is background if half of it is surely that, else the class that most of it is surely, else IGNORE. The
-    released code averages the CRF's scores over a cell, for either alpha by itself, and takes the larger one, but
-    scores of an image are megabytes, and masks of which one wins are kilobytes.
+    A cell is background if at least half of its pixels are. Otherwise it is its most frequent class, if this class has
+    more pixels than background and IGNORE together. Otherwise it is IGNORE. The released code averages the CRF's scores
+    over a cell for each alpha and takes the largest one. But an image's scores take megabytes, and masks kilobytes.
     """
     below, right = (-side % STRIDE for side in labels.shape[1:])
     labels = F.pad(labels.long(), (0, right, 0, below), value=-1)
@@ -89,14 +91,14 @@ def cell_labels(labels: Tensor) -> Tensor:
 
 
 class AffinityLosses(NamedTuple):
-    """Means over the pairs of one kind; 0 where there is no such pair."""
+    """Mean losses of three kinds of pairs; 0 for a kind without pairs."""
 
     background: Tensor
-    """-log a over pairs within the background."""
+    """Mean of -log a over pairs within the background."""
     foreground: Tensor
-    """-log a over pairs within a class."""
+    """Mean of -log a over pairs within a class."""
     different: Tensor
-    """-log(1 - a) over pairs of different labels."""
+    """Mean of -log(1 - a) over pairs with different labels."""
 
     @property
     def total(self) -> Tensor:
@@ -104,7 +106,7 @@ class AffinityLosses(NamedTuple):
 
 
 def affinity_losses(affinities: Tensor, labels: Tensor, radius: int) -> AffinityLosses:
-    """The released loss: affinities (N, D, h', w') of ``pair_affinities``, labels (N, h, w) of ``cell_labels``."""
+    """Return the released losses of ``pair_affinities`` (N, D, h', w') with ``cell_labels`` (N, h, w)."""
     sides = [torch.stack(side, dim=1) for side in zip(*pairs(labels, radius), strict=True)]
     if not sides:
         return AffinityLosses(*[affinities.sum()] * 3)

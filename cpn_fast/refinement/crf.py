@@ -1,8 +1,8 @@
-"""Dense CRF (Krähenbühl and Koltun, NIPS 2011) by pydensecrf: of one image's scores, and of a data set's seeds.
+"""Dense CRF (Krähenbühl and Koltun, NIPS 2011) with pydensecrf, for an image's scores and for a data set's seeds.
 
-pydensecrf holds Python's lock and its time grows with the number of labels: images run in processes of their own, each
-with the background and the classes that it is tagged with alone. What is kept of a result is the most probable class of
-each pixel, a palette PNG.
+pydensecrf holds Python's lock, so every image runs in another process. Its time grows with the number of labels, so an
+image has only the background and its tagged classes. A result is a palette PNG with the most probable class of each
+pixel.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Parameters(NamedTuple):
     """Deviation of the second one in colour levels of 256."""
     weight: float
     certainty: float | None = None
-    """The unary term takes the best class for true with this probability; None: with its own score."""
+    """Probability of the best class in the unary term; None: the scores themselves."""
 
 
 PARAMETERS: dict[CrfName, Parameters] = {
@@ -56,30 +56,32 @@ PARAMETERS: dict[CrfName, Parameters] = {
     "segmentation": Parameters(1, 3, 3, 32, 13, 10),
     "irn-labels": Parameters(10, 3, 3, 50, 5, 10, certainty=0.7),
 }
-"""The released settings. ``seam-labels`` (psa's too) label pairs for AffinityNet, ``seam-walk`` follows its random walk
-and draws SEAM's and CPN's pictures, ``cpn`` is in CPN's code and unused, ``segmentation`` follows the segmenter."""
+"""The released settings. ``seam-labels`` (also of psa) labels pairs for AffinityNet. ``seam-walk`` follows the random
+walk and draws the pictures of SEAM and CPN. ``cpn`` is in CPN's code, but unused. ``segmentation`` follows the
+segmenter."""
 
 
 def with_background(seed: Seed, alpha: float) -> np.ndarray:
-    """Scores of background and present classes, float32 (1 + k, H, W): background is (1 - max cam) ** alpha."""
+    """Return scores of background and present classes, float32 (1 + k, H, W); background is (1 - max cam) ** alpha."""
     background = (1 - seed.cam.max(0, initial=0)) ** np.float32(alpha)
     return np.concatenate([background[None], seed.cam])
 
 
 def dense_crf(image: np.ndarray, scores: np.ndarray, parameters: Parameters) -> np.ndarray:
-    """Probabilities of labels, float32 (K, H, W), that agree with the image, uint8 RGB (H, W, 3).
+    """Return probabilities of labels, float32 (K, H, W), that follow the edges of the image, uint8 RGB (H, W, 3).
 
-    scores: float32 (K, H, W), K at least 1, from 0 to 1; as in the released code they need not sum to 1.
+    scores: float32 (K, H, W) from 0 to 1, with K at least 1. As in the released code they need not sum to 1.
     """
     (probabilities,) = dense_crfs(image, [scores], parameters)
     return probabilities
 
 
 def dense_crfs(image: np.ndarray, all_scores: Sequence[np.ndarray], parameters: Parameters) -> list[np.ndarray]:
-    """``dense_crf`` of several scores of one shape, bit for bit. The image's filters, a quarter of the work, are built
-    once.
+    """Return ``dense_crf`` of several scores of one shape, bit for bit, in less time.
+
+    The image's filters, a quarter of the work, are built only once.
     """
-    from pydensecrf.densecrf import DenseCRF2D  # here alone: only this needs the compiled library
+    from pydensecrf.densecrf import DenseCRF2D  # only this function needs the compiled library
 
     labels, height, width = all_scores[0].shape
     if image.dtype != np.uint8 or image.shape != (height, width, 3):
@@ -91,32 +93,33 @@ def dense_crfs(image: np.ndarray, all_scores: Sequence[np.ndarray], parameters: 
     crf.addPairwiseBilateral(
         sxy=parameters.sxy, srgb=parameters.srgb, rgbim=np.ascontiguousarray(image), compat=parameters.weight
     )
-    found = []
+    refined = []
     for scores in all_scores:
         if parameters.certainty is not None:
             best = np.arange(labels)[:, None, None] == scores.argmax(0)
             scores = np.where(best, parameters.certainty, (1 - parameters.certainty) / (labels - 1))
         unary = -np.log(np.clip(scores, 1e-5, 1)).reshape(labels, -1)
         crf.setUnaryEnergy(np.ascontiguousarray(unary, np.float32))
-        found.append(np.array(crf.inference(parameters.iterations), np.float32).reshape(labels, height, width))
-    return found
+        refined.append(np.array(crf.inference(parameters.iterations), np.float32).reshape(labels, height, width))
+    return refined
 
 
 class Room:
-    """The memory that CRFs share: one begins when it fits beside those that run, or alone.
+    """Memory that CRFs share: a CRF starts when it fits beside the running ones, or when none is running.
 
-    A CRF of noise, which shares nothing, took 282 bytes a pixel with 2 labels and 494 with 6 (700 x 700), a smooth
-    image 197 with 2: counted are 200 and 60 a label. So an image of 24 megapixels with 3 labels counts 9 GB.
+    The estimate is 200 bytes per pixel and 60 more per label: 9 GB for an image of 24 megapixels with 3 labels. On
+    noise, the worst case, 700 x 700 pixels took 282 bytes per pixel with 2 labels and 494 with 6. A smooth image took
+    197 with 2 labels.
     """
 
     def __init__(self, size: int | None = None) -> None:
-        """size: bytes; by default half of what is available now to this process."""
+        """size: bytes; by default half of the memory that this process can still get."""
         self.size = available_memory() // 2 if size is None else size
         self._taken = 0
         self._changed = threading.Condition()
 
     def submit(self, pool: Executor, pixels: int, labels: int, job: Callable[[], None]) -> Future[None]:
-        """``pool.submit`` of a job, once there is room for its CRF."""
+        """Submit a job to the pool, once there is room for its CRF."""
         need = pixels * (200 + 60 * labels)
         with self._changed:
             self._changed.wait_for(lambda: self._taken == 0 or self._taken + need <= self.size)
@@ -136,41 +139,41 @@ class Room:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its container's."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    """Return the bytes that this process can still get from the machine or from its container."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
             taken = int(Path("/sys/fs/cgroup/memory.current").read_text())
             shares = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-            cached = int(shares["active_file"]) + int(shares["inactive_file"])  # of files, which makes way
-            found.append(max(0, int(limit) - taken + cached))
+            cached = int(shares["active_file"]) + int(shares["inactive_file"])  # file cache, which makes room
+            limits.append(max(0, int(limit) - taken + cached))
     except (OSError, ValueError, LookupError):
-        pass  # the machine's is known
-    return min(found)
+        pass  # the machine's memory is known
+    return min(limits)
 
 
 @contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for CRFs; work that has not begun is dropped when the block fails."""
-    context = multiprocessing.get_context("forkserver")  # a fork of this process could hang on torch's threads
+    """Run a pool of processes for CRFs. If the block fails, waiting jobs are dropped."""
+    context = multiprocessing.get_context("forkserver")  # a plain fork could hang on torch's threads
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, initializer=_follow)
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
     try:
         yield pool
     except BrokenProcessPool:
         raise UserError(
-            "a CRF process died. If it was for memory, lower crf.workers; if a script of your own started it, put the "
-            'script\'s work under `if __name__ == "__main__":`, since the processes import it'
+            "a CRF process died. If memory ran out, lower crf.workers. If your own script started it, put the script's "
+            'work under `if __name__ == "__main__":`, since the processes import the script'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _follow() -> None:
-    """In each of the processes: leave Ctrl-C to the one that started it, and end when that one is gone."""
+def _follow_parent() -> None:
+    """Prepare a process of the pool: its parent handles Ctrl-C, and it ends when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -191,10 +194,9 @@ def write_label_maps(
     parameters: CrfName,
     workers: int,
 ) -> None:
-    """Write ``FOLDER/ID.png``, the mask of the CRF of ``seeds/ID.npz``, where it is missing or of another source than
-    ``sources[ID]``; ``folders`` has an alpha for each.
+    """Write ``FOLDER/ID.png``, the CRF's mask of ``seeds/ID.npz``. ``folders`` maps each folder to its alpha.
 
-    Raises UserError for a missing or damaged seed or image.
+    Masks of ``sources[ID]`` are kept. Raises UserError for a missing or damaged seed or image.
     """
     jobs: list[tuple[Sample, dict[Path, float]]] = []
     for sample in samples:
@@ -225,7 +227,7 @@ def _write_label_maps(
     seed, pixels = read_seed(seed_path), read_image(image)
     if seed.cam.shape[1:] != pixels.shape[:2]:
         raise UserError(
-            f"{seed_path}: a seed of {seed.cam.shape[2]}x{seed.cam.shape[1]} pixels, expected "
+            f"{seed_path}: found a seed of {seed.cam.shape[2]}x{seed.cam.shape[1]} pixels, expected "
             f"{pixels.shape[1]}x{pixels.shape[0]} as in {image}: delete it and run `cpn-fast cam` again"
         )
     all_scores = [with_background(seed, alpha) for alpha in masks.values()]
@@ -234,5 +236,5 @@ def _write_label_maps(
 
 
 def class_values(seed: Seed) -> np.ndarray:
-    """uint8 (1 + k,): the mask value of each score of ``with_background``."""
+    """Return the mask value of each score of ``with_background``, uint8 (1 + k,)."""
     return np.concatenate([[0], seed.classes + 1]).astype(np.uint8)

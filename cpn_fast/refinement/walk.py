@@ -11,10 +11,10 @@ from cpn_fast.refinement.affinity import pairs
 
 
 def transition(affinities: Tensor, size: tuple[int, int], *, radius: int, beta: float) -> Tensor:
-    """Matrix of one step for a batch: sparse CSR float32 (N h w, N h w), one block an image, whose rows sum to 1.
+    """Return the matrix of one step for a batch: sparse CSR float32 (N h w, N h w), one block per image, row sums 1.
 
-    affinities (N, D, h', w') of ``pair_affinities``. Row j holds the paper's T_ij for every i: a ** beta of the pairs
-    that j is in, and 1 for itself, divided by their sum.
+    affinities (N, D, h', w') come from ``pair_affinities``. Row j holds the paper's T_ij for every i: a ** beta of the
+    pairs with j, and 1 for j itself, divided by their sum.
     """
     count, device = len(affinities), affinities.device
     cells = torch.arange(count * size[0] * size[1], device=device)
@@ -34,11 +34,11 @@ def transition(affinities: Tensor, size: tuple[int, int], *, radius: int, beta: 
 
 
 def random_walk(affinities: Tensor, scores: Tensor, *, radius: int, beta: float, logt: int) -> Tensor:
-    """Scores spread along affinities: scores (N, K, h, w) -> float32 of the same shape, scores T^(2^logt).
+    """Spread scores along affinities: scores (N, K, h, w) -> float32 scores T^(2^logt) of the same shape.
 
-    That takes 2^logt sparse products with the scores. For scores up to 1 the result is within 3e-7 a step of the exact
-    one. On 30 x 40 cells it erred by 3e-6 at logt 6; the released code, which squares an hw x hw matrix logt times, by
-    1e-5, both in float32.
+    This takes 2^logt sparse products with the scores. For scores up to 1 the error is below 3e-7 per step. On 30 x 40
+    cells at logt 6 it was 3e-6. The released code squares an hw x hw matrix logt times; its error was 1e-5. Both ran in
+    float32.
     """
     step = transition(affinities, (scores.shape[2], scores.shape[3]), radius=radius, beta=beta)
     walked = scores.float().transpose(0, 1).flatten(1).t().contiguous()  # (N h w, K)

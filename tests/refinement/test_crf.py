@@ -139,7 +139,7 @@ def test_what_a_process_finds_wrong_reaches_the_user(seeds, tmp_path) -> None:
     samples, folder = seeds
     write_seed(folder / "b.npz", Seed(np.array([2]), np.zeros((1, 10, 10), np.float32)))
     sources = {sample.id: "1" for sample in samples}
-    with pytest.raises(UserError, match=r"b\.npz: a seed of 10x10 pixels, expected 44x30"):
+    with pytest.raises(UserError, match=r"b\.npz: found a seed of 10x10 pixels, expected 44x30"):
         crf.write_label_maps(samples, folder, {tmp_path / "m": 4.0}, sources=sources, parameters="cpn", workers=1)
 
 

@@ -1,4 +1,4 @@
-"""cpn-fast: semantic segmentation learned from image-level tags with the Complementary Patch Network."""
+"""cpn-fast: learn semantic segmentation from image-level tags with the Complementary Patch Network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ sys.meta_path.append(Finder())
 
 
 def __getattr__(name: str) -> Any:
-    """``cpn_fast.load``, imported when it is asked for: it needs torch, and ``cpn-fast --help`` does not."""
+    """Import ``cpn_fast.load`` on first use: it needs torch, and ``cpn-fast --help`` does not."""
     if name == "load":
         from cpn_fast.commands.trained_model import load
 

@@ -1,4 +1,4 @@
-"""Where modules were before they got folders: the old name still gives the module, with a warning, until 0.2."""
+"""Old names of modules, from before they had folders. Until 0.2 they still work, with a warning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOVED = {name: f"{folder}.{name}" for folder, names in FOLDERS.items() for name 
     "run": "stages.chain",
     "signals": "runtime.interrupts",
 }
-"""Old name -> new one, both below cpn_fast."""
+"""Old name -> new name, both below cpn_fast."""
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -44,4 +44,4 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = f"cpn_fast.{MOVED[module.__name__.removeprefix('cpn_fast.')]}"
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
-        sys.modules[module.__name__] = importlib.import_module(new)  # which the import then gives
+        sys.modules[module.__name__] = importlib.import_module(new)  # the import returns this entry

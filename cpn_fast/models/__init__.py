@@ -1,4 +1,4 @@
-"""Backbones and the network on top of them."""
+"""Backbones, and the networks on top of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Backbone", "Features", "build_backbone"]
 
 
 def build_backbone(options: Model) -> Backbone:
-    """The backbone that a config asks for, with random weights. Raises UserError for what timm cannot build."""
+    """Return the config's backbone with random weights. Raises UserError for a model that timm cannot build."""
     if options.backbone.startswith(TIMM):
         return TimmBackbone(options.backbone.removeprefix(TIMM), options.stride)
     if options.backbone == "resnet38d":

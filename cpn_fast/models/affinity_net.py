@@ -1,4 +1,4 @@
-"""AffinityNet (Ahn and Kwak, CVPR 2018): features whose distances tell whether two pixels belong together."""
+"""AffinityNet (Ahn and Kwak, CVPR 2018): features with a small distance between pixels of one class."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LOW, MIDDLE, LAST = 64, 128, 256  # channels of f8_3, f8_4 and f8_5
 
 
 class AffinityNet(Headed):
-    """A backbone and four 1x1 heads with the released code's names; the loss trains the backbone too.
+    """A backbone and four 1x1 heads with the released code's names. The loss trains the backbone too.
 
-    106,484,032 parameters on ResNet38d.
+    It has 106,484,032 parameters on ResNet38d.
     """
 
     def __init__(self, backbone: Backbone, options: Model) -> None:
@@ -39,6 +39,6 @@ class AffinityNet(Headed):
 
 
 def build_affinity_net(options: Model) -> AffinityNet:
-    """AffinityNet on a config's backbone, at stride 8 whatever the CAMs' stride is, with random weights."""
+    """Return AffinityNet on a config's backbone, with random weights. Its stride is always 8."""
     options = options.model_copy(update={"stride": 8})
     return AffinityNet(build_backbone(options), options)

@@ -1,4 +1,4 @@
-"""What the heads ask of a backbone: three feature maps at output stride 8, and how to feed it."""
+"""The interface of backbones: three feature maps at output stride 8 or 16, and the properties of the input."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from cpn_fast.config import Model, Rgb
 
 
 class Features(NamedTuple):
-    """Maps (N, C, h, w) of one size: each side of the input ceil-halved three times.
+    """Maps (N, C, h, w) of one size. At stride 8 each side of the input is halved three times and rounded up.
 
-    low and middle are to be about as large as the normalised image, which enters PCM and PRCM beside them. PRCM's
-    logits go with their square: ten times as large, its softmax over pixels is a hard maximum, and SEAM* diverges.
+    The values of low and middle should be about as large as those of the normalised image, which enters PCM and PRCM
+    beside them. PRCM's logits grow with the square of the values: at ten times the size, its softmax over pixels is a
+    hard maximum, and SEAM* diverges.
     """
 
     low: Tensor
@@ -26,44 +27,44 @@ class Features(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """Base of the backbones: images (N, 3, H, W), normalised with ``mean`` and ``std``, to Features.
+    """Base class of the backbones: images (N, 3, H, W), normalised with ``mean`` and ``std`` -> Features.
 
-    Batch normalisation always runs on its stored statistics, and neither it nor the submodules named by ``frozen``
-    are trained. A subclass calls ``train()`` once its submodules exist.
+    Batch normalisation always uses its stored statistics. It is not trained, nor are the submodules named in
+    ``frozen``. A subclass calls ``train()`` once its submodules exist.
 
-    In training nothing is folded: ``torch.compile`` fuses a normalisation with the ReLU behind it, needs no gradient of
-    its factors, and keeps 2 activations of a residual block where autograd keeps 4. For inference there is ``fold``.
+    Training does not fold batch normalisation: ``torch.compile`` fuses it with the ReLU behind it, needs no gradient of
+    its factors, and keeps 2 activations of a residual block instead of autograd's 4. Inference uses ``fold``.
     """
 
     channels: tuple[int, int, int]
     """Channels of low, middle and last."""
     mean: Rgb
     std: Rgb
-    """x -> (x - mean) / std on RGB from 0 to 255."""
+    """Normalisation x -> (x - mean) / std of RGB from 0 to 255."""
     frozen: tuple[str, ...] = ()
     """Submodules whose weights never train."""
     classifier: tuple[str, ...] = ()
-    """Patterns of the classifier keys that pretrained files carry and a CAM has no use for."""
+    """Patterns of classifier keys in pretrained files. CAMs do not use these weights."""
     recomputes = False
-    """Whether training keeps only the inputs of blocks and computes what is inside them again in the backward pass
-    (``train.checkpoint_activations``). A triplet of 448 px through ResNet38d then keeps 1.2 GB in fp32 instead of 2.4
-    without ``torch.compile``, and costs 7.95 TFLOP instead of 6.67."""
+    """Whether training keeps only the inputs of blocks, and the backward pass computes each block again
+    (``train.checkpoint_activations``). Without ``torch.compile``, a triplet of 448 px through ResNet38d then keeps
+    1.2 GB instead of 2.4 in fp32, and takes 7.95 TFLOP instead of 6.67."""
 
     def forward(self, images: Tensor) -> Features:
         raise NotImplementedError
 
     def through(self, block: nn.Module, *inputs: Tensor) -> Any:
-        """A block's output. Blocks draw no random numbers, so that computing one again gives the same."""
+        """Return a block's output. Blocks draw no random numbers, so a second computation gives the same output."""
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
     def fit(self, size: int) -> int:
-        """The input side nearest to ``size`` (pixels) that the backbone is made for."""
+        """Return the side (pixels) nearest to ``size`` that suits the backbone."""
         return size
 
     def pretrained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file of pretrained weights under the backbone's own names."""
+        """Rename the tensors of a file of pretrained weights to the backbone's names."""
         return dict(tensors)
 
     def train(self, mode: bool = True) -> Self:
@@ -77,7 +78,7 @@ class Backbone(nn.Module):
 
 
 class Headed(nn.Module):
-    """A backbone with heads on it: what is trained. Submodules other than ``backbone`` are heads, new and faster."""
+    """A backbone with heads. All submodules but ``backbone`` are heads, which learn faster."""
 
     def __init__(self, backbone: Backbone, options: Model) -> None:
         super().__init__()

@@ -17,9 +17,10 @@ INNER = 512  # channels of the two convolutions of the head
 class DeepLab(Headed):
     """A backbone and the released trainer's head: 3x3 with dilation 12, 1x1, and the classifier.
 
-    ``classes`` counts the foreground. All convolutions train, those included that a CAM's backbone keeps frozen; batch
-    normalisation runs on stored statistics in the backbone, on the batch's in the head (under torchrun on those of a
-    process's share, and the first process's are stored), and its factors stay as they are, in both.
+    ``classes`` counts the foreground. All convolutions train, also those that a CAM's backbone keeps frozen. Batch
+    normalisation uses stored statistics in the backbone and those of the batch in the head. Under torchrun a process
+    uses those of its share, and the statistics of the first process are stored. The factors of batch normalisation
+    never train.
     """
 
     folds = (("conv_fov", "bn_fov"), ("conv_fov2", "bn_fov2"))
@@ -34,8 +35,8 @@ class DeepLab(Headed):
         self.cls_conv = nn.Conv2d(INNER, 1 + classes, 1)
         for layer in (self.conv_fov, self.conv_fov2):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        # With the released start here too the first cross-entropy of 21 classes is 12; its gradients, with batch
-        # normalisation on stored statistics, leave nearly every last feature of MobileNetV2 at 0.
+        # With the released initialisation of this layer the first cross-entropy of 21 classes is 12. Since batch
+        # normalisation has fixed statistics, such gradients set nearly all last features of MobileNetV2 to 0.
         nn.init.normal_(self.cls_conv.weight, std=0.01)
 
     def train(self, mode: bool = True) -> Self:
@@ -53,6 +54,6 @@ class DeepLab(Headed):
 
 
 def build_deeplab(config: Config) -> DeepLab:
-    """The segmenter of an experiment, with random weights."""
+    """Return the config's segmenter with random weights."""
     backbone = build_backbone(config.model)
     return DeepLab(backbone, len(config.classes), config.model, bn_momentum=config.segment.bn_momentum)

@@ -1,4 +1,4 @@
-"""Dropout that does not depend on how many processes share a step's images."""
+"""Dropout that does not depend on the number of processes that share a step's images."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 
 class SharedDropout(nn.Dropout):
-    """``nn.Dropout`` whose mask is drawn for the images of all processes, each of which takes its own rows of it.
+    """``nn.Dropout`` that draws the mask for the images of all processes. Each process takes its rows.
 
-    With equal states of the random generator, several processes drop what one process with all the images would.
+    With equal states of the random generator, several processes drop the same values as one process with all images.
     """
 
     number, world = 0, 1
     images = 1
-    """Of this process in a step: an input's rows are as many, or several views of them, view after view."""
+    """Images of this process in a step. An input has one row per image, or several views of them, view after view."""
 
     def drawn(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """0 or 1 / (1 - p), (N, *shape) for ``like`` (N, ...), drawn as torch's own dropout draws it."""
+        """Draw the mask as torch's dropout does: 0 or 1 / (1 - p), (N, *shape) for ``like`` (N, ...)."""
         views = len(like) // self.images if self.world > 1 else 1
         mask = torch.empty(len(like) * self.world, *shape, dtype=like.dtype, device=like.device)
         mask = mask.bernoulli_(1 - self.p).div_(1 - self.p)
@@ -28,14 +28,14 @@ class SharedDropout(nn.Dropout):
 
 
 class SharedDropout2d(SharedDropout, nn.Dropout2d):
-    """``nn.Dropout2d`` of that kind."""
+    """``nn.Dropout2d`` that draws the mask as ``SharedDropout``."""
 
     def mask(self, like: Tensor, channels: int) -> Tensor:
-        """Draw what ``forward`` multiplies by: 0 or 1 / (1 - p), (N, channels, 1, 1) for ``like`` (N, ...)."""
+        """Draw a mask for ``forward``: 0 or 1 / (1 - p), (N, channels, 1, 1) for ``like`` (N, ...)."""
         return self.drawn(like, (channels, 1, 1))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``mask`` is one that was drawn before, for a part of the network that is computed twice."""
+        """``mask`` was drawn before; a part of the network that is computed twice needs the same one."""
         if not self.training:
             return x
         return x * (self.mask(x, x.shape[1]) if mask is None else mask)

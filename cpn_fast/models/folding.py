@@ -1,4 +1,4 @@
-"""Inference without batch normalisation: where it follows a convolution, it becomes a part of it."""
+"""Inference without batch normalisation: the convolution before it takes over its factors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def fold(network: Net) -> Net:
-    """Put an evaluating network's batch normalisations into the convolutions before them, in place.
+    """Fold batch normalisations into the convolutions before them, in place; the network must be in eval mode.
 
-    The same function to rounding (float64: within 1e-10), one pass over the activations less for each of them. A
-    normalisation whose input goes elsewhere too stays: of ResNet38d's 37, the 17 behind a sum. A module's
-    attribute ``folds`` names its pairs, (convolution, normalisation).
+    Up to rounding the network computes the same (float64: within 1e-10). Each folded normalisation saves a pass over
+    the activations. A normalisation stays if its input has other uses: of ResNet38d's 37, the 17 behind a sum. A
+    module's attribute ``folds`` names its pairs (convolution, normalisation).
     """
     for module in list(network.modules()):
         for convolution, norm in getattr(module, "folds", ()):

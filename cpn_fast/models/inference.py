@@ -1,4 +1,4 @@
-"""Trained networks: loading them, images as they take them, their CAMs."""
+"""Trained networks: load them, feed them images, and compute CAMs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Trained = TypeVar("Trained", bound=nn.Module)
 
 
 def trained(network: Trained, weights: Path) -> Trained:
-    """The network for inference, batch normalisation folded, with a file's weights. Raises as ``load_into``."""
+    """Load a file's weights into the network and prepare it for inference. Raises UserError as ``load_into``."""
     load_into(network, to_network_keys(read_weights(weights)), source=weights)
     return fold(network.eval())
 
 
 def load_network(config: Config, weights: Path) -> Network:
-    """The experiment's network for inference, with weights of a checkpoint, a ``.safetensors`` or a released file."""
+    """Return the config's network for inference, with weights of a checkpoint, a .safetensors or a released file."""
     return trained(build_network(config), weights)
 
 
 def images_for(
     network: Headed, samples: Sequence[Sample], config: Config, scales: Sequence[float], *, batch: int | None = None
 ) -> Iterator[ScaledBatch]:
-    """``scaled_images`` as a network takes them, on its device: up to ``batch`` (``cam.batch``) at a time."""
+    """Yield ``scaled_images`` for a network, on its device, at most ``batch`` at a time (default ``cam.batch``)."""
     return scaled_images(
         samples,
         scales=scales,
@@ -52,60 +52,60 @@ def images_for(
 
 
 class Summed(NamedTuple):
-    """What a network makes of images of one size."""
+    """A network's outputs for images of one size."""
 
     cams: list[Tensor]
-    """Sum over scales and flips of the CAMs of present classes at the original size: float32 (present, H, W) each."""
+    """For each image the CAMs of present classes, summed over scales and flips: float32 (present, H, W)."""
     probabilities: Tensor
-    """float32 (B, classes): of every class, whatever the tags, at ``nearest_scale``."""
+    """Probabilities of all classes, tagged or not, at ``nearest_scale``: float32 (B, classes)."""
 
 
 def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: Cam) -> Summed:
-    """CAMs and probabilities of images; labels: (B, classes) bool, on the CPU.
+    """Return CAMs and probabilities of images; labels: (B, classes) bool, on the CPU.
 
-    A forward pass holds the images and their mirror images, or one after the other where both would exceed
-    ``options.pixels``.
+    A forward pass takes the images together with their mirror images, or one after the other if both have more than
+    ``options.pixels`` pixels.
 
-    Nothing here waits for the GPU, which is given the next pass while it computes one. So launching costs no time that
-    a CUDA graph could save (docs/scaling.md).
+    Nothing here waits for the GPU, so it always has the next pass in its queue. A CUDA graph would save no time
+    (docs/scaling.md).
     """
     sums: list[Tensor] = []
     device = batch.scales[0].device
     chosen = [label.nonzero().flatten().tolist() for label in labels]
     labels = labels.float()
     if device.type == "cuda":
-        labels = labels.pin_memory()  # a copy from other memory would wait
+        labels = labels.pin_memory()  # a copy from pageable memory would wait
     labels = labels.to(device, non_blocking=True)
-    own_size = nearest_scale(batch)
-    for place, images in enumerate(batch.scales):
+    classified = nearest_scale(batch)
+    for index, images in enumerate(batch.scales):
         passes = [images]
         if options.flip:
             mirrored = images.flip(3)
             fits = 2 * images[:, 0].numel() <= options.pixels
             passes = [torch.cat([images, mirrored])] if fits else [images, mirrored]
-        seen = [_foreground(network, views, labels, options.map) for views in passes]
-        maps = torch.cat([own for own, _ in seen])
-        if place == own_size:
+        outputs = [_foreground(network, views, labels, options.map) for views in passes]
+        maps = torch.cat([cams for cams, _ in outputs])
+        if index == classified:
             size = images.shape[2], images.shape[3]
-            probabilities = pooled_logits(seen[0][1][: len(images)], size=size).sigmoid()
+            probabilities = pooled_logits(outputs[0][1][: len(images)], size=size).sigmoid()
         if options.flip:
             maps = maps[: len(images)] + maps[len(images) :].flip(3)
-        present = [torch.stack([own[k] for k in ks]) if ks else own[:0] for own, ks in zip(maps, chosen, strict=True)]
-        # Twice, as released: the network's output size first, then the image's.
-        full = [_resize(_resize(own, images.shape[2:], corners=True), batch.size, corners=False) for own in present]
+        present = [torch.stack([cam[k] for k in ks]) if ks else cam[:0] for cam, ks in zip(maps, chosen, strict=True)]
+        # Resized twice, as released: to the size of the network's input, then to that of the image.
+        full = [_resize(_resize(cam, images.shape[2:], corners=True), batch.size, corners=False) for cam in present]
         sums = [a.add_(b) for a, b in zip(sums, full, strict=True)] if sums else full
     return Summed(sums, probabilities)
 
 
 def nearest_scale(batch: ScaledBatch) -> int:
-    """Which of ``batch.scales`` is nearest to the images' own size, where the network is asked for classes."""
+    """Return the index of the scale nearest to the original size; the network classifies images at this scale."""
     return min(range(len(batch.scales)), key=lambda i: abs(batch.scales[i].shape[2] - batch.size[0]))
 
 
 def _foreground(network: Network, views: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Both float32 (V, classes, h, w): the map, and the raw one with what is below 0, which the classifier pools.
+    """Return the maps of ``kind`` and the raw logits, which the classifier pools; both float32 (V, classes, h, w).
 
-    views (V, 3, H, W): the labelled images may come more than once.
+    views (V, 3, H, W): one or more views of the labelled images.
     """
     labels = labels.repeat(len(views) // len(labels), 1)
     cams = network(views.contiguous(memory_format=torch.channels_last), labels)
@@ -120,5 +120,5 @@ def _resize(maps: Tensor, size: Sequence[int], *, corners: bool) -> Tensor:
 
 
 def load_affinity_net(config: Config, weights: Path) -> AffinityNet:
-    """The experiment's AffinityNet for inference, with trained weights or those of a released file."""
+    """Return the config's AffinityNet for inference, with trained or released weights."""
     return trained(build_affinity_net(config.model), weights)

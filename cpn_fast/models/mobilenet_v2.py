@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018) at output stride 8 or 16, with torchvision's key names."""
+"""MobileNetV2 (Sandler et al., CVPR 2018) at output stride 8 or 16, with torchvision's names of weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cpn_fast.models.backbone import Backbone, Features
 
-# expansion, channels, stride; one row per block, features.1 to features.17.
+# (expansion, channels, stride) of the blocks features.1 to features.17
 _BLOCKS = (
     (1, 16, 1),
     (6, 24, 2), (6, 24, 1),
@@ -21,25 +21,25 @@ _BLOCKS = (
     (6, 320, 1),
 )  # fmt: skip
 _LOW, _MIDDLE = 6, 13  # the last blocks of 32 and 96 channels
-# Brings them, sums that nothing normalises (rms 5.3 and 3.5 with ImageNet's weights), to the size of the image (0.57).
+# Scales both maps to the rms of the image (0.57). They are sums without normalisation: rms 5.3 and 3.5 (ImageNet).
 _INNER_SCALE = 0.1
 
 
 class MobileNetV2(Backbone):
-    """The small backbone, 2,223,872 parameters, for pretrained weights that take RGB from -1 to 1."""
+    """The small backbone, 2,223,872 parameters. Its pretrained weights take RGB from -1 to 1."""
 
     channels = (32, 96, 1280)
     mean = (127.5, 127.5, 127.5)
     std = (127.5, 127.5, 127.5)
-    # The layers at strides 2 and 4: 2 % of the weights, and the largest activations.
+    # The layers at strides 2 and 4 have 2 % of the weights, and the largest activations.
     frozen = ("features.0", "features.1", "features.2", "features.3")
     classifier = ("classifier.*",)
 
     def __init__(self, stride: int = 8) -> None:
         super().__init__()
         layers: list[nn.Module] = [_convolution(3, 32, 3, stride=2)]
-        # Once the output stride is reached, a stride of the original dilates the depthwise convolutions behind it
-        # instead: at input sides of 32k + 1, every second (fourth) feature equals the original's.
+        # Once the output stride is reached, the strides of the original become dilations of the depthwise convolutions
+        # behind them. At input sides of 32k + 1, every second (fourth) feature equals that of the original.
         inputs, reached, dilation = 32, 2, 1
         for expansion, outputs, step in _BLOCKS:
             strided = reached < stride
@@ -56,17 +56,17 @@ class MobileNetV2(Backbone):
             x = self.through(layer, x)
             if index in (_LOW, _MIDDLE):
                 inner.append(x)
-        # At output stride 16 the low features are larger than the others.
+        # At output stride 16 the low features have a larger size than the others.
         low, middle = (F.interpolate(f, x.shape[2:], mode="bilinear", align_corners=True) for f in inner)
         return Features(_INNER_SCALE * low, _INNER_SCALE * middle, x)
 
     def fit(self, size: int) -> int:
-        """Nearest 32k + 1: every side is then odd, so that the symmetric padding is TensorFlow's 'same' padding."""
+        """Return the nearest 32k + 1. All sides are then odd, and symmetric padding is TensorFlow's 'same' padding."""
         return max(1, (size + 15) // 32) * 32 + 1
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion (unless it is 1), depthwise 3x3, linear 1x1; adds its input where the shapes agree."""
+    """1x1 expansion (if above 1), depthwise 3x3, linear 1x1. Adds its input if the shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, dilation: int) -> None:
         super().__init__()
@@ -86,12 +86,12 @@ class InvertedResidual(nn.Module):
 class Folded(nn.Sequential):
     """Runs a convolution and the batch normalisation behind it as one convolution.
 
-    The same function and gradients, since the statistics are constants, in 0.75 to 0.9 of the time on a CPU.
+    The statistics are constants, so the function and its gradients stay the same. A CPU takes 0.75 to 0.9 of the time.
     """
 
     @property
     def folds(self) -> list[tuple[str, str]]:
-        """Pairs for ``fold``, which does once for inference what ``forward`` does in every step."""
+        """Pairs for ``fold``. It does once for inference what ``forward`` does in every step."""
         names = list(self._modules.items())
         return [(a, b) for (a, _), (b, norm) in itertools.pairwise(names) if isinstance(norm, nn.BatchNorm2d)]
 
@@ -113,7 +113,7 @@ class Folded(nn.Sequential):
 
 
 def _folded(layer: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the two together."""
+    """Return weight and bias of the convolution with folded normalisation."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
@@ -122,9 +122,10 @@ def _folded(layer: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """A depthwise 3x3 convolution, padded to the size of x (N, C, H, W), as plain ones on every d-th row and column.
+    """Compute a dilated depthwise 3x3 convolution of x (N, C, H, W), padded to its size, by plain convolutions.
 
-    A CPU's bf16 code for dilated ones takes 2.5 to 5 times as long, forward and backward.
+    Each of them takes every d-th row and column. In bf16 on a CPU, torch's dilated convolution takes 2.5 to 5 times as
+    long, forward and backward.
     """
     n, c, height, width = x.shape
     d, h, w = dilation, -(-height // dilation), -(-width // dilation)

@@ -28,27 +28,27 @@ _TYPES = (torch.float32, torch.float64, torch.float16, torch.uint8, torch.int32,
 
 
 class _ParamsFile:
-    """Reads a .params file front to back; no length is believed that goes beyond the file's end."""
+    """Reads a .params file from front to back. A length beyond the file's end is an error."""
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path
         self.file = file
-        self.left = path.stat().st_size
+        self.remaining = path.stat().st_size
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self.path}: not a readable .params file: {message}")
 
     def take(self, length: int) -> bytearray:
-        if length > self.left:
-            raise self.error(f"{length} bytes expected where {self.left} are left; it is damaged or cut short")
+        if length > self.remaining:
+            raise self.error(f"expected {length} more bytes, found {self.remaining}; it is damaged or cut short")
         data = bytearray(length)
         if self.file.readinto(data) != length:
-            raise self.error("it became shorter while it was read")
-        self.left -= length
+            raise self.error("it became shorter while it was being read")
+        self.remaining -= length
         return data
 
     def number(self, form: str) -> int:
-        """One integer, by its code in the ``struct`` module."""
+        """Read an integer of the ``struct`` module's format ``form``."""
         (value,) = struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))
         return int(value)
 
@@ -64,7 +64,7 @@ class _ParamsFile:
         shape = [self.number(form) for _ in range(dims)]
         if min(shape) < 1:
             raise self.error(f"an array has shape {shape}")
-        self.take(8)  # the device that it was saved from
+        self.take(8)  # the device of the array
         code = self.number("i")
         if not 0 <= code < len(_TYPES):
             raise self.error(f"an array has type {code}; expected 0 to {len(_TYPES) - 1}")
@@ -89,8 +89,8 @@ def read_params(path: Path) -> Content:
         if (count := file.number("Q")) != len(arrays):
             raise file.error(f"{len(arrays)} arrays have {count} names")
         names = [file.name() for _ in range(count)]
-        if file.left:
-            raise file.error(f"{file.left} bytes follow the last name")
+        if file.remaining:
+            raise file.error(f"{file.remaining} bytes follow the last name")
     tensors: dict[str, Tensor] = {}
     dropped = []
     for name, tensor in zip(names, arrays, strict=True):
@@ -99,7 +99,7 @@ def read_params(path: Path) -> Content:
             continue
         key = _from_mxnet(name)
         if key is None or key in tensors:
-            raise file.error(f"{name!r} is a name that ResNet38 does not have, or has once")
+            raise file.error(f"{name!r} is an unknown or duplicate name for ResNet38")
         tensors[key] = tensor
     return Content(tensors, dropped)
 
@@ -116,7 +116,7 @@ _FIELDS = {
 
 
 def _from_mxnet(name: str) -> str | None:
-    """``arg:res2b1_branch2a_weight`` -> ``b2_1.conv_branch2a.weight``; None for names of other networks."""
+    """Convert ``arg:res2b1_branch2a_weight`` to ``b2_1.conv_branch2a.weight``; None for names of other networks."""
     match = _MXNET_NAME.fullmatch(name)
     if match is None:
         return None

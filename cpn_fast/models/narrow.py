@@ -1,4 +1,4 @@
-"""The demo's backbone: small enough to train from random weights on a laptop's CPU in minutes."""
+"""The demo's backbone: it trains from random weights on a laptop's CPU in minutes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 from cpn_fast.models.backbone import Backbone, Features
 
-_INNER_SCALE = 0.2  # of unit variance in every channel, they would make PRCM's softmax a hard maximum
+_INNER_SCALE = 0.2  # with unit variance in every channel, PRCM's softmax would be a hard maximum
 
 
 class Narrow(Backbone):
     """Residual net of 263,824 parameters.
 
-    Stored batch statistics need pretraining, so that group normalisation stands in; it learns quickly only together
-    with standardised convolution weights (Qiao et al., 2019).
+    Stored batch statistics need pretraining, so it uses group normalisation. This learns quickly only together with
+    standardised convolution weights (Qiao et al., 2019).
     """
 
     channels = (48, 64, 96)
@@ -31,14 +31,14 @@ class Narrow(Backbone):
         self.train()
 
     def fit(self, size: int) -> int:
-        return max(size, 16)  # of a single cell there are no statistics
+        return max(size, 16)  # a single cell has no statistics
 
     def forward(self, images: Tensor) -> Features:
         low = self.stem(images)
         for block in self.low:
             low = self.through(block, low)
         middle = self.through(self.middle, low)
-        # Features after a ReLU point the same way everywhere; affinities are to tell what differs within an image.
+        # Features after a ReLU have similar directions everywhere. Affinities need the differences within an image.
         low, inner = (_INNER_SCALE * F.group_norm(x, x.shape[1]) for x in (low, middle))
         return Features(low, inner, self.through(self.last, middle))
 
@@ -60,7 +60,7 @@ class Residual(nn.Module):
 
 
 class StandardisedConv2d(nn.Conv2d):
-    """Padded convolution whose filters have mean 0 and norm 1, whatever ``weight`` is."""
+    """Padded convolution that standardises its filters to mean 0 and norm 1."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)

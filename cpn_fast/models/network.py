@@ -1,4 +1,4 @@
-"""The network around a backbone: class head, and the CAM's refinement by PCM and PRCM (paper section 3.3)."""
+"""The network on a backbone: a class head, and the refinement of CAMs by PCM and PRCM (paper section 3.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpn_fast.models.dropout import SharedDropout2d
 
 LOW, MIDDLE, EMBEDDING = 64, 128, 192  # channels of f8_3, f8_4, f9 and f10
 HEADS = ("fc8", "f8_3", "f8_4", "f8_5", "f9", "f10", "conv_fov", "bn_fov", "conv_fov2", "bn_fov2", "cls_conv")
-"""Names of the heads of every network: this one's, AffinityNet's and DeepLab's."""
+"""Names of the heads of all networks: Network, AffinityNet and DeepLab."""
 
 
 class Cams(NamedTuple):
@@ -25,11 +25,11 @@ class Cams(NamedTuple):
     raw: Tensor
     """Logits of the class head."""
     refined: Tensor | None
-    """After PCM and PRCM, not negative; None where both are off."""
+    """The CAM after PCM and PRCM, not negative; None if both are off."""
 
 
 def normalised_cam(cam: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Input of PCM and PRCM: foreground at peak 1, only each pixel's best class kept, background 1 - best.
+    """Return the input of PCM and PRCM: foreground with peak 1 and only each pixel's best class, background 1 - best.
 
     cam (N, 1 + C, h, w) logits, labels (N, C) or None for all classes -> float32 (N, 1 + C, h, w), no gradient.
     """
@@ -43,9 +43,10 @@ def normalised_cam(cam: Tensor, labels: Tensor | None = None) -> Tensor:
 
 
 def printed_correlation(cam: Tensor, embedding: Tensor, *, norm: str, total: str, eps: float = 1e-5) -> Tensor:
-    """PCM with eqs. 9 and 10 as the paper prints them, which the kernels leave out; holds (h w) x (h w).
+    """Compute PCM with eqs. 9 and 10 as the paper prints them; it holds a matrix (h w) x (h w). The kernels lack it.
 
-    Same shapes as ``kernels.pixel_correlation``; ``norm`` and ``total`` are ``Model.pcm_norm`` and ``Model.pcm_sum``.
+    The shapes are those of ``kernels.pixel_correlation``. ``norm`` and ``total`` are ``Model.pcm_norm`` and
+    ``Model.pcm_sum``.
     """
     with torch.autocast(cam.device.type, enabled=False):  # sums over thousands of pixels need float32
         g = embedding.flatten(2).float()
@@ -60,8 +61,8 @@ def printed_correlation(cam: Tensor, embedding: Tensor, *, norm: str, total: str
 class Network(Headed):
     """Backbone, 1x1 class head ``fc8`` and the refinement heads, with the released code's names and channel order.
 
-    ``classes`` counts the foreground. The refined map trains the four refinement heads alone: the features enter
-    detached and the CAM is a constant.
+    ``classes`` counts the foreground. The refined map trains only the four refinement heads: the features are detached,
+    and the CAM is a constant.
     """
 
     def __init__(self, backbone: Backbone, classes: int, options: Model) -> None:
@@ -110,7 +111,7 @@ class Network(Headed):
         return torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
 
     def _region_term(self, cam: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
-        """PRCM (eq. 11) times the CAM."""
+        """Return PRCM (eq. 11) times the CAM."""
         regions = region_pooling(cam, context)  # (N, 1 + C, 195)
         keys = self.f10(regions.transpose(1, 2).unsqueeze(3))  # (N, 192, 1 + C, 1)
         if self.options.prcm_relu:
@@ -125,5 +126,5 @@ class Network(Headed):
 
 
 def build_network(config: Config) -> Network:
-    """The network of an experiment, with random weights."""
+    """Return the config's network with random weights."""
     return Network(build_backbone(config.model), len(config.classes), config.model)

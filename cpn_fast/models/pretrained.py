@@ -1,4 +1,4 @@
-"""Pretrained weights as a training's start."""
+"""Start a training from pretrained weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ from torch import Tensor
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.network import HEADS
 from cpn_fast.models.timm_backbone import TimmBackbone, pretrained_by_timm
-from cpn_fast.models.weights import (
-    load_into,
-    read_weights,
-    to_network_keys,
-)
+from cpn_fast.models.weights import load_into, read_weights, to_network_keys
 
 
 def start_from(network: Headed, path: Path) -> list[str]:
-    """Load pretrained weights: the backbone's must fit, of heads those are taken that do.
+    """Load pretrained weights. The backbone's weights must fit; heads that do not fit stay random.
 
-    The file may be of a backbone, of a classifier, or of any of our networks, with other classes too; ``timm`` stands
-    for timm's own. Returns the heads that stay random. Raises UserError as ``load_into`` does.
+    The file may hold a backbone, a classifier, or one of our networks, also with other classes. The path ``timm``
+    stands for timm's weights. Returns the heads that stay random. Raises UserError as ``load_into`` does.
     """
-    own, backbone = network.state_dict(), network.backbone
+    state, backbone = network.state_dict(), network.backbone
 
     def fits(key: str, tensor: Tensor) -> bool:
-        return key.split(".")[0] not in HEADS or (key in own and own[key].shape == tensor.shape)
+        return key.split(".")[0] not in HEADS or (key in state and state[key].shape == tensor.shape)
 
     if isinstance(backbone, TimmBackbone) and path == Path("timm"):
         content = pretrained_by_timm(backbone.name)
@@ -47,7 +43,7 @@ def start_from(network: Headed, path: Path) -> list[str]:
 
 
 def measure_features(network: Headed, images: Sequence[np.ndarray], side: int) -> None:
-    """Bring the inner features of a timm backbone to the size of ``images``, uint8 RGB, unless that was done before."""
+    """Scale a timm backbone's inner features to the rms of ``images``, uint8 RGB; only once."""
     backbone = network.backbone
     if not isinstance(backbone, TimmBackbone) or backbone.measured:
         return

@@ -1,6 +1,6 @@
-"""ResNet38d: Wu, Shen and van den Hengel's wide ResNet (model A1), dilated to output stride 8.
+"""ResNet38d: the wide ResNet of Wu, Shen and van den Hengel (model A1), dilated to output stride 8.
 
-Submodules carry the names of the released checkpoints, which load without renaming.
+Submodules have the names in the released checkpoints, so these load without renaming.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ResNet38d(Backbone):
 
 
 class Block(nn.Module):
-    """Pre-activated residual block of two 3x3 convolutions; returns its output and its activated input."""
+    """Pre-activated residual block of two 3x3 convolutions. Returns its output and its activated input."""
 
     folds = (("conv_branch2a", "bn_branch2b1"),)
 
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Pre-activated 1x1, dilated 3x3, 1x1 with channel dropout; returns its output and its activated input."""
+    """Pre-activated 1x1, dilated 3x3, 1x1 with channel dropout. Returns its output and its activated input."""
 
     folds = (("conv_branch2a", "bn_branch2b1"), ("conv_branch2b1", "bn_branch2b2"))
 
@@ -106,7 +106,7 @@ class Bottleneck(nn.Module):
         self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, bias=False)
 
     def masks(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the dropouts of ``forward(x)`` multiply by, drawn beforehand; none outside training."""
+        """Draw the dropout masks of ``forward(x)``; none outside training."""
         if not self.training:
             return ()
         pairs = ((self.dropout_2b1, self.conv_branch2b1), (self.dropout_2b2, self.conv_branch2b2))

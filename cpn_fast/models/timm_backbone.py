@@ -1,4 +1,4 @@
-"""Any convolutional model of timm as a backbone (``model.backbone: timm:NAME``), with timm's own names of weights."""
+"""Any convolutional model of timm as a backbone (``model.backbone: timm:NAME``), with timm's names of weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ INSTALL = "pip install timm torchvision"
 
 
 class TimmBackbone(Backbone):
-    """The last three stages of a timm model, the last one with what follows it up to the pooling.
+    """The features of a timm model's last three stages. The last one includes all layers up to the pooling.
 
-    ``stride`` is 8 or 16: timm dilates the stages behind it. What comes before output stride 4 stays frozen, as do all
-    batch normalisations. The weights of timm's model ``NAME`` are ``timm.*`` here.
+    ``stride`` is 8 or 16; timm dilates later stages. Layers up to output stride 4 and all batch normalisations stay
+    frozen. The weights of timm's model ``NAME`` are ``timm.*`` here.
 
-    Raises UserError without timm, for an unknown name, and for a model that has no such stride or no feature maps.
+    Raises UserError without timm, for an unknown name, and for a model without this stride or without feature maps.
     """
 
     name: str
     """timm's name of the model."""
     inner: Tensor
-    """float32 (2,): factors that bring low and middle to the image's size (``measure``); saved with the weights."""
+    """float32 (2,): factors that scale low and middle to the rms of images (``measure``); saved with the weights."""
 
     def __init__(self, name: str, stride: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class TimmBackbone(Backbone):
 
     def forward(self, images: Tensor) -> Features:
         low, middle, last = self._maps(images)
-        # At output stride 16 the low features are larger than the others.
+        # At output stride 16 the low features have a larger size than the others.
         low, middle = (F.interpolate(x, last.shape[2:], mode="bilinear", align_corners=True) for x in (low, middle))
         scale = self.inner.to(low.dtype)
         return Features(scale[0] * low, scale[1] * middle, last)
@@ -62,7 +62,7 @@ class TimmBackbone(Backbone):
         return low, middle, last
 
     def pretrained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if any(key.startswith("timm.") for key in tensors):  # of a run of ours
+        if any(key.startswith("timm.") for key in tensors):  # from one of our runs
             return dict(tensors)
         if "_conv_stem.weight" in tensors:
             tensors = _from_efficientnet_pytorch(tensors)
@@ -74,22 +74,22 @@ class TimmBackbone(Backbone):
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
-        """Set ``inner`` so that low and middle are as large as ``images``, normalised (N, 3, H, W), by the rms."""
+        """Set ``inner`` so that low and middle have the rms of ``images``, normalised (N, 3, H, W)."""
         low, middle, _ = self._maps(images)
         size = images.square().mean().sqrt()
         self.inner.copy_(torch.stack([size / x.float().square().mean().sqrt().clamp(min=1e-12) for x in (low, middle)]))
 
 
 def pretrained_by_timm(name: str) -> dict[str, Tensor]:
-    """The weights that timm itself has for a model; it downloads them once. Raises UserError where it cannot."""
+    """Return timm's weights of a model; timm downloads them once. Raises UserError if it cannot."""
     timm = _imported()
     try:
         return dict(timm.create_model(name, pretrained=True).state_dict())
-    except Exception as error:  # no network, no such weights, a broken cache: timm and its hub raise many types
+    except Exception as error:  # no network, no weights, a broken cache: many types
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"model.weights: timm has no weights of {name} to give ({type(error).__name__}: {reason}). Name a file of "
-            "them, or fetch them where there is a network"
+            "weights, or download them on a machine with a network"
         ) from None
 
 
@@ -104,7 +104,7 @@ def _create(name: str, stride: int) -> Any:
     try:
         try:
             model = timm.create_model(name, num_classes=0, global_pool="", **options)
-        except TypeError:  # some families, as MobileNetV3, take a stride only without their last layers
+        except TypeError:  # some families, like MobileNetV3, take a stride only without their last layers
             model = timm.create_model(name, features_only=True, **options)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise UserError(
@@ -119,7 +119,7 @@ def _create(name: str, stride: int) -> Any:
 def _imported() -> Any:
     try:
         import timm
-    except Exception as error:  # its torchvision may not fit the torch that is installed, and raises anything then
+    except Exception as error:  # a torchvision that does not fit torch raises anything
         raise UserError(f"model.backbone: {TIMM} needs timm ({type(error).__name__}: {error}). {INSTALL}") from None
     return timm
 
@@ -130,7 +130,7 @@ def _classifiers(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _leaves_to_stride(model: nn.Module, stages: Sequence[Mapping[str, Any]], stride: int) -> list[str]:
-    """Names of the modules with weights from the input to the last stage whose output stride is at most ``stride``."""
+    """Return the modules with weights, from the input to the last stage with an output stride up to ``stride``."""
     ends = [stage["module"].replace(".", "_") for stage in stages if stage["reduction"] <= stride]
     leaves = [name for name, module in model.named_modules() if [*module.parameters(recurse=False)]]
     # Without its last layers a model's stages may be called blocks_1 instead of blocks.1.
@@ -148,11 +148,12 @@ _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head",
 
 
 def _from_efficientnet_pytorch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of the package efficientnet_pytorch (and its lite models) to timm's of the same network.
+    """Rename weights of the package efficientnet_pytorch (and its lite models) to timm's names of the same network.
 
-    There blocks are numbered through, here in stages: a stage starts where the number of channels changes.
+    That package numbers all blocks; timm numbers stages and their blocks. A stage starts where the number of channels
+    changes.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     stages: list[list[int]] = []  # the numbers of each stage's blocks
     widths = {
         int(key.split(".")[1]): len(tensor) for key, tensor in tensors.items() if key.endswith("_project_conv.weight")
@@ -162,14 +163,14 @@ def _from_efficientnet_pytorch(tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             stages[-1].append(number)
         else:
             stages.append([number])
-    place = {number: f"{s}.{i}" for s, stage in enumerate(stages) for i, number in enumerate(stage)}
+    positions = {number: f"{s}.{i}" for s, stage in enumerate(stages) for i, number in enumerate(stage)}
     for key, tensor in tensors.items():
         block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", key)
         if block is None:
             layer, _, field = key.partition(".")
-            found[f"{_OUTSIDE.get(layer, layer)}.{field}"] = tensor
+            renamed[f"{_OUTSIDE.get(layer, layer)}.{field}"] = tensor
             continue
-        at, layer, field = block.groups()
-        names = _EXPANDED if f"_blocks.{at}._expand_conv.weight" in tensors else _PLAIN
-        found[f"blocks.{place.get(int(at), at)}.{names.get(layer, layer)}.{field}"] = tensor
-    return found
+        index, layer, field = block.groups()
+        names = _EXPANDED if f"_blocks.{index}._expand_conv.weight" in tensors else _PLAIN
+        renamed[f"blocks.{positions.get(int(index), index)}.{names.get(layer, layer)}.{field}"] = tensor
+    return renamed

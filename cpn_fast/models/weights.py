@@ -1,7 +1,7 @@
 """Weight files: .safetensors, .pth and .pt, and MXNet's .params (ResNet38's ImageNet weights) without mxnet.
 
-In memory and on disk, tensors go by the released names: ``conv1a.weight``, ``fc8.weight``. The network holds its
-backbone as a submodule, ``backbone.conv1a.weight``; ``to_network_keys`` and ``to_released_keys`` translate.
+In memory and on disk, tensors have the released names: ``conv1a.weight``, ``fc8.weight``. The network holds its
+backbone as a submodule: ``backbone.conv1a.weight``. ``to_network_keys`` and ``to_released_keys`` translate.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import create, replacing
 
 FINAL = "model.safetensors"
-"""A run's weights after its last step, in its folder."""
+"""A run's weights after its last step."""
 BEST = "best.safetensors"
-"""Those with the highest score of ``train.validate_every``."""
+"""A run's weights with the highest score of ``train.validate_every``."""
 _SHOWN = 5
 _NOTE = "cpn_fast"
 """Key of our entry in a file's metadata."""
@@ -44,12 +44,12 @@ _NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file on the CPU, by released names.
+    """Return the tensors of a weight file on the CPU, by released names.
 
-    A .pth or .pt file is a state dict, bare or under ``state_dict`` or ``model`` (training checkpoints); prefixes
-    that data parallelism and compilation add are removed. A .params file is ResNet38's; its ImageNet classifier is
-    left out. ``package:NAME`` stands for the one weight file in an installed Python package. Nothing in a file is
-    executed. Raises UserError for a missing, damaged or foreign file, and for weights that are not finite.
+    A .pth or .pt file is a state dict, bare or under ``state_dict`` or ``model`` (training checkpoints). Prefixes of
+    data parallelism and compilation are removed. A .params file is ResNet38's, and its ImageNet classifier is left out.
+    ``package:NAME`` stands for the only weight file in an installed Python package. No code in a file is executed.
+    Raises UserError for a missing, damaged or foreign file, and for weights that are not finite.
     """
     return _read(in_package(path)).tensors
 
@@ -59,58 +59,63 @@ def write_weights(
 ) -> None:
     """Write a .safetensors file with a checksum that ``read_weights`` compares.
 
-    Of a run it has the config (YAML) and plain values of its ``training``: after which ``step`` these weights were, and
-    what is known of them.
+    Files of a run also have its config (YAML) and plain values of its ``training``: the ``step`` of the weights, and
+    the score of the best ones.
     """
     with replacing(path) as file:
         file.write(_serialised(tensors, config, training))
 
 
 def _serialised(tensors: Mapping[str, Tensor], config: str = "", training: Mapping[str, Any] | None = None) -> bytes:
-    """The same bytes of the same tensors: of metadata there is one entry, for the order of several is not defined."""
-    # A copy of each: views would drag their whole storage along, and safetensors refuses shared ones.
-    own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    said = {"config": config} if training is None else {"config": config, "training": dict(training)}
-    note = json.dumps({"sha256": _digest(own, said), **said})
-    return safetensors.torch.save(own, metadata={_NOTE: note})
+    """Return the bytes of a .safetensors file. The same tensors give the same bytes.
+
+    The metadata has only one entry, since several would have no fixed order.
+    """
+    # Copies: views would keep their whole storage, and safetensors refuses shared storage.
+    copies = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }
+    note = {"config": config} if training is None else {"config": config, "training": dict(training)}
+    text = json.dumps({"sha256": _digest(copies, note), **note})
+    return safetensors.torch.save(copies, metadata={_NOTE: text})
 
 
 def chosen(run: Path, config: Config) -> Path:
-    """The weights of a run that later stages take, as ``train.use_weights`` says.
+    """Return the file of a run's weights for later stages, which ``train.use_weights`` selects.
 
-    Raises UserError if those are the best and there are none.
+    Raises UserError if these are the best weights and the file does not exist.
     """
     if config.train.use_weights == "last":
         return run / FINAL
     if not (run / BEST).exists():
         raise UserError(
-            f"train.use_weights is best, but there is no {run / BEST}: it is written while a run trains with "
-            "train.validate_every. Set train.use_weights to last, or raise train.steps: from there on it is written"
+            f"train.use_weights is best, but there is no {run / BEST}: only training with "
+            "train.validate_every writes it. Set train.use_weights to last, or raise train.steps to train longer"
         )
     return run / BEST
 
 
 def training_of(path: Path) -> dict[str, Any]:
-    """What ``write_weights`` was told of the training; empty of other files, and of a run's by earlier versions."""
-    found = note_of(path).get("training")
-    return found if isinstance(found, dict) else {}
+    """Return the ``training`` of ``write_weights``; empty for other files, and for those of earlier versions."""
+    training = note_of(path).get("training")
+    return training if isinstance(training, dict) else {}
 
 
 def note_of(path: Path) -> dict[str, Any]:
-    """Our entry in a .safetensors file's metadata; empty of files that have none."""
+    """Return our entry in a .safetensors file's metadata; empty if there is none."""
     try:
         reading.require_regular(path, reading.WEIGHTS)
         with safetensors.safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {})[_NOTE])
+            note = json.loads((file.metadata() or {})[_NOTE])
     except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return note if isinstance(note, dict) else {}
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a .safetensors file is there from its first byte to its last; one that is cut short is named on stderr.
+    """Return whether a .safetensors file exists and is complete. A file that was cut short is named on stderr.
 
-    Raises UserError if it has other bytes than were written.
+    Raises UserError if its content does not match its checksum.
     """
     if not path.is_file():
         return False
@@ -125,18 +130,18 @@ def is_whole(path: Path) -> bool:
 
 
 def require_finite(scores: np.ndarray, weights: Path | str, image: str) -> None:
-    """Raise UserError, which names the file of weights, for a network's output of an image that is not finite."""
+    """Raise UserError, which names the weights, if a network's output for an image is not finite."""
     if not np.isfinite(scores).all():
         raise UserError(
-            f"{weights}: what the network makes of {image} is not finite. Its weights are too large for the precision, "
-            "or spoilt: set train.precision to fp32, or take other weights"
+            f"{weights}: the network's output for {image} is not finite. The weights are damaged, or too large for the "
+            "precision: set train.precision to fp32, or use other weights"
         )
 
 
-def _digest(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(said["config"].encode(errors="backslashreplace"))
-    if "training" in said:
-        digest.update(json.dumps(said["training"], sort_keys=True).encode())
+def _digest(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(note["config"].encode(errors="backslashreplace"))
+    if "training" in note:
+        digest.update(json.dumps(note["training"], sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -145,10 +150,10 @@ def _digest(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> str:
 
 
 def in_package(path: Path) -> Path:
-    """The weight file that ``package:NAME`` stands for; any other path as it is.
+    """Return the weight file that ``package:NAME`` stands for. Any other path is returned unchanged.
 
-    NAME is the package's on the index or the module's. Raises UserError if it is not installed or has no such file, or
-    several.
+    NAME is the name of the package or of its module. Raises UserError if the package is not installed, or if it does
+    not have exactly one weight file.
     """
     if not str(path).startswith(PACKAGE):
         return path
@@ -158,31 +163,31 @@ def in_package(path: Path) -> Path:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{path}: no package {name} is installed; `pip install {name}` brings it if it has that name")
+        raise UserError(f"{path}: no package {name} is installed; try `pip install {name}`")
     files = [file for root in spec.submodule_search_locations for file in Path(root).rglob("*")]
-    found = sorted(file for file in files if file.suffix in (".safetensors", ".pth", ".pt"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
+    matches = sorted(file for file in files if file.suffix in (".safetensors", ".pth", ".pt"))
+    if len(matches) != 1:
+        names = ", ".join(file.name for file in matches) or "none"
         raise UserError(f"{path}: expected one file of weights in that package, found {names}; name the file itself")
-    return found[0]
+    return matches[0]
 
 
 def to_network_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released names to ``Network``'s: all but the heads are its ``backbone``'s."""
+    """Rename released names to ``Network``'s: all names but those of heads get the prefix ``backbone.``."""
     return {key if key.split(".")[0] in HEADS else f"backbone.{key}": tensor for key, tensor in tensors.items()}
 
 
 def to_released_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``Network``'s names to the released ones; names that are released already stay."""
+    """Rename ``Network``'s names to released ones. Released names stay."""
     released = {key.removeprefix("backbone."): tensor for key, tensor in tensors.items()}
     if len(released) < len(tensors):
         twice = next(key for key in tensors if key.startswith("backbone.") and key.removeprefix("backbone.") in tensors)
-        raise UserError(f"{twice} and {twice.removeprefix('backbone.')} are one weight in two spellings: remove one")
+        raise UserError(f"{twice} and {twice.removeprefix('backbone.')} are two names of one weight: remove one")
     return released
 
 
 class Loaded(NamedTuple):
-    """What ``load_into`` was allowed to pass over."""
+    """The keys that ``load_into`` was allowed to ignore."""
 
     missing: list[str]
     unexpected: list[str]
@@ -196,17 +201,16 @@ def load_into(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> Loaded:
-    """Copy tensors into a module whose keys and shapes they must match; nothing is copied when they do not.
+    """Copy tensors into a module. Their keys and shapes must match, or nothing is copied.
 
     ``allow_missing`` and ``allow_unexpected`` are key patterns such as ``fc8.*``. Batch normalisation's
-    ``num_batches_tracked`` may always be absent or present. Raises UserError, naming ``source``, with every kind of
-    mismatch.
+    ``num_batches_tracked`` is optional. Raises UserError that names ``source`` and lists all kinds of mismatches.
     """
     expected = module.state_dict()
-    found = _compared(expected, tensors, source, allow_missing, allow_unexpected)
+    ignored = _compared(expected, tensors, source, allow_missing, allow_unexpected)
     shared = {key: tensor for key, tensor in tensors.items() if key in expected and not _is_counter(key)}
     module.load_state_dict(shared, strict=False)
-    return found
+    return ignored
 
 
 def _compared(
@@ -228,9 +232,9 @@ def _compared(
     ]
     if missing or unexpected or other_kind:
         lines = [f"{source}: the weights do not fit the model"]
-        lines += _listed("missing", [_with_rename(key, expected[key], unexpected, tensors) for key in missing])
-        lines += _listed("unexpected", [f"{key} {_kind(tensors[key])}" for key in unexpected])
-        lines += _listed(
+        lines += _section("missing", [_with_rename(key, expected[key], unexpected, tensors) for key in missing])
+        lines += _section("unexpected", [f"{key} {_kind(tensors[key])}" for key in unexpected])
+        lines += _section(
             "of another shape or type",
             [f"{key}: expected {_kind(expected[key])}, found {_kind(tensors[key])}" for key in other_kind],
         )
@@ -241,7 +245,7 @@ def _compared(
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``convert`` wrote; ``str`` of it is for people."""
+    """The result of ``convert``; ``str`` describes it in words."""
 
     destination: Path
     tensors: int
@@ -258,16 +262,16 @@ class Conversion:
 def convert(source: Path, destination: Path) -> Conversion:
     """Rewrite a weight file as .safetensors or .pth (a bare state dict), by released names.
 
-    Raises UserError for an unreadable source, for weights that are not all of one of our backbones, with any heads, and
-    for a destination that is there with other content, or has another suffix.
+    Raises UserError for an unreadable source, for weights that are not exactly one of our backbones with any heads, and
+    for a destination with another suffix or with other content.
     """
     if destination.suffix not in (".safetensors", ".pth"):
-        found = destination.suffix or "no suffix"
-        raise UserError(f"{destination}: can write .safetensors, .pth and, of a run, .pt2, not {found!r}")
+        suffix = destination.suffix or "no suffix"
+        raise UserError(f"{destination}: can write .safetensors, .pth and, of a run, .pt2, not {suffix!r}")
     content = _read(source)
     _check_backbone(source, content.tensors)
     if destination.suffix == ".pth":
-        # A copy of each: views would drag their whole storage along.
+        # Copies: views would keep their whole storage.
         tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.tensors.items()}
         file = BytesIO()
         torch.save(tensors, file)
@@ -280,7 +284,7 @@ def convert(source: Path, destination: Path) -> Conversion:
 
 
 def _check_backbone(source: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Compare with the backbone that has most of the names; a run's of timm carries its own under ``timm``."""
+    """Compare with the backbone that shares most names. Weights of timm (``timm.*``) are not checked."""
     if any(key.startswith("timm.") for key in tensors):
         return
     with torch.device("meta"):
@@ -295,9 +299,9 @@ def _read(path: Path) -> Content:
     if path.suffix not in readers:
         raise UserError(f"{path}: expected a weight file that ends in {', '.join(readers)}")
     if not path.exists():
-        there = ", ".join(sorted(str(file) for file in path.parent.glob("*") if file.suffix in readers))
+        existing = ", ".join(sorted(str(file) for file in path.parent.glob("*") if file.suffix in readers))
         raise UserError(
-            f"{path}: no such file of weights. There are: {there or 'none in that folder'}. `cpn-fast train` writes "
+            f"{path}: no such file of weights. There are: {existing or 'none in that folder'}. `cpn-fast train` writes "
             "model.safetensors; docs/voc.md says where pretrained weights come from"
         )
     try:
@@ -313,7 +317,7 @@ def _read(path: Path) -> Content:
         if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
             raise UserError(
                 f"{path}: {int((~finite).sum()):,} of the {tensor.numel():,} numbers of {key} are not finite. The file "
-                "is spoilt, or its training failed: copy it again, or train anew"
+                "is damaged, or its training failed: copy it again, or train anew"
             )
     try:
         return Content(to_released_keys(content.tensors), content.dropped)
@@ -325,10 +329,10 @@ def _read_safetensors(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, "pt") as file:
             note = (file.metadata() or {}).get(_NOTE)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dict)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a readable .safetensors file: {error}") from None
-    if note is not None:  # others write none
+    if note is not None:  # only files of cpn-fast have one
         try:
             written = json.loads(note)
             whole = written["sha256"] == _digest(tensors, written)
@@ -336,18 +340,18 @@ def _read_safetensors(path: Path) -> Content:
             whole = False
         if not whole:
             raise UserError(
-                f"{path}: damaged: its content does not have the checksum that was written with it. Copy it again; of "
-                "a run, delete it, and the command that wrote it makes it of the last checkpoint"
+                f"{path}: damaged: its content does not match its checksum. Copy it again. If a run wrote it, "
+                "delete it: the same command writes it again from the last checkpoint"
             )
     return Content(tensors, [])
 
 
 def _read_torch(path: Path) -> Content:
     try:
-        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
+        if zipfile.is_zipfile(path):  # torch writes checksums, but does not compare them
             with zipfile.ZipFile(path) as records:
                 if (broken := records.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"damaged: the checksum of {broken} does not fit")
+                    raise zipfile.BadZipFile(f"damaged: the checksum of {broken} does not match")
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -371,7 +375,7 @@ def _read_torch(path: Path) -> Content:
         if value.layout is torch.strided and value.nbytes > size:
             raise UserError(f"{path}: {key} claims {value.nbytes} bytes in a file of {size}: damaged")
     tensors = {key: value.detach() for key, value in state.items()}
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled before or after it was made parallel
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled before or after it became data-parallel
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return Content(tensors, dropped)
@@ -400,7 +404,7 @@ def _with_rename(key: str, tensor: Tensor, unexpected: list[str], tensors: Mappi
     return f"{key} {_kind(tensor)}" + (f"; the file has {near[0]}" if near else "")
 
 
-def _listed(title: str, lines: list[str]) -> list[str]:
+def _section(title: str, lines: list[str]) -> list[str]:
     if not lines:
         return []
     shown = [f"    {line}" for line in lines[:_SHOWN]]

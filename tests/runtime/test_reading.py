@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cpn_fast import config_file
-from cpn_fast.commands import import_coco, predict, report
+from cpn_fast.commands import import_coco, report
+from cpn_fast.commands.trained_model import load
 from cpn_fast.config import Data
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.data.images import read_image
@@ -59,7 +60,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "seed": ("a.npz", read_seed),
     "identity of a seed": ("a.npz", seed_digest),
     "source of a mask": ("a.png", mask_source),
-    "trained model": ("model.safetensors", lambda path: predict.load(path.parent, "cpu")),
+    "trained model": ("model.safetensors", lambda path: load(path.parent, "cpu")),
     "evaluation": ("evaluation.json", lambda path: evaluate.held_out_threshold(path, [])),
     "result": ("a.json", files.read_json),
     "checkpoint": ("a.pt", lambda path: checkpoint.read(path, torch.device("cpu"))),

@@ -92,24 +92,14 @@ def _fit(
     optimizer = make_optimizer(network, train, rank.device)
     generator = torch.Generator(rank.device)
     make_step = Step(method, optimizer, generator, train, rank, rank.device)
-    start = 0
-    if state is not None:
-        start = state["step"]
-        network.load_state_dict(state["model"])
-        load_optimizer(optimizer, state["optimizer"])
-        if make_step.scaler.is_enabled():
-            make_step.scaler.load_state_dict(state["scaler"])
+    start = 0 if state is None else _restore(state, network, optimizer, make_step)
     del state
     pipeline = _pipeline(config, method, samples, shards, rank, start)
     guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
     meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate, hook)
     data = meter.timed(pipeline)
-    gallery = validation = None
-    if rank.first and isinstance(network, Network):
-        labels = [sample.label for sample in samples[:COUNT] if sample.label is not None]
-        gallery = Gallery(list(zip(_first_images(samples, shards), labels, strict=True)), config, network)
-    if train.validate_every is not None and isinstance(network, Network):
-        validation = Validation(config, samples, rank, begins=start == 0)
+    gallery = _gallery(config, network, samples, shards) if rank.first else None
+    validation = None if train.validate_every is None else Validation(config, samples, rank, begins=start == 0)
 
     with meter, interrupts.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:
         for step in range(start, steps):
@@ -127,23 +117,14 @@ def _fit(
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
             meter.add(done, train.lr * factor, figures, batches, ends_line=logs)
             # Before the checkpoint: a run that continues from there does not validate this step again.
-            if validation is not None and isinstance(network, Network) and validates:
+            if validation is not None and validates:
+                assert isinstance(network, Network)  # the config refuses validate_every for the later trainings
                 meter.validated(validation.after(done, network))
             note = meter.read(done, wait=keeps)
             if rank.first and keeps:
-                checkpoint.write(
-                    config.run / "checkpoints",
-                    done,
-                    keep=train.keep_checkpoints,
-                    model=network.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    scaler=make_step.scaler.state_dict(),
-                    config=config_file.dump(config),
-                )
-            if gallery is not None and keeps:
-                picture = gallery.picture()
-                if picture is not None:
-                    meter.show("cams", picture, done)
+                _write_checkpoint(config, done, network, optimizer, make_step)
+            if gallery is not None and keeps and (picture := gallery.picture()) is not None:
+                meter.show("cams", picture, done)
             progress.advance(note=note)
             if stops:
                 raise interrupts.Stopped(f"stopped after step {done} of {steps}; {config.run} has its checkpoint")
@@ -218,6 +199,29 @@ def _method(
     return method
 
 
+def _restore(state: dict[str, Any], network: torch.nn.Module, optimizer: torch.optim.Optimizer, make_step: Step) -> int:
+    """Load a checkpoint; return its step."""
+    network.load_state_dict(state["model"])
+    load_optimizer(optimizer, state["optimizer"])
+    if make_step.scaler.is_enabled():
+        make_step.scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _write_checkpoint(
+    config: Config, step: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer, make_step: Step
+) -> None:
+    checkpoint.write(
+        config.run / "checkpoints",
+        step,
+        keep=config.train.keep_checkpoints,
+        model=network.state_dict(),
+        optimizer=optimizer.state_dict(),
+        scaler=make_step.scaler.state_dict(),
+        config=config_file.dump(config),
+    )
+
+
 def _pipeline(
     config: Config,
     method: Method,
@@ -278,6 +282,16 @@ def check_batch(train: Train, world: int, images: int | None = None, key: str = 
         raise UserError(
             f"{key}.accumulate is {train.accumulate}, more than the {batches} batches of all epochs: lower it"
         )
+
+
+def _gallery(
+    config: Config, network: torch.nn.Module, samples: Sequence[Sample], shards: Shards | None
+) -> Gallery | None:
+    """Return the previews of the first images' CAMs, or None for a network without CAMs."""
+    if not isinstance(network, Network):
+        return None
+    labels = [sample.label for sample in samples[:COUNT] if sample.label is not None]
+    return Gallery(list(zip(_first_images(samples, shards), labels, strict=True)), config, network)
 
 
 def _first_images(samples: Sequence[Sample], shards: Shards | None) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="cpn-fast",
     version="0.1.0",
-    description="Complementary Patch Network (ICCV 2021): segmentation from image-level tags, fast and restartable",
+    description="Semantic segmentation from image-level tags with CPN, the Complementary Patch Network (ICCV 2021)",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -147,8 +147,8 @@ def check_same(samples: Sequence[Sample], crop: int, cache: SuperpixelCache) -> 
     plain = Augment(crop=crop, long_side=(crop, crop), **OFF)
     peer = PillowDataset(samples, plain, cache)
     for batch, _ in zip(ours(samples, plain, cache, CPU, 1), range(len(samples) // BATCH), strict=False):
-        assert batch.map is not None
-        for image, labels, index in zip(batch.images, batch.map, batch.indices.tolist(), strict=True):
+        assert batch.pixel_map is not None
+        for image, labels, index in zip(batch.images, batch.pixel_map, batch.indices.tolist(), strict=True):
             (a, a_labels), (b, b_labels) = content(image.numpy(), labels.numpy()), content(*peer[index])
             assert a.shape == b.shape, f"{samples[index].id}: {a.shape} against {b.shape}"
             error, agreement = np.abs(a - b).mean(), (a_labels == b_labels).mean()

@@ -360,7 +360,7 @@ def import_coco(
 
     with owned(destination):
         imported = import_coco.run(instances, images, destination)
-    list_path = destination / imported.list
+    list_path = destination / imported.list_path
     print(f"{imported.images} images of {len(imported.classes)} classes are listed in {list_path}")
     if imported.negatives:
         print(f"{imported.negatives} of them show no object and are negatives")

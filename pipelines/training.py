@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     """float32 (B, 3, crop, crop), normalised; padding is 0."""
-    map: Tensor | None
+    pixel_map: Tensor | None
     """int32 (B, crop, crop), labels of pixels (superpixels, classes). Padding is -1 in maps from files; ``online``
     superpixels cover the padding too."""
     labels: Tensor

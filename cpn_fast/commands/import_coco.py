@@ -47,7 +47,7 @@ LONGEST = 5_000_000
 class Imported(NamedTuple):
     """The result of an import."""
 
-    list: Path
+    list_path: Path
     """The list of images, relative to the data set's folder."""
     classes: tuple[str, ...]
     images: int
@@ -160,7 +160,12 @@ def coco_classes() -> tuple[str, ...]:
 
 def config_lines(imported: Imported, root: Path) -> str:
     """Return the YAML of a config's keys for an imported data set."""
-    data = {"root": str(root), "train_list": str(imported.list), "eval_list": str(imported.list), "labels": str(TAGS)}
+    data = {
+        "root": str(root),
+        "train_list": str(imported.list_path),
+        "eval_list": str(imported.list_path),
+        "labels": str(TAGS),
+    }
     return yaml.safe_dump({"classes": list(imported.classes), "data": data}, sort_keys=False, allow_unicode=True)
 
 

@@ -120,7 +120,7 @@ class Evaluation:
 
     source: Path
     """Folder of the seeds or masks."""
-    list: str
+    list_path: str
     """The list of images."""
     ids: tuple[str, ...]
     classes: tuple[str, ...]

@@ -26,7 +26,7 @@ class Affinity:
         self.radius = config.affinity.radius
         self.labels = config.out / "labels"
 
-    def map(self, sample: Sample) -> Path:
+    def pixel_map(self, sample: Sample) -> Path:
         return self.labels / f"{sample.id}.png"
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
@@ -34,7 +34,7 @@ class Affinity:
 
     def losses(self, outputs: Sequence[Tensor], views: Views) -> Losses:
         (features,) = outputs
-        assert views.batch.map is not None
+        assert views.batch.pixel_map is not None
         radius = fitting_radius(self.radius, *features.shape[2:])
-        terms = affinity_losses(pair_affinities(features, radius), cell_labels(views.batch.map), radius)
+        terms = affinity_losses(pair_affinities(features, radius), cell_labels(views.batch.pixel_map), radius)
         return Losses(terms.total, {name: term.detach() for name, term in terms._asdict().items()})

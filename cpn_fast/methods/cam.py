@@ -15,7 +15,7 @@ from cpn_fast.pipelines.training import Batch
 
 
 class PlainCam:
-    map = None
+    pixel_map = None
     capturable = True
 
     def __init__(self, config: Config) -> None:

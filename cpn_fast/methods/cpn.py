@@ -26,7 +26,7 @@ class Cpn:
         self.patches = config.patches
         self.options = config.loss
         self.weights = {"classification": 1.0, **config.loss.model_dump()}
-        self.map: Literal["superpixels"] | None = "superpixels" if config.patches.kind == "superpixel" else None
+        self.pixel_map: Literal["superpixels"] | None = "superpixels" if config.patches.kind == "superpixel" else None
         self.patch_limit = config.superpixels.count
         self.fill = normalised_fill(config.patches, self.network.mean, self.network.std)
 
@@ -35,7 +35,7 @@ class Cpn:
             self.fill = self.fill.to(batch.images.device)  # only once: a CUDA graph cannot capture a copy from the host
         pair = complementary_pair(
             batch.images,
-            batch.map,
+            batch.pixel_map,
             self.patches,
             self.fill,
             generator,

@@ -40,7 +40,7 @@ class Method(Protocol):
         ...
 
     @property
-    def map(self) -> Literal["superpixels"] | Callable[[Sample], Path] | None:
+    def pixel_map(self) -> Literal["superpixels"] | Callable[[Sample], Path] | None:
         """The map of a batch: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or None."""
         ...
 

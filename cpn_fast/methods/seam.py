@@ -19,7 +19,7 @@ from cpn_fast.pipelines.training import Batch
 class Seam:
     """Two forward passes in a step: the image, and the image scaled down. SEAM* is SEAM with ``model.prcm``."""
 
-    map = None
+    pixel_map = None
     capturable = False
     """The losses take the maps of present classes, so they wait for the number of these."""
 

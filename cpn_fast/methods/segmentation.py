@@ -27,7 +27,7 @@ class Segmentation:
         self.network = build_deeplab(config)
         self.masks = masks
 
-    def map(self, sample: Sample) -> Path:
+    def pixel_map(self, sample: Sample) -> Path:
         return self.masks / f"{sample.id}.png"
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
@@ -35,8 +35,8 @@ class Segmentation:
 
     def losses(self, outputs: Sequence[Tensor], views: Views) -> Losses:
         (logits,) = outputs
-        assert views.batch.map is not None
-        truth = views.batch.map.long()
+        assert views.batch.pixel_map is not None
+        truth = views.batch.pixel_map.long()
         truth = truth.where(truth >= 0, IGNORE)
         scores = upsample(logits.float(), views.batch.size)
         total = F.cross_entropy(scores, truth, ignore_index=IGNORE, reduction="sum")

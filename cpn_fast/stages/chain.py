@@ -20,7 +20,7 @@ class Stage(NamedTuple):
     """A stage's results and their score."""
 
     name: str
-    list: Path
+    list_path: Path
     miou: float | None
     """From 0 to 1; None without ground truth."""
 

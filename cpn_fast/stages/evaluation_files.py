@@ -52,7 +52,7 @@ def _as_tree(evaluation: Evaluation) -> dict[str, Any]:
     names = ("background", *evaluation.classes)
     tree: dict[str, Any] = {
         "source": str(evaluation.source),
-        "list": evaluation.list,
+        "list": evaluation.list_path,
         "images": len(evaluation.ids),
         "note": "IoU, precision, recall and accuracy are shares of 1; null: 0 / 0. The oracle's threshold was chosen "
         "on the ground truth that it is scored on.",
@@ -158,7 +158,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _title(evaluation: Evaluation) -> str:
-    return f"{evaluation.source.name} on {Path(evaluation.list).stem} ({len(evaluation.ids)} images)"
+    return f"{evaluation.source.name} on {Path(evaluation.list_path).stem} ({len(evaluation.ids)} images)"
 
 
 def _name(result: Result) -> str:

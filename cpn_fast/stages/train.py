@@ -232,8 +232,8 @@ def _pipeline(
 ) -> TrainingPipeline:
     """Return the process's share of the batches from step ``start`` on, with the maps that the method needs."""
     online = None
-    if method.map != "superpixels":
-        map_path = method.map
+    if method.pixel_map != "superpixels":
+        map_path = method.pixel_map
     elif config.superpixels.mode == "online":
         map_path, online = None, config.superpixels
     elif shards is not None:

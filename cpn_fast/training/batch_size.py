@@ -103,7 +103,7 @@ def try_steps(
     side = config.augment.crop
     batch = Batch(
         torch.randn(images, 3, side, side, device=device),
-        None if method.map is None else torch.zeros(images, side, side, dtype=torch.int32, device=device),
+        None if method.pixel_map is None else torch.zeros(images, side, side, dtype=torch.int32, device=device),
         torch.ones(images, len(config.classes), device=device),
         torch.zeros(images, dtype=torch.int64, device=device),
     )

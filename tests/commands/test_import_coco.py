@@ -141,7 +141,7 @@ def test_masks_have_the_categories_in_their_order_small_objects_on_top_and_crowd
 def test_images_are_linked_to_and_pass_every_check(source: Path, tmp_path: Path) -> None:
     made = import_coco.run(source, tmp_path / "photos", tmp_path / "data")
     data = config.Data(root=tmp_path / "data", labels=import_coco.TAGS)
-    samples = load_samples(data, made.classes, made.list, labels=True, masks=True)
+    samples = load_samples(data, made.classes, made.list_path, labels=True, masks=True)
     check_files(samples, workers=1, classes=3)
     assert [sample.id for sample in samples] == ["part/9", "part/a b", "part/sub/c", "part/d", "part/empty"]
     assert not samples[4].label.any()

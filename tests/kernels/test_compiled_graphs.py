@@ -105,7 +105,7 @@ def test_the_later_trainings_are_one_graph_each(kind: str, tiny_config, tmp_path
     settings = config_file.load(tiny_config())
     method: Method = Affinity(settings) if kind == "affinity" else Segmentation(settings, tmp_path)
     batch = batch_of(settings, side=64)
-    network, losses = step_graphs(method, batch._replace(map=batch.map % (1 + len(settings.classes))))
+    network, losses = step_graphs(method, batch._replace(pixel_map=batch.pixel_map % (1 + len(settings.classes))))
     for graphs in (network, losses):
         assert (len(graphs.forward), len(graphs.backward)) == (1, 1)
 

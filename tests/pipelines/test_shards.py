@@ -257,7 +257,7 @@ def test_batches_are_those_of_loose_files_in_the_same_order(shards, loose, cache
     ordered = [by_id[sample.id] for sample in shards.samples]
     expected = take(make(ordered, None, map_path=cache.path), 13)
     assert all(same(a, b) for a, b in zip(own, expected, strict=True))
-    assert len({int(label) for batch in own for label in batch.map.unique()}) > 10
+    assert len({int(label) for batch in own for label in batch.pixel_map.unique()}) > 10
 
 
 @pytest.mark.parametrize("window", [1, 4, 7, 4096])

@@ -89,9 +89,9 @@ def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orienta
     crops = {**PLAIN, "flip": 0.5, "long_side": (48, 192), "crop": 96}
     seen_padding = False
     for batch in take(make([sample], crops, map_path=lambda s: tmp_path / f"{s.id}.png"), 24):
-        assert batch.map is not None
-        assert batch.map.dtype == torch.int32
-        found = batch.map[0].numpy() // scale
+        assert batch.pixel_map is not None
+        assert batch.pixel_map.dtype == torch.int32
+        found = batch.pixel_map[0].numpy() // scale
         padding = (pixels(batch) == 0).all(2)
         seen_padding |= padding.any()
         drawn = np.where(padding, -1, ((pixels(batch) > 127.5) << np.arange(3)).sum(2))
@@ -116,7 +116,7 @@ def test_a_palette_mask_gives_its_indices(tmp_path: Path) -> None:
         for kind in ("palette", "gray")
     )
     assert all(same(a, b) for a, b in zip(palette, gray, strict=True))
-    assert {int(v) for batch in palette for v in batch.map.unique()} == {-1, 0, 1, 20, 255}
+    assert {int(v) for batch in palette for v in batch.pixel_map.unique()} == {-1, 0, 1, 20, 255}
 
 
 def test_scale_draws_a_factor_of_the_images_own_size(tmp_path: Path) -> None:
@@ -377,13 +377,13 @@ def test_online_superpixels_are_those_of_the_augmented_crop(engine: Any, tmp_pat
     config = Superpixels(count=12, engine=engine)
     options: dict[str, Any] = {"mean": (124.0, 116.0, 104.0), "std": (58.0, 57.0, 57.5), "online": config}
     batch = next(make([sample], {**PLAIN, "long_side": (40, 40), "crop": 40}, **options))
-    assert batch.map is not None
-    assert batch.map.dtype == torch.int32
-    assert np.array_equal(batch.map[0].numpy(), segment(pixel_values, config))
+    assert batch.pixel_map is not None
+    assert batch.pixel_map.dtype == torch.int32
+    assert np.array_equal(batch.pixel_map[0].numpy(), segment(pixel_values, config))
 
 
 def test_superpixels_are_none_unless_asked_for(samples: list[Sample]) -> None:
-    assert next(make(samples)).map is None
+    assert next(make(samples)).pixel_map is None
 
 
 # Errors

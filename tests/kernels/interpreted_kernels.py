@@ -2,7 +2,7 @@
 
 All memory that the package allocates starts as NaN, so that a partial write cannot pass. The tests undo three
 differences of the interpreter from a GPU: it truncates float32 to bfloat16 instead of rounding, it multiplies TF32 in
-full float32, and its maximum keeps NaN, where a GPU takes the other number.
+full float32, and its maximum keeps NaN, where a GPU takes the other number (conftest.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from cpn_fast import config_file, kernels
-from cpn_fast.kernels import launch, losses_triton, pixel_triton, region_triton
+from cpn_fast.kernels import launch, pixel_triton, region_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 few = settings(
@@ -58,24 +58,6 @@ def _bfloat16_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return values.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
-
-
-@pytest.fixture(autouse=True)
-def _extrema_drop_nan_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drop NaN unless the kernel keeps it. NumPy reduces, because our reduction would be a call for each element."""
-    apply = interpreter.ReduceOps.apply_impl
-    keep = {losses_triton._larger: np.max, losses_triton._smaller: np.min}
-
-    def reduced(self: Any, values: tuple[Any, ...]) -> Any:
-        if self.combine_fn in keep:
-            return self.min_max(values[0], val_reduce_op=keep[self.combine_fn])
-        return apply(self, values)
-
-    monkeypatch.setattr(interpreter.ReduceOps, "apply_impl", reduced)
-    for name, drop in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
-        monkeypatch.setattr(
-            interpreter.InterpreterBuilder, name, lambda self, a, b, drop=drop: self.binary_op(a, b, drop)
-        )
 
 
 @pytest.fixture

@@ -247,9 +247,10 @@ def predict(
         names = [name.strip() for name in re.split("[;,]", tags) if name.strip()]
         tags_or_file = Path(tags).expanduser() if Path(tags).expanduser().exists() else names
     predicted = predict.run(model, images, out, tags_or_file, annotations)
-    some_names = some([str(path) for path in predicted.left_out])
     print(f"Overlays, masks and JSON of {predicted.images} images are in {out}")
-    print(f"Left out: {len(predicted.left_out)} files that are not images{f' ({some_names})' if some_names else ''}")
+    if predicted.left_out:
+        examples = some([str(path) for path in predicted.left_out])
+        print(f"Left out: {len(predicted.left_out)} files that are not images ({examples})")
     for line in (*predicted.remarks, *(f"Annotations are in {path}" for path in predicted.annotations)):
         print(line)
     if predicted.unreadable:

@@ -288,7 +288,7 @@ def test_ranks_share_the_batch_of_one_process(shards, window: int, set_window) -
     samples = shards.samples
     parts = [take(make(samples, shards, batch=2, rank=rank, world=2), 7) for rank in range(2)]
     for step, batch in enumerate(take(make(samples, shards, batch=4), 7)):
-        for name in ("images", "map", "labels", "indices"):
+        for name in ("images", "pixel_map", "labels", "indices"):
             assert torch.equal(torch.cat([getattr(part[step], name) for part in parts]), getattr(batch, name))
 
 

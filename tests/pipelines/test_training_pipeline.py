@@ -450,7 +450,7 @@ def test_gpu_gives_nearly_the_images_and_exactly_the_maps_of_the_cpu(samples: li
     for cpu, gpu in zip(*(take(on(device, samples, tmp_path), 4) for device in ("cpu", "cuda")), strict=True):
         assert gpu.images.is_cuda
         assert (gpu.images.cpu() - cpu.images).abs().mean() < 2
-        for name in ("map", "labels", "indices"):
+        for name in ("pixel_map", "labels", "indices"):
             assert torch.equal(getattr(gpu, name).cpu(), getattr(cpu, name)), name
 
 

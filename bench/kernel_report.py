@@ -147,7 +147,8 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
         yield Case(f"region pool CB={cb}", region_triton._pool_kernel, pool, regional, True)
         name = f"region pool backward CB={cb}"
         wanted = {"OF_CAM": True, "OF_FEATURES": True}
-        yield Case(name, region_triton._pool_backward_kernel, {**pool, **wanted}, regional, True)
+        backward = triton.Config({}, **region_triton.pool_backward_options(cb, numbers, gpu))
+        yield Case(name, region_triton._pool_backward_kernel, {**pool, **wanted}, backward, True)
         yield Case(f"region logits CB={cb}", region_triton._logits_kernel, correlate, regional, True)
         name = f"region correlate backward CB={cb}"
         wanted = {"OF_CAM": True, "OF_LOGITS": True, "OF_QUERIES": True}

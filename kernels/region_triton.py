@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cpn_fast.kernels import region_tiled
-from cpn_fast.kernels.launch import check, next_power, obstacle, on_device, precision, product
+from cpn_fast.kernels.launch import check, family_of, next_power, obstacle, on_device, precision, product
 from cpn_fast.kernels.operators import operation
 
 BP = 32  # pixels of a block
@@ -297,6 +297,15 @@ def options(classes: int, numbers: str) -> dict[str, int]:
     return OPTIONS if _class_block(classes) == 32 and numbers == "half" else OPTIONS | {"num_stages": 1}
 
 
+def pool_backward_options(classes: int, numbers: str, family: str) -> dict[str, int]:
+    """Return the launch options of the pool's backward kernel on a family of GPUs (``launch.family``).
+
+    With two stages, Triton 3.8 spills on sm_86 and sm_89.
+    """
+    chosen = options(classes, numbers)
+    return chosen | {"num_stages": 1} if family == "ampere" else chosen
+
+
 def _unit(pixels: int, dtype: torch.dtype) -> int:
     """Return a softmax's factor before a product: float16 would lose 1 / pixels, and its maximum is 65,504."""
     return min(pixels, 1 << 15) if dtype == torch.float16 else 1
@@ -337,13 +346,14 @@ def _backward_pool(
     d_cam, d_features = _fake_backward_pool(grad, cam, features, pooled, high, total, of_cam, of_features)
     grad, numbers = grad.contiguous(), precision(features.dtype)
     along = torch.linalg.vecdot(grad.float(), pooled.float()) if of_cam else high
+    launch = pool_backward_options(classes, numbers, family_of(cam.get_device()))
     with on_device(cam):
         _pool_backward_kernel[(triton.cdiv(pixels, BP), batch)](
             d_cam, d_features, grad, along, cam, features, high, total,
             *cam.stride(), *features.stride(), *d_features.stride(),
             pixels, classes, depth, _unit(pixels, features.dtype),
             OF_CAM=of_cam, OF_FEATURES=of_features,
-            CB=_class_block(classes), BD=BD, BP=BP, PRECISION=numbers, **options(classes, numbers),
+            CB=_class_block(classes), BD=BD, BP=BP, PRECISION=numbers, **launch,
         )  # fmt: skip
     return d_cam, d_features
 

@@ -52,7 +52,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
 def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     device = rank.device
     network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    origin = claim_once(rank, folder, _provenance(config, weights), OWN)
+    origin = claim_once(rank, folder, lambda: _provenance(config, weights), OWN)
     share = rank.share(samples)
     missing, undrawn = [], []
     sources = seed_sources(share, origin)

@@ -89,10 +89,10 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
     }
     alphas = {folder / "crf-low": config.crf.low_alpha, folder / "crf-high": config.crf.high_alpha}
     for masks, alpha in alphas.items():
-        claim_once(rank, masks, {"version": VERSION, "alpha": alpha, "parameters": config.crf.parameters})
+        claim_once(rank, masks, partial(dict, version=VERSION, alpha=alpha, parameters=config.crf.parameters))
     write_label_maps(share, seeds, alphas, sources=sources, parameters=config.crf.parameters, workers=workers)
     rank.wait()
-    claim_once(rank, folder / "labels", {"version": VERSION})
+    claim_once(rank, folder / "labels", lambda: {"version": VERSION})
     write_labels(share, folder / "crf-low", folder / "crf-high", folder / "labels")
     rank.wait()
     settings = affinity_config(config)
@@ -100,7 +100,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
     digests = rank.gather(
         [(sample.id, image, label_digest(folder, sample)) for sample, image in zip(share, images, strict=True)]
     )
-    provenance = {
+    trained_from = {
         "version": VERSION,
         "images": combined(sorted((id_, image) for part in digests for id_, image, _ in part)),
         "labels": combined(sorted((id_, label) for part in digests for id_, _, label in part)),
@@ -109,15 +109,18 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
         **run_folder.decisive(settings),
     }
     with owned(settings.run, rank):
-        claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH)
+        claim_once(rank, settings.run, lambda: trained_from, run_folder.OWN, free=run_folder.LENGTH)
         weights = train.fit(settings, Affinity, part_of=(config, "affinity"))
-    provenance = {
-        "version": VERSION,
-        "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
-        "radius": config.affinity.radius,
-        **config.walk.model_dump(mode="json"),
-    }
-    claim_once(rank, folder / "masks", provenance)
+    claim_once(
+        rank,
+        folder / "masks",
+        lambda: {
+            "version": VERSION,
+            "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
+            "radius": config.affinity.radius,
+            **config.walk.model_dump(mode="json"),
+        },
+    )
     walk(config, weights, share, seeds, folder / "masks", sources=sources, device=rank.device, workers=workers)
     rank.wait()
     return folder / "masks"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,13 +32,16 @@ def list_folder(parent: Path, config: Config, list_path: Path, rank: Rank) -> It
 def claim_once(
     rank: Rank,
     folder: Path,
-    made_by: dict[str, Any],
+    made_by: Callable[[], dict[str, Any]],
     patterns: Sequence[str] = ("**/*.png",),
     *,
     free: Sequence[str] = (),
 ) -> str:
-    """Claim a folder (``files.claim``) in the first process; return the digest. All processes must call this."""
-    return rank.gather(claim(folder, made_by, patterns, free=free) if rank.first else "")[0]
+    """Claim a folder (``files.claim``) in the first process; return the digest. All processes must call this.
+
+    Only the first process calls ``made_by``, which may read many files.
+    """
+    return rank.gather(claim(folder, made_by(), patterns, free=free) if rank.first else "")[0]
 
 
 def require_results(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,13 +77,16 @@ def run(config: Config, masks: Path) -> Path:
     rank = distributed.join()
     train.check_batch(settings.train, rank.world, len(samples), "segment.train")
     with owned(settings.run, rank):
-        provenance = {
-            "version": VERSION,
-            "images": combined(images),
-            "masks_sha256": _digest(samples),
-            "bn_momentum": config.segment.bn_momentum,
-            **run_folder.decisive(settings),
-        }
+
+        def provenance() -> dict[str, Any]:
+            return {
+                "version": VERSION,
+                "images": combined(images),
+                "masks_sha256": _digest(samples),
+                "bn_momentum": config.segment.bn_momentum,
+                **run_folder.decisive(settings),
+            }
+
         claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH)
         workers, verified = settings.train.data_threads, settings.run / "masks.json"
         check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
@@ -111,11 +115,14 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
     options = config.segment
     network = trained(build_deeplab(config), weights).to(rank.device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    provenance = {
-        "version": VERSION,
-        "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
-        **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
-    }
+
+    def provenance() -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
+            **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
+        }
+
     claim_once(rank, folder, provenance, ("masks", "crf"))
     kinds = ("masks", "crf") if options.crf else ("masks",)
     share = rank.share(samples)

@@ -154,7 +154,6 @@ def run(
     out: Path,
     about: dict[str, Any],
 ) -> None:
-    rows, curves = earlier(out / "real_images.json")
     for path in configs:
         steps = [f"train.checkpoint_every={every}", "train.keep_checkpoints=1000"]
         base = load(path, [*overrides, *steps])
@@ -162,9 +161,11 @@ def run(
             name = f"{base.name}_seed{seed}" if seed else base.name
             config = load(path, [*overrides, *steps, f"train.seed={seed}", f"name={name}"])
             measured = scores(config, validation, about)
+            points = curve(config, validation, measured[0]["validation, oracle"])
+            rows, curves = earlier(out / "real_images.json")  # only now: another call may have written it meanwhile
             rows = [row for row in rows if (row["config"], row["seed"]) != (base.name, seed)]
             rows += [{"config": base.name, **row} for row in measured]
-            curves.setdefault(base.name, {})[seed] = curve(config, validation, measured[0]["validation, oracle"])
+            curves.setdefault(base.name, {})[seed] = points
             write_json(out / "real_images.json", about, rows, spread=spread(rows), curves=curves)
             plot(out / "real_images.png", "Seeds of real images", curves)
     print_table("mIoU of CAM seeds on real images, %", [written(summary) for summary in spread(rows)])

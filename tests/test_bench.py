@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from cpn_fast.config_file import load
+from cpn_fast.data.seeds import Seed
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -499,3 +501,44 @@ def test_the_schedule_takes_the_step_s_rate_of_the_same_device(tmp_path: Path) -
     (tmp_path / "train_step.json").write_text(json.dumps(result))
     assert schedule.step_rate(tmp_path, "X") == schedule.Rate(80.0, 64.0, 100.0, 9.0)
     assert schedule.step_rate(tmp_path, "Y") is None
+
+
+def test_differences_of_two_trainings_are_relative_to_the_cpu_s() -> None:
+    import gpu_and_cpu
+
+    random = np.random.default_rng(0)
+    seeds = [Seed(np.array([3, 7]), random.random((2, 4, 5), np.float32)) for _ in range(2)]
+    of_cpu = gpu_and_cpu.Result(np.array([4.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0]), seeds, 0.1)
+    same = gpu_and_cpu.differences(of_cpu, of_cpu, 0.5)
+    assert same.pop("CAM, correlation") == pytest.approx(1)
+    assert set(same.values()) == {0.0}
+
+    moved = [Seed(seed.classes, seed.cam.copy()) for seed in seeds]
+    moved[0].cam[:, 0, 0] = 1 - moved[0].cam[:, 0, 0].round()  # one pixel of 40 changes its class or becomes background
+    losses = np.array([2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 2.0])
+    found = gpu_and_cpu.differences(gpu_and_cpu.Result(losses, moved, 0.1), of_cpu, 0.5)
+    assert found["loss, first step, %"] == 50
+    assert found["loss, a step (median), %"] == 0
+    assert found["loss, last fifth, %"] == 50
+    assert found["mask, other pixels, %"] == pytest.approx(2.5)
+    change = np.abs(moved[0].cam - seeds[0].cam).sum() / 80
+    assert found["CAM, mean difference"] == pytest.approx(change)
+    assert 0 < found["CAM, correlation"] < 1
+
+
+def test_the_cpu_s_trainings_do_not_see_a_gpu() -> None:
+    import gpu_and_cpu
+
+    config = load(BENCH.parent / "configs/voc_mini.yaml", ["data.root=."])
+    for gpu, second in ((True, "gpu"), (False, "bf16")):
+        trainings = gpu_and_cpu.trainings(config, gpu)
+        assert [training.name for training in trainings] == ["cpu", second, "other seed"]
+        assert [training.on_gpu for training in trainings] == [False, gpu, False]
+        assert [
+            load(BENCH.parent / "configs/voc_mini.yaml", ["data.root=.", *t.overrides]).train.precision
+            for t in trainings
+        ] == [
+            "fp32",
+            None if gpu else "bf16",
+            "fp32",
+        ]

@@ -34,6 +34,7 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, stride: int) -> None:
         super().__init__()
         self.name, self.timm = name, _create(name, stride)
+        widen_depthwise(self.timm)
         self.whole = hasattr(self.timm, "forward_features")
         stages = self.timm.feature_info if self.whole else self.timm.feature_info.get_dicts()
         low, middle, last = (stage["num_chs"] for stage in stages[-3:])
@@ -114,6 +115,28 @@ def _create(name: str, stride: int) -> Any:
     if len(model.feature_info) < 3:
         raise UserError(f"model.backbone: timm's {name} has fewer than three feature maps; choose another model")
     return model
+
+
+class _Widened(nn.Conv2d):
+    """Before a class of convolutions: computes in fp32 on a CPU in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).bfloat16()
+
+
+def widen_depthwise(model: nn.Module) -> None:
+    """Let depthwise convolutions compute in fp32 on a CPU in bf16, in place.
+
+    In bf16 torch's backward pass of most of them takes two to three times as long there (bench/depthwise.py).
+    """
+    classes: dict[str, type[nn.Conv2d]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+            name = type(module).__name__
+            module.__class__ = classes.setdefault(name, type(name, (_Widened, type(module)), {}))
 
 
 def _imported() -> Any:

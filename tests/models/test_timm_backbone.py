@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpn_fast.commands.demo_data import DEMO_CLASSES
 from cpn_fast.commands.trained_model import load
@@ -78,6 +79,43 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
         found.append([parameter.grad.clone() for parameter in backbone.parameters() if parameter.grad is not None])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the dtype of each convolution's input: forward and backward, depthwise and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise: set[torch.dtype] = set()
+        self.others: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        forward, backward = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+        if func in (forward, backward):
+            x, groups = args[func is backward], args[8 if func is forward else 9]
+            (self.depthwise if groups > 1 else self.others).add(x.dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv3_small_050"])
+def test_on_a_cpu_in_bf16_only_depthwise_convolutions_compute_in_fp32(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(Model(backbone=f"timm:{name}", stride=16))
+    images = torch.randn(1, 3, 65, 65)
+    with Convolutions() as noted, torch.autocast("cpu", torch.bfloat16):
+        backbone(images).last.float().sum().backward()
+    assert (noted.depthwise, noted.others) == ({torch.float32}, {torch.bfloat16})
+    with Convolutions() as noted:
+        backbone.double()(images.double())
+    assert noted.depthwise == noted.others == {torch.float64}
+
+
+def test_depthwise_convolutions_do_not_split_a_compiled_network() -> None:
+    backbone = build_backbone(Model(backbone="timm:mobilenetv3_small_050", stride=16))
+    images = torch.randn(1, 3, 65, 65)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        compiled = torch.compile(backbone, backend="eager", fullgraph=True)(images)
+        assert torch.equal(compiled.last, backbone(images).last)
 
 
 @pytest.mark.parametrize(

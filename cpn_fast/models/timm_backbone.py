@@ -130,7 +130,7 @@ class _Widened(nn.Conv2d):
 def widen_depthwise(model: nn.Module) -> None:
     """Let depthwise convolutions compute in fp32 on a CPU in bf16, in place.
 
-    In bf16 torch's backward pass of most of them takes two to three times as long there (bench/depthwise.py).
+    In bf16 torch's backward pass of most of them takes about twice as long there (bench/depthwise.py).
     """
     classes: dict[str, type[nn.Conv2d]] = {}
     for module in model.modules():

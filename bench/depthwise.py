@@ -26,15 +26,13 @@ from cpn_fast.models.mobilenet_v2 import dilated_depthwise
 from cpn_fast.runtime.precision import computes
 
 BATCH, SIDE = 8, 225
-LAYERS = (  # channels, kernel, dilation, height and width
+LAYERS = (  # name, channels, kernel, dilation, height and width
     ("MobileNetV2's last", 960, 3, 2, 15),
     ("EfficientNet-Lite2's last 5x5", 1248, 5, 2, 15),
     ("EfficientNet-Lite2's 5x5 before it", 720, 5, 1, 15),
     ("EfficientNet-Lite2's plain 3x3", 528, 3, 1, 15),
 )
 BACKBONES = ("tf_efficientnet_lite0", "tf_efficientnet_lite2", "mobilenetv3_large_100")
-
-
 Ways = dict[str, Callable[[Tensor], Any]]
 
 
@@ -48,10 +46,12 @@ def step(network: Callable[[Tensor], Any], images: Tensor) -> None:
 def ways_of_layer(channels: int, kernel: int, dilation: int, split: bool) -> Ways:
     """Return torch's layer and ours: ``split`` is MobileNetV2's way, otherwise timm's."""
     padding = dilation * (kernel // 2)
-    torchs = nn.Conv2d(channels, channels, kernel, padding=padding, dilation=dilation, groups=channels, bias=False)
+    torchs, ours = (
+        nn.Conv2d(channels, channels, kernel, padding=padding, dilation=dilation, groups=channels, bias=False)
+        for _ in range(2)
+    )
     if split:
         return {"torch, bf16": torchs, "ours, split": lambda x: dilated_depthwise(x, torchs.weight, None, dilation)}
-    ours = nn.Sequential(nn.Conv2d(channels, channels, kernel, padding=padding, dilation=dilation, groups=channels))
     timm_backbone.widen_depthwise(ours)
     return {"torch, bf16": torchs, "ours, fp32": ours}
 

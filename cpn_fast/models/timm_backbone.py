@@ -118,7 +118,7 @@ def _create(name: str, stride: int) -> Any:
 
 
 class _Widened(nn.Conv2d):
-    """Before a class of convolutions: computes in fp32 on a CPU in bf16."""
+    """Comes before a class of convolutions in a subclass: computes in fp32 on a CPU in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.bfloat16:
@@ -132,11 +132,13 @@ def widen_depthwise(model: nn.Module) -> None:
 
     In bf16 torch's backward pass of most of them takes about twice as long there (bench/depthwise.py).
     """
-    classes: dict[str, type[nn.Conv2d]] = {}
+    classes: dict[type, type] = {}
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-            name = type(module).__name__
-            module.__class__ = classes.setdefault(name, type(name, (_Widened, type(module)), {}))
+            plain = type(module)
+            if plain not in classes:
+                classes[plain] = type(plain.__name__, (_Widened, plain), {})
+            module.__class__ = classes[plain]
 
 
 def _imported() -> Any:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from timing import ROOT, arguments, folder, machine, print_table, write_json
+from timing import ROOT, arguments, folder, logged_rate, machine, print_table, write_json
 
 from cpn_fast.config import Config
 from cpn_fast.config_file import load
@@ -77,7 +77,7 @@ def train(training: Training, path: Path, overrides: list[str], few: Path, out: 
     config = load(path, settings)
     made = out / name / "cams" / config.list_name(few) / "seeds"
     seeds = [read_seed(made / f"{id_}.npz") for id_ in few.read_text().splitlines()]
-    rate = float(np.median([line["images_per_second"] for line in lines[len(lines) // 5 :]]))
+    rate = logged_rate(out / name, skip=len(lines) // 5)
     return Result(np.array([line["loss"] for line in lines]), seeds, rate)
 
 
@@ -98,7 +98,7 @@ def differences(result: Result, of_cpu: Result, threshold: float) -> dict[str, f
 
 
 def plot(path: Path, title: str, results: dict[str, Result], samples: list[Sample]) -> None:
-    """Plot smoothed losses, and for the first images the highest score of each training."""
+    """Plot the losses, and for the first images the highest score of each training."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,8 +9,8 @@ config and at scale 1 alone. Prints means and spreads (sample standard deviation
 validation list's best threshold at each checkpoint.
 
 It takes hours on a CPU, so it is not part of run_all.py. A stopped run continues. The JSON in --out keeps configs and
-seeds of earlier calls, each row with its machine and precision, so that they may be measured one after the other and on
-several machines.
+seeds of other calls, each row with its machine and precision, so that they may be measured one after the other, beside
+one another, and on several machines.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -526,19 +526,20 @@ def test_differences_of_two_trainings_are_relative_to_the_cpu_s() -> None:
     assert 0 < found["CAM, correlation"] < 1
 
 
-def test_the_cpu_s_trainings_do_not_see_a_gpu() -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_only_the_gpu_s_training_sees_a_gpu(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_and_cpu
 
-    config = load(BENCH.parent / "configs/voc_mini.yaml", ["data.root=."])
-    for gpu, second in ((True, "gpu"), (False, "bf16")):
-        trainings = gpu_and_cpu.trainings(config, gpu)
-        assert [training.name for training in trainings] == ["cpu", second, "other seed"]
-        assert [training.on_gpu for training in trainings] == [False, gpu, False]
-        assert [
-            load(BENCH.parent / "configs/voc_mini.yaml", ["data.root=.", *t.overrides]).train.precision
-            for t in trainings
-        ] == [
-            "fp32",
-            None if gpu else "bf16",
-            "fp32",
-        ]
+    path = BENCH.parent / "configs/voc_mini.yaml"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    trainings = gpu_and_cpu.trainings(load(path, ["data.root=."]), gpu)
+    assert [training.name for training in trainings] == ["cpu", "gpu" if gpu else "bf16", "other seed"]
+    assert [training.on_gpu for training in trainings] == [False, gpu, False]
+    configs = [load(path, ["data.root=.", *training.overrides]) for training in trainings]
+    assert [config.train.precision for config in configs] == ["fp32", None if gpu else "bf16", "fp32"]
+    assert configs[0].train.seed == configs[1].train.seed != configs[2].train.seed
+
+    for training in trainings:
+        with mock.patch.object(subprocess, "run", side_effect=KeyboardInterrupt) as called, suppress(KeyboardInterrupt):
+            gpu_and_cpu.train(training, path, ["data.root=."], tmp_path / "few.txt", tmp_path)
+        assert called.call_args.kwargs["env"]["CUDA_VISIBLE_DEVICES"] == ("0" if training.on_gpu else "")

@@ -21,7 +21,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cpn_fast.commands.demo_data import DEMO_CLASSES
 from cpn_fast.config_file import load
+from cpn_fast.data.masks import read_mask, write_mask
 from cpn_fast.data.seeds import Seed
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -374,6 +376,41 @@ def test_one_run_has_no_spread() -> None:
     (summary,) = real_images.spread([row | {"validation, oracle": 39.5}])
     assert summary["train"] == {"mean": 40.0, "spread": None}
     assert real_images.written(summary)["train"] == "40.00"
+
+
+def test_segmenter_is_scored_on_both_lists_beside_its_masks(tiny_config, small_voc: Path, tmp_path: Path) -> None:
+    import segmenter
+
+    short = {"batch": 4, "steps": 4, "log_every": 2, "data_threads": 1}
+    path = tiny_config(segment={"train": short, "augment": {"crop": 64}, "scales": [1.0]}, crf={"workers": 1})
+    training = Path("ImageSets/Segmentation/train.txt")
+
+    truth = small_voc / "SegmentationClass"
+    background = tmp_path / "background"
+    background.mkdir()
+    for mask in truth.iterdir():
+        write_mask(background / mask.name, np.zeros_like(read_mask(mask)))
+
+    def rows(name: str, masks: Path, *overrides: str) -> list[dict[str, Any]]:
+        segmenter.run(path, name, masks, training, overrides, tmp_path, {"device": "CPU"})
+        return json.loads((tmp_path / "segmenter.json").read_text())["rows"]
+
+    (first,) = rows("first", truth)
+    assert first["its masks"] is None
+    assert 0 < first["training"] < 100
+    assert 0 < first["validation"] < 100
+    assert first["with CRF"] is not None
+    folders = tmp_path / "runs/first/segment"
+    assert (folders / "val/crf").is_dir()
+    assert not (folders / "train/crf").exists()
+
+    kept, shorter = rows("shorter", background, "segment.train.steps=2", "segment.crf=null")
+    assert (kept, shorter["steps"], shorter["with CRF"]) == (first, 2, None)
+    assert shorter["first loss"] == shorter["last loss"]  # one line in metrics.jsonl
+    assert 0 < shorter["its masks"] < 100 / len(DEMO_CLASSES)  # only background has an IoU above 0
+    again = rows("first", truth)
+    assert [row["run"] for row in again] == ["shorter", "first"]
+    assert again[1] == first
 
 
 def test_features_show_how_prcm_s_softmax_hardens_with_their_size(tiny_config, small_run: Path) -> None:

@@ -15,7 +15,6 @@ Compares the other two with ``cpu``: the loss of each step, the mean of the last
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from cpn_fast.config import Config
 from cpn_fast.config_file import load
 from cpn_fast.data.dataset import Sample, load_samples
 from cpn_fast.data.seeds import Seed, read_seed
+from cpn_fast.runtime.files import read_metrics
 
 SHOWN = 4
 """Images in the picture."""
@@ -73,7 +73,7 @@ def train(training: Training, path: Path, overrides: list[str], few: Path, out: 
     for command in (["train"], ["cam", "--checkpoint", str(out / name / "model.safetensors"), "--list", str(few)]):
         call = [sys.executable, "-m", "cpn_fast", command[0], str(path), *command[1:], *flags]
         subprocess.run(call, check=True, stdout=subprocess.DEVNULL, env=os.environ | hidden)
-    lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(out / name / "metrics.jsonl")
     config = load(path, settings)
     made = out / name / "cams" / config.list_name(few) / "seeds"
     seeds = [read_seed(made / f"{id_}.npz") for id_ in few.read_text().splitlines()]

@@ -44,6 +44,7 @@ from cpn_fast.models.weights import to_released_keys
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.refinement.crf import write_label_maps
 from cpn_fast.runtime import distributed
+from cpn_fast.runtime.files import read_metrics
 from cpn_fast.stages import cam, refine, segment, train
 
 GOAL = 60.0
@@ -197,8 +198,7 @@ def listed_rate(few: int, many: int, of_few: float, of_many: float) -> Rate:
 
 def logged_rate(run: Path, images: int, whole: float) -> Rate:
     """Return the rate of a training run of ``whole`` seconds on ``images``, without its first two lines."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()[2:]
-    rates = [json.loads(line)["images_per_second"] for line in lines]
+    rates = [line["images_per_second"] for line in read_metrics(run / "metrics.jsonl")[2:]]
     fifths = statistics.quantiles(rates, n=5, method="inclusive")
     median = statistics.median(rates)
     return Rate(median, fifths[0], fifths[-1], max(0.0, whole - images / median))

@@ -13,7 +13,6 @@ other runs.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from timing import arguments, folder, logged_rate, machine, print_table, write_j
 from cpn_fast.config import Config
 from cpn_fast.config_file import load
 from cpn_fast.data.dataset import load_samples
-from cpn_fast.runtime.files import read_json
+from cpn_fast.runtime.files import read_json, read_metrics
 from cpn_fast.stages import evaluate, segment
 
 
@@ -40,8 +39,8 @@ def scored(config: Config, masks: Path, list_path: Path) -> float | None:
 
 def losses(run: Path, ends: int = 5) -> tuple[float, float]:
     """Return the mean loss of the first and of the last ``ends`` lines of a run's metrics.jsonl."""
-    lines = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return statistics.mean(lines[:ends]), statistics.mean(lines[-ends:])
+    logged = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+    return statistics.mean(logged[:ends]), statistics.mean(logged[-ends:])
 
 
 def measured(config: Config, masks: Path, training: Path, about: dict[str, Any]) -> dict[str, Any]:

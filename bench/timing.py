@@ -152,8 +152,9 @@ def wait(device: torch.device) -> None:
 
 def logged_rate(run: Path, skip: int = 0) -> float:
     """Return the median images/s of a training run's metrics.jsonl, without its first ``skip`` lines."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return statistics.median(json.loads(line)["images_per_second"] for line in lines[skip:])
+    from cpn_fast.runtime.files import read_metrics
+
+    return statistics.median(line["images_per_second"] for line in read_metrics(run / "metrics.jsonl")[skip:])
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -326,15 +326,20 @@ def test_a_training_step_is_measured_where_dali_is_missing(tmp_path: Path, monke
     assert outcome.word == "done", outcome.why
 
 
-def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_path: Path, capsys) -> None:
+def test_real_images_scores_every_config_seed_and_checkpoint(
+    small_voc: Path, tiny_config, tmp_path: Path, capsys
+) -> None:
     import real_images
 
-    validation = Path("ImageSets/Segmentation/val.txt")
+    training, validation = Path("ImageSets/Segmentation/train.txt"), Path("ImageSets/Segmentation/val.txt")
     paths = [tiny_config(name="cpn"), tiny_config(name="seam", method="seam", model={"prcm": False})]
-    runs = {("cpn", 0): "cpn", ("cpn", 3): "cpn_seed3", ("seam", 0): "seam", ("seam", 3): "seam_seed3"}
+    some = tmp_path / "some.txt"  # training and scores are on different lists
+    some.write_text("".join((small_voc / training).read_text().splitlines(keepends=True)[:5]))
+    overrides = ["train.steps=4", f"data.train_list={some}"]
+    runs = {("cpn", 0): "cpn", ("seam", 0): "seam", ("cpn", 3): "cpn_seed3", ("seam", 3): "seam_seed3"}
 
     def measured() -> str:
-        real_images.run(paths, [0, 3], ["train.steps=4"], 2, validation, tmp_path, {"device": "CPU"})
+        real_images.run(paths, [0, 3], overrides, 2, training, validation, tmp_path, {"device": "CPU"})
         return (tmp_path / "real_images.json").read_text()
 
     first = measured()
@@ -344,6 +349,8 @@ def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_pa
     ]
     for (config, seed), name in runs.items():
         assert load(tmp_path / "runs" / name / "config.yaml").train.seed == seed
+        seeds = (tmp_path / "runs" / name / "cams").glob("train*/seeds/*")
+        assert {path.stem for path in seeds} == set((small_voc / training).read_text().split())
         points = found["curves"][config][str(seed)]
         last = next(row for row in found["rows"] if (row["config"], row["seed"]) == (config, seed))
         assert points.keys() == {"2", "4"}
@@ -362,7 +369,7 @@ def test_real_images_scores_every_config_seed_and_checkpoint(tiny_config, tmp_pa
     assert measured() == first
 
     # A new measurement replaces the old one; other rows stay.
-    real_images.run(paths[1:], [3], ["train.steps=4"], 2, validation, tmp_path, {"device": "another CPU"})
+    real_images.run(paths[1:], [3], overrides, 2, training, validation, tmp_path, {"device": "another CPU"})
     again = json.loads((tmp_path / "real_images.json").read_text())
     devices = {(row["config"], row["seed"]): row["device"] for row in again["rows"]}
     assert devices == dict.fromkeys(runs, "CPU") | {("seam", 3): "another CPU"}

@@ -196,7 +196,7 @@ def listed_rate(few: int, many: int, of_few: float, of_many: float) -> Rate:
     return Rate(rate, None, None, max(0.0, of_few - few / rate))
 
 
-def logged_rate(run: Path, images: int, whole: float) -> Rate:
+def run_rate(run: Path, images: int, whole: float) -> Rate:
     """Return the rate of a training run of ``whole`` seconds on ``images``, without its first two lines."""
     rates = [line["images_per_second"] for line in read_metrics(run / "metrics.jsonl")[2:]]
     fifths = statistics.quantiles(rates, n=5, method="inclusive")
@@ -279,7 +279,7 @@ def main() -> int:
         whole = seconds(run, device)
         batch = load(run_folder / "config.yaml").train.batch
         assert isinstance(batch, int)
-        return logged_rate(run_folder, steps * batch, whole)
+        return run_rate(run_folder, steps * batch, whole)
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)

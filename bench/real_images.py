@@ -1,12 +1,11 @@
 """Quality of the methods' seeds on real images, after training and at its checkpoints: docs/results.md.
 
-    python bench/real_images.py [CONFIG ...] --set data.root=FOLDER [--seeds N ...] [--every STEPS]
-        [--training LIST] [--validation LIST]
+    python bench/real_images.py [CONFIG ...] --set data.root=FOLDER [--seeds N ...] [--every STEPS] [--validation LIST]
 
 Trains every config (by default configs/voc_mini*.yaml) with each of --seeds (train.seed), or continues or reuses an
 earlier run. A run's folder has the config's name for seed 0, and NAME_seedN for other seeds. Scores the CAM seeds of
---training, a list of training images with ground truth, and of the validation list, both at the best threshold of the
-first, at all scales of the config and at scale 1 alone. Prints means and spreads (sample standard deviations) over
+data.eval_list, training images with ground truth, and of the validation list, both at the best threshold of the first,
+at all scales of the config and at scale 1 alone. Prints means and spreads (sample standard deviations) over
 --seeds. The curve uses the validation list's best threshold at each checkpoint.
 
 All configs run with the first seed, then all with the second, so a stopped call leaves whole comparisons.
@@ -42,12 +41,12 @@ SCORES = ("train", "threshold", "validation", "validation, oracle")
 """Figures of a run: mIoU (%) of its CAM seeds, and the best threshold of the training list."""
 
 
-def scores(config: Config, training: Path, validation: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Return rows of one trained network at all scales and at one; ``about`` describes the machine."""
     weights = train.run(config)
     rows = []
     for config_ in (config, at_scale(config, 1.0)):
-        on_training = scored_seeds(config_, weights, training)
+        on_training = scored_seeds(config_, weights, config_.data.eval_list)
         threshold = oracle_threshold(on_training)
         on_validation = scored_seeds(config_, weights, validation, threshold)
         rows.append(
@@ -154,17 +153,16 @@ def run(
     seeds: Sequence[int],
     overrides: list[str],
     every: int,
-    training: Path,
     validation: Path,
     out: Path,
     about: dict[str, Any],
 ) -> None:
     steps = [f"train.checkpoint_every={every}", "train.keep_checkpoints=1000"]
-    bases = [(path, load(path, [*overrides, *steps]).name) for path in configs]
+    bases = [(path, load(path, overrides).name) for path in configs]
     for seed, (path, base) in itertools.product(seeds, bases):
         name = f"{base}_seed{seed}" if seed else base
         config = load(path, [*overrides, *steps, f"train.seed={seed}", f"name={name}"])
-        measured = scores(config, training, validation, about)
+        measured = scores(config, validation, about)
         points = curve(config, validation, measured[0]["validation, oracle"])
         rows, curves = earlier(out / "real_images.json")  # only now: another call may have written it meanwhile
         rows = [row for row in rows if (row["config"], row["seed"]) != (base, seed)]
@@ -183,13 +181,12 @@ def main() -> None:
     parser.add_argument(
         "--every", type=int, default=1000, metavar="STEPS", help="steps between checkpoints; default 1000"
     )
-    parser.add_argument("--training", type=Path, default=Path("ImageSets/Segmentation/train.txt"), metavar="LIST")
     parser.add_argument("--validation", type=Path, default=Path("ImageSets/Segmentation/val.txt"), metavar="LIST")
     options = parser.parse_args()
     configs = options.configs or [CONFIGS / f"voc_mini{name}.yaml" for name in ("", *(f"_{name}" for name in NAMES))]
     about = machine(options.device)
     out = folder(options.out, options.device)
-    run(configs, options.seeds, options.overrides, options.every, options.training, options.validation, out, about)
+    run(configs, options.seeds, options.overrides, options.every, options.validation, out, about)
 
 
 if __name__ == "__main__":

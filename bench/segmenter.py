@@ -1,10 +1,10 @@
 """What limits the segmenter: its mIoU with other steps, rates, images, backbones and masks: docs/results.md.
 
-    python bench/segmenter.py CONFIG --run NAME --masks FOLDER [--training LIST] [--set KEY=VALUE ...]
+    python bench/segmenter.py CONFIG --run NAME --masks FOLDER [--set KEY=VALUE ...]
 
 Trains the segmenter of a config on FOLDER/ID.png of data.train_list, or continues or reuses the run NAME. Scores its
-masks on --training, a list of training images with ground truth, and on segment.eval_list, there also after the CRF.
-Beside them stands the score of FOLDER on --training. If FOLDER is the ground truth, the row shows what the same
+masks on data.eval_list, training images with ground truth, and on segment.eval_list, there also after the CRF.
+Beside them stands the score of FOLDER on data.eval_list. If FOLDER is the ground truth, the row shows what the same
 training reaches without a wrong mask.
 
 It takes hours on a CPU, so it is not part of run_all.py. A stopped run continues. The JSON in --out keeps the rows of
@@ -43,10 +43,10 @@ def losses(run: Path, ends: int = 5) -> tuple[float, float]:
     return statistics.mean(logged[:ends]), statistics.mean(logged[-ends:])
 
 
-def measured(config: Config, masks: Path, training: Path, about: dict[str, Any]) -> dict[str, Any]:
+def measured(config: Config, masks: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Train, segment both lists, and return the row; ``about`` describes the machine."""
     weights = segment.run(config, masks)
-    run, options = weights.parent, config.segment
+    run, options, training = weights.parent, config.segment, config.data.eval_list
     without_crf = config.model_copy(update={"segment": options.model_copy(update={"crf": None})})
     on_training = segment.segment(without_crf, weights, training)
     on_validation = segment.segment(config, weights)
@@ -74,13 +74,12 @@ def run(
     path: Path,
     name: str,
     masks: Path,
-    training: Path,
     overrides: Sequence[str],
     out: Path,
     about: dict[str, Any],
 ) -> None:
     config = load(path, [*overrides, f"name={name}"])
-    row = {"run": name, **measured(config, masks, training, about)}
+    row = {"run": name, **measured(config, masks, about)}
     file = out / "segmenter.json"
     rows = read_json(file)["rows"] if file.exists() else []  # only now: another call may have written it meanwhile
     rows = [other for other in rows if other["run"] != name] + [row]
@@ -93,11 +92,10 @@ def main() -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("--run", required=True, metavar="NAME", help="name of the run and of its row")
     parser.add_argument("--masks", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--training", type=Path, default=Path("ImageSets/Segmentation/train.txt"), metavar="LIST")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     options = parser.parse_args()
     out = folder(options.out, options.device)
-    run(options.config, options.run, options.masks, options.training, options.overrides, out, machine(options.device))
+    run(options.config, options.run, options.masks, options.overrides, out, machine(options.device))
 
 
 if __name__ == "__main__":

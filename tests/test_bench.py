@@ -335,11 +335,11 @@ def test_real_images_scores_every_config_seed_and_checkpoint(
     paths = [tiny_config(name="cpn"), tiny_config(name="seam", method="seam", model={"prcm": False})]
     some = tmp_path / "some.txt"  # training and scores are on different lists
     some.write_text("".join((small_voc / training).read_text().splitlines(keepends=True)[:5]))
-    overrides = ["train.steps=4", f"data.train_list={some}"]
+    overrides = ["train.steps=4", f"data.train_list={some}", f"data.eval_list={training}"]
     runs = {("cpn", 0): "cpn", ("seam", 0): "seam", ("cpn", 3): "cpn_seed3", ("seam", 3): "seam_seed3"}
 
     def measured() -> str:
-        real_images.run(paths, [0, 3], overrides, 2, training, validation, tmp_path, {"device": "CPU"})
+        real_images.run(paths, [0, 3], overrides, 2, validation, tmp_path, {"device": "CPU"})
         return (tmp_path / "real_images.json").read_text()
 
     first = measured()
@@ -369,7 +369,7 @@ def test_real_images_scores_every_config_seed_and_checkpoint(
     assert measured() == first
 
     # A new measurement replaces the old one; other rows stay.
-    real_images.run(paths[1:], [3], overrides, 2, training, validation, tmp_path, {"device": "another CPU"})
+    real_images.run(paths[1:], [3], overrides, 2, validation, tmp_path, {"device": "another CPU"})
     again = json.loads((tmp_path / "real_images.json").read_text())
     devices = {(row["config"], row["seed"]): row["device"] for row in again["rows"]}
     assert devices == dict.fromkeys(runs, "CPU") | {("seam", 3): "another CPU"}
@@ -390,7 +390,6 @@ def test_segmenter_is_scored_on_both_lists_beside_its_masks(tiny_config, small_v
 
     short = {"batch": 4, "steps": 4, "log_every": 2, "data_threads": 1}
     path = tiny_config(segment={"train": short, "augment": {"crop": 64}, "scales": [1.0]}, crf={"workers": 1})
-    training = Path("ImageSets/Segmentation/train.txt")
 
     truth = small_voc / "SegmentationClass"
     background = tmp_path / "background"
@@ -399,7 +398,7 @@ def test_segmenter_is_scored_on_both_lists_beside_its_masks(tiny_config, small_v
         write_mask(background / mask.name, np.zeros_like(read_mask(mask)))
 
     def rows(name: str, masks: Path, *overrides: str) -> list[dict[str, Any]]:
-        segmenter.run(path, name, masks, training, overrides, tmp_path, {"device": "CPU"})
+        segmenter.run(path, name, masks, overrides, tmp_path, {"device": "CPU"})
         return json.loads((tmp_path / "segmenter.json").read_text())["rows"]
 
     (first,) = rows("first", truth)

@@ -1,6 +1,6 @@
 """``torch.compile`` turns the networks and losses into one graph each, with our operators in it.
 
-``python -m pytest tests/kernels/interpreted_kernels.py`` (TRITON_INTERPRET=1) checks the same for Triton operators.
+``python -m pytest tests/kernels/every_kernel.py`` (TRITON_INTERPRET=1) checks the same for Triton operators.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cpn_fast.pipelines.training import Batch
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.training.step import Step, make_optimizer
 
+CPU = torch.device("cpu")
 REFINED = ["pixel_correlation", "region_pooling", "region_correlation"]
 LOSSES = ["complementary_losses", "background_suppression"]
 # Method, changes of the config, operators in the network's graph and in the losses' graph.
@@ -54,33 +55,41 @@ class Graphs:
         return compiler
 
 
-def batch_of(settings: Config, side: int = 32) -> Batch:
+def batch_of(settings: Config, side: int = 32, device: torch.device = CPU) -> Batch:
     generator = torch.Generator().manual_seed(0)
     cells = torch.arange(side) // 8
     return Batch(
-        torch.randn(2, 3, side, side, generator=generator),
-        (cells[:, None] * 4 + cells).int().expand(2, side, side).contiguous(),
-        (torch.rand(2, len(settings.classes), generator=generator) < 0.6).float(),
-        torch.arange(2),
+        torch.randn(2, 3, side, side, generator=generator).to(device),
+        (cells[:, None] * 4 + cells).int().expand(2, side, side).contiguous().to(device),
+        (torch.rand(2, len(settings.classes), generator=generator) < 0.6).float().to(device),
+        torch.arange(2, device=device),
     )
 
 
 def step_graphs(method: Method, batch: Batch) -> tuple[Graphs, Graphs]:
     """Return the graphs of the network and of the losses in a compiled step. A graph break is an error."""
     network, losses = Graphs(), Graphs()
-    views = method.views(batch, torch.Generator())
-    forward = torch.compile(method.network.train(), backend=network.backend, fullgraph=True, dynamic=False)
+    device = batch.images.device
+    views = method.views(batch, torch.Generator(device))
+    method.network.to(device).train()
+    forward = torch.compile(method.network, backend=network.backend, fullgraph=True, dynamic=False)
     outputs = [forward(*inputs) for inputs in views.inputs]
     compute = torch.compile(method.losses, backend=losses.backend, fullgraph=method.capturable, dynamic=False)
     compute(outputs, views).total.backward()
     return network, losses
 
 
-def check_graphs(settings: Config, network_ops: list[str], loss_ops: list[str], suffix: Callable[[str], str]) -> None:
+def check_graphs(
+    settings: Config,
+    network_ops: list[str],
+    loss_ops: list[str],
+    suffix: Callable[[str], str],
+    device: torch.device = CPU,
+) -> None:
     torch._dynamo.reset()
-    method = METHODS[settings.method](settings)
-    network, losses = step_graphs(method, batch_of(settings))
-    assert len(network.forward) == len(method.views(batch_of(settings), torch.Generator()).inputs)
+    method, batch = METHODS[settings.method](settings), batch_of(settings, device=device)
+    network, losses = step_graphs(method, batch)
+    assert len(network.forward) == len(method.views(batch, torch.Generator(device)).inputs)
     expected = {f"{name}_{suffix(name)}" for name in network_ops if suffix(name)}
     for forward, backward in zip(network.forward, network.backward, strict=True):
         assert expected == forward
@@ -96,6 +105,15 @@ def test_a_compiled_step_holds_our_operators(name: str, tiny_config) -> None:
     settings = config_file.load(tiny_config(**changes))
     # On a CPU the region operators are eager's formulas, which are as fast.
     check_graphs(settings, network_ops, loss_ops, lambda op: "" if op.startswith("region") else "tiled")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_step_on_a_gpu_holds_the_triton_operators(name: str, tiny_config) -> None:
+    changes, network_ops, loss_ops = CASES[name]
+    settings = config_file.load(tiny_config(**changes))
+    with torch.autocast("cuda", torch.bfloat16):
+        check_graphs(settings, network_ops, loss_ops, lambda op: "triton", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("kind", ["affinity", "segmentation"])
@@ -124,9 +142,8 @@ def test_a_step_compiles_network_and_losses_as_they_are_tested_here(tiny_config,
     settings = config_file.load(tiny_config(train={"compile": True}))
     method = METHODS["cpn"](settings)
     method.network.train()
-    cpu = torch.device("cpu")
-    optimizer = make_optimizer(method.network, settings.train, cpu)
-    step = Step(method, optimizer, torch.Generator(), settings.train, Rank(0, 1, 0), cpu)
+    optimizer = make_optimizer(method.network, settings.train, CPU)
+    step = Step(method, optimizer, torch.Generator(), settings.train, Rank(0, 1, 0), CPU)
     figures = step([batch_of(settings)])
     assert figures.values.isfinite().all()
     assert [options["dynamic"] for options in given] == [False, False]
@@ -134,7 +151,7 @@ def test_a_step_compiles_network_and_losses_as_they_are_tested_here(tiny_config,
 
 
 def test_what_an_operation_takes_and_why() -> None:
-    cpu = kernels.backends(torch.device("cpu"), torch.float32)
+    cpu = kernels.backends(CPU, torch.float32)
     assert {name: choice.backend for name, choice in cpu.items()} == {
         **dict.fromkeys(["pixel_correlation", *LOSSES], "tiled"),
         **dict.fromkeys([*REFINED[1:], "slic"], "eager"),

@@ -1,6 +1,6 @@
 """Every operation and backend works where torch's operators do: torch.func, forward mode, graphs, odd tensors.
 
-With TRITON_INTERPRET=1 (tests/kernels/interpreted_kernels.py) the same tests run the Triton backend.
+With TRITON_INTERPRET=1 (tests/kernels/every_kernel.py) the same tests run the Triton backend.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def losses(cam: Tensor, refined: Tensor, backend: Any) -> Tensor:
     visible = torch.full((len(cam),), 0.3, dtype=cam.dtype, device=cam.device)
     found = kernels.complementary_losses(
         cam.transpose(0, 1), refined.transpose(0, 1), visible, labels, size=SIZE, backend=backend,
-        hard_share=1.0 if INTERPRETED else 0.2,  # selection is slow in the interpreter; interpreted_kernels.py tests it
+        hard_share=1.0 if INTERPRETED else 0.2,  # selection is slow in the interpreter; every_kernel.py tests it
     )  # fmt: skip
     return torch.stack(found)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: numerics in the interpreter, and the assembler's output."""
+"""The Triton kernels: numerics in the interpreter and on a GPU, and the assembler's output, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("file", ["interpreted_kernels", "test_kernels_transforms"])
+@pytest.mark.parametrize("file", ["every_kernel", "test_kernels_transforms"])
 def test_every_kernel_in_the_interpreter(file: str) -> None:
     finished = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{file}.py", TRITON_INTERPRET="1")
+    assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_every_kernel_on_a_gpu() -> None:
+    finished = run("-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "tests/kernels/every_kernel.py")
     assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
 
 

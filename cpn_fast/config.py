@@ -294,10 +294,10 @@ class Train(Section):
     """What to do at a step whose gradient is not finite: ``stop`` the run, or ``skip`` the step (its gradient counts as
     zero). ``nonfinite.json`` in the run's folder names the step's images."""
     compile: bool | None = None
-    """torch.compile of the network and the losses (SEAM: only the network). Same results to rounding. Null: on CUDA."""
+    """torch.compile of the network and the losses. Same results to rounding. Null: on CUDA."""
     cuda_graph: bool | None = None
-    """Capture the whole step in a CUDA graph after the first three steps. Same results. Null: on CUDA in one process,
-    except for SEAM, whose losses depend on how many classes the images have."""
+    """Capture the whole step in a CUDA graph after the first three steps. Same results. Null: on CUDA in one
+    process."""
     checkpoint_activations: bool = False
     """Keep only the inputs of the backbone's blocks, and compute the other activations again in the backward pass. Same
     results; for ResNet38d half of the memory and 19 % more computing (``cpn_fast/models/backbone.py``)."""

@@ -19,8 +19,6 @@ from cpn_fast.refinement.affinity import affinity_losses, cell_labels, fitting_r
 class Affinity:
     """Labels are the masks ``labels/ID.png`` beside the run's folder, with 255 for unknown pixels."""
 
-    capturable = True
-
     def __init__(self, config: Config) -> None:
         self.network = build_affinity_net(config.model)
         self.radius = config.affinity.radius

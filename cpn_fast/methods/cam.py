@@ -16,7 +16,6 @@ from cpn_fast.pipelines.training import Batch
 
 class PlainCam:
     pixel_map = None
-    capturable = True
 
     def __init__(self, config: Config) -> None:
         self.network = build_network(config)

@@ -19,8 +19,6 @@ from cpn_fast.pipelines.training import Batch
 class Cpn:
     """Image, patches and complement in one forward pass of 3 B images. This is exact, since BN is frozen."""
 
-    capturable = True
-
     def __init__(self, config: Config) -> None:
         self.network = build_network(config)
         self.patches = config.patches

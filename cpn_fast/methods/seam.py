@@ -20,12 +20,11 @@ class Seam:
     """Two forward passes in a step: the image, and the image scaled down. SEAM* is SEAM with ``model.prcm``."""
 
     pixel_map = None
-    capturable = False
-    """The losses take the maps of present classes, so they wait for the number of these."""
 
     def __init__(self, config: Config) -> None:
         self.network = build_network(config)
         self.options, self.general = config.seam, config.loss
+        self.weights = {"classification": 1.0, **self.general.model_dump(), **self.options.model_dump()}
 
     def views(self, batch: Batch, generator: torch.Generator) -> Views:
         size = [self.network.backbone.fit(int(self.options.scale * side)) for side in batch.images.shape[2:]]
@@ -50,8 +49,7 @@ class Seam:
             how=self.general.normalise,
             hard_share=self.general.hard_share,
         )
-        weights = {"classification": 1.0, **self.general.model_dump(), **self.options.model_dump()}
-        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return Losses(total, {name: part.detach() for name, part in parts.items()}, logits[0].detach())
 
 
@@ -95,15 +93,19 @@ def _normalised(
 ) -> Tensor:
     """Normalise maps at ``size`` and resize them to ``target``: (N, 1 + C, *target), 0 for absent classes.
 
-    Only the maps of present classes exist at full resolution.
+    A CPU enlarges only the maps of present classes. A GPU and compiled code enlarge all: they would have to wait for
+    the number of present classes, and a CUDA graph cannot.
     """
-    background = torch.full_like(labels[:, :1], own_background)
-    present = torch.cat([background, labels], dim=1).nonzero(as_tuple=True)
-    full = maps.new_zeros(*maps.shape[:2], *target, dtype=statistics_dtype(maps))
-    if not len(present[0]):  # only images without tags
+    present = torch.cat([torch.full_like(labels[:, :1], own_background), labels], dim=1) > 0
+    maps = maps.to(statistics_dtype(maps))
+    if maps.is_cuda or torch.compiler.is_compiling():
+        full = upsample(normalise(upsample(maps, size), how), target)
+        return full.where(present[:, :, None, None], 0)
+    full = maps.new_zeros(*maps.shape[:2], *target)
+    if not present.any():  # only images without tags
         return full
-    chosen = normalise(upsample(maps[present].to(full.dtype)[None], size), how)
-    return full.index_put(present, upsample(chosen, target)[0])
+    chosen = normalise(upsample(maps[present][None], size), how)
+    return full.index_put(present.nonzero(as_tuple=True), upsample(chosen, target)[0])
 
 
 def _best_class(maps: Tensor) -> Tensor:

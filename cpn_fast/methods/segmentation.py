@@ -21,8 +21,6 @@ from cpn_fast.pipelines.training import Batch
 class Segmentation:
     """``masks`` has ``ID.png`` for every training image. Pixels with IGNORE and padding have no loss."""
 
-    capturable = True
-
     def __init__(self, config: Config, masks: Path) -> None:
         self.network = build_deeplab(config)
         self.masks = masks

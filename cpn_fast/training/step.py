@@ -70,11 +70,10 @@ class Step:
                     "network with recomputed blocks where gradients are exchanged"
                 )
             compile_in_place(network)
-            if method.capturable:
-                self.losses = torch.compile(method.losses, dynamic=False)
+            self.losses = torch.compile(method.losses, dynamic=False)
         self.forward: nn.Module = network if rank.world == 1 else averaging(network)
         self.inputs: list[Batch] = []
-        self.captures = captures(method, train, rank, device)
+        self.captures = captures(train, rank, device)
         self.side = torch.cuda.Stream(device) if self.captures else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.figures: Figures | None = None
@@ -164,15 +163,13 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
 
 
-def captures(method: Method, train: Train, rank: Rank, device: torch.device) -> bool:
+def captures(train: Train, rank: Rank, device: torch.device) -> bool:
     """Return whether steps are captured (``train.cuda_graph``). Raises UserError if it is true but impossible."""
     obstacle = None
     if device.type != "cuda":
         obstacle = "there is no GPU"
     elif rank.world > 1:
         obstacle = "torchrun's processes exchange gradients, which is not captured"
-    elif not method.capturable:
-        obstacle = "the kernels of the method's losses depend on the images"
     if train.cuda_graph and obstacle is not None:
         raise UserError(f"train.cuda_graph is true, but {obstacle}: set it to null or false")
     return obstacle is None if train.cuda_graph is None else train.cuda_graph

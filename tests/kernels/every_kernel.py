@@ -26,8 +26,10 @@ from cpn_fast.kernels import launch, pixel_triton, region_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
-TF32 = 4e-3
-"""Bound of the error of products of float32 on a GPU, as a share of the exact result's RMS."""
+TF32, TF32_GRADIENT = 4e-3, 5e-2
+"""Bounds of the error of float32 on a GPU, as a share of the exact result's RMS. A product near 0 may change its sign,
+and with it the ReLU's gradient: an error of 3 % in ``test_every_block_of_the_tables``, on a GPU as with cut operands in
+the interpreter."""
 few = settings(
     max_examples=6,
     deadline=None,
@@ -105,7 +107,6 @@ def results(op: Callable[..., Tensor], arguments: list[Tensor], dtype: torch.dty
 def assert_matches(op: Callable[..., Tensor], arguments: list[Tensor]) -> None:
     """Bound the error of output and gradients by 4 times plain PyTorch's in the same dtype, plus one rounding."""
     dtype = arguments[0].dtype
-    rounding = allowed_error(dtype, torch.finfo(dtype).eps)
     found_plain_exact = zip(
         results(op, arguments, dtype, "triton"),
         results(op, arguments, dtype, "eager"),
@@ -115,13 +116,14 @@ def assert_matches(op: Callable[..., Tensor], arguments: list[Tensor]) -> None:
     for index, (found, plain, exact) in enumerate(found_plain_exact):
         name = f"gradient {index}" if index else "output"
         assert found.isfinite().all(), f"{name} is not finite"
+        rounding = allowed_error(dtype, torch.finfo(dtype).eps, TF32_GRADIENT if index else TF32)
         allowed = 4 * rms_error(plain, exact) + rounding * max(1e-2, float(exact.square().mean().sqrt()))
         assert rms_error(found, exact) <= allowed, f"{name}: error {rms_error(found, exact):.2e}, allowed {allowed:.2e}"
 
 
-def allowed_error(dtype: torch.dtype, in_float32: float) -> float:
-    """Return a bound for results of products, given the bound for full float32, which only the interpreter uses."""
-    return TF32 if dtype == torch.float32 and not launch.INTERPRETED else in_float32
+def allowed_error(dtype: torch.dtype, exact: float, in_tf32: float) -> float:
+    """Return ``in_tf32`` for products of float32 on a GPU, else ``exact``. The interpreter has full float32."""
+    return in_tf32 if dtype == torch.float32 and not launch.INTERPRETED else exact
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -246,7 +248,7 @@ def test_constant_cam_and_strided_gradient() -> None:
     leaf = embedding.requires_grad_()
     (found,) = torch.autograd.grad(kernels.pixel_correlation(cam, leaf, backend="triton").sum(), leaf)
     (exact,) = torch.autograd.grad(kernels.pixel_correlation(cam.double(), leaf.double(), backend="eager").sum(), leaf)
-    assert_close("gradient", found, exact.double(), allowed_error(torch.float32, 1e-5))
+    assert_close("gradient", found, exact.double(), allowed_error(torch.float32, 1e-5, TF32_GRADIENT))
 
 
 def test_more_channels_than_fit_and_float64_are_refused() -> None:
@@ -399,7 +401,7 @@ def test_regions_are_finite_where_eager_is(
         assert torch.equal(mine.isfinite(), reference.isfinite())
         if index == 0 or op == "pooling":  # a key's gradient is a sum of 1e30 and -1e30
             sound = reference.isfinite()
-            rtol, atol = (allowed_error(torch.float32, bound) for bound in (1e-3, 1e-4))
+            rtol, atol = (allowed_error(torch.float32, bound, TF32) for bound in (1e-3, 1e-4))
             torch.testing.assert_close(mine[sound], reference[sound], rtol=rtol, atol=atol)
 
 

@@ -74,7 +74,7 @@ def step_graphs(method: Method, batch: Batch) -> tuple[Graphs, Graphs]:
     method.network.to(device).train()
     forward = torch.compile(method.network, backend=network.backend, fullgraph=True, dynamic=False)
     outputs = [forward(*inputs) for inputs in views.inputs]
-    compute = torch.compile(method.losses, backend=losses.backend, fullgraph=method.capturable, dynamic=False)
+    compute = torch.compile(method.losses, backend=losses.backend, fullgraph=True, dynamic=False)
     compute(outputs, views).total.backward()
     return network, losses
 

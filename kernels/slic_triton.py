@@ -72,7 +72,7 @@ def _first(cell, side, cells):
     return tl.cdiv(cell.to(tl.int64) * side, cells).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "height", "width", "rows", "columns", "parts"])
 def _assign_kernel(
     labels, parents, sums, packed, mask, centres, weight, step, height, width, rows, columns, parts,
     HAS_MASK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,7 +179,7 @@ def _mean(total, number):
     return ((2 * total + number) // tl.maximum(2 * number, 1)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "parts"])
 def _means_kernel(centres, sums, rows, columns, parts, BLOCK: tl.constexpr):
     """A centre's mean over the sums from the parts of its cell and the cells around it. Without pixels it stays."""
     i_n = tl.program_id(1).to(tl.int64)
@@ -359,7 +359,7 @@ def _phase(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "width", "pixels", "cells", "count"])
 def _join_kernel(
     numbers, best, regions, parts, sizes, roots, labels, centres, limit, width, pixels, cells, count,
     BLOCK: tl.constexpr,

@@ -106,6 +106,23 @@ def test_a_maximum_keeps_nan_in_the_machine_code() -> None:
     assert not re.search(r"max(\.ftz)?\.f32", finished.stdout)
 
 
+def test_images_of_all_sizes_take_the_same_superpixel_programs() -> None:
+    """Triton compiles a kernel anew for a number that is 1 or a multiple of 16. VOC's 175 sizes took a minute."""
+    finished = run(
+        "-c",
+        "import sys; sys.path.insert(0, 'bench'); import torch; from triton.runtime import driver\n"
+        "from host_time import NoGpu; from cpn_fast.kernels import launch, slic_triton as s\n"
+        "driver.set_active(NoGpu()); launch.INTERPRETED = True\n"
+        "for height, width, count in ((40, 24, 4), (48, 32, 1), (333, 500, 200)):\n"
+        "    torch.ops.cpn_fast.slic_triton(torch.zeros(1, 3, height, width).byte(), None, count, 10.0, 1)\n"
+        "for kernel in (s._assign_kernel, s._means_kernel, s._join_kernel):\n"
+        "    print(kernel.__name__, sum(len(cache[0]) for cache in kernel.device_caches.values()))",
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    # The first and the last turn have a program each.
+    assert finished.stdout.split() == ["_assign_kernel", "2", "_means_kernel", "1", "_join_kernel", "1"]
+
+
 def test_symbolic_sizes_leave_short_guards() -> None:
     """Channels and classes become constants. Pixels and images stay symbols, in readable guards."""
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -1,12 +1,14 @@
-"""ResNet38d computed in other ways, with the same weights and, up to rounding, the same results and gradients.
+"""ResNet38d's dilated convolutions on interleaved pixels: the same weights and, up to rounding, the same results.
 
-These are candidates for the training step, to be decided on a GPU: each is a row of ``train_step.py``. A variant that
-is not faster there will be removed. A faster one will replace the plain form in ``cpn_fast/models``.
+``interleave`` re-orders the pixels of a map into d x d images, whose neighbours are d pixels apart in the map. On them
+a convolution of dilation d is a plain one, with the same zero padding. On an H100 plain convolutions are faster. A map
+whose sides are not divisible by d takes the dilated convolution.
+
+There are two forms, each a row of ``train_step.py``. They are candidates for the training step, to be decided on a GPU:
+the better one will replace the plain form in ``cpn_fast/models`` if it is faster; the other will be removed.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import timing  # noqa: F401 (puts this tree on the path)
 import torch
@@ -17,76 +19,62 @@ from cpn_fast.models.backbone import Features
 from cpn_fast.models.resnet38d import Block, Bottleneck, ResNet38d
 
 
-class Variant(ResNet38d):
-    """``interleaved``: dilated 3x3 convolutions run without dilation on images of every d-th pixel.
+class Interleaved(nn.Conv2d):
+    """A dilated 3x3 convolution that re-orders its input and its output. Compiled, both are part of what is around."""
 
-    The pixels of a map are re-ordered into its d x d interleaved images, whose neighbours are d pixels apart in the
-    map. On them a convolution of dilation d is a plain one, with the same zero padding. The value 2 is for b5 alone; 4
-    is for b5 to b7, where b6 and b7 re-order the pixels once more by 2. Maps whose sides are not divisible use the
-    plain form. All operations between these convolutions are per pixel, so the order does not matter to them.
+    def forward(self, x: Tensor) -> Tensor:
+        by = self.dilation[0]
+        if any(side % by for side in x.shape[2:]):
+            return super().forward(x)
+        return deinterleave(F.conv2d(interleave(x, by), self.weight, None, self.stride, padding=1), by)
 
-    ``folded``: each frozen normalisation after a convolution becomes part of the convolution's weight and a bias. The
-    convolution adds the bias and applies the ReLU in its epilogue (cuDNN's, on a GPU). The gradient of the weight goes
-    through the product of weight and scale. The 17 normalisations after a residual sum stay.
+
+def with_interleaved_convolutions() -> ResNet38d:
+    """Return the network with ``Interleaved`` for each dilated convolution."""
+    network = ResNet38d()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.dilation[0] > 1:
+            module.__class__ = Interleaved
+    return network
+
+
+class InterleavedBlocks(ResNet38d):
+    """Pixels stay in interleaved order from b5 to b7: by 2 from b5's second convolution on, and by 4 from b6 on.
+
+    All operations between these convolutions are per pixel, so the order does not matter to them.
     """
 
-    interleaved = 1
-    folded = False
-
     def forward(self, images: Tensor) -> Features:
-        x = self.conv1a(images) if not self.folded else conv_norm_relu(self.conv1a, self.b2.bn_branch2a, images)
-        x, _ = self.block(self.b2, x, activated=self.folded)
-        for block in (self.b2_1, self.b2_2, self.b3, self.b3_1, self.b3_2):
-            x, _ = self.block(block, x)
+        x = self.conv1a(images)
+        for block in (self.b2, self.b2_1, self.b2_2, self.b3, self.b3_1, self.b3_2):
+            x, _ = block(x)
         for block in (self.b4, self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5):
-            x, _ = self.block(block, x)
-        most = self.interleaved if all(side % self.interleaved == 0 for side in x.shape[2:]) else 1
+            x, _ = block(x)
+        by = 2 if all(side % 4 == 0 for side in x.shape[2:]) else 1
         masks = self.b6.masks(x), self.b7.masks(x)
-        by = min(most, 2)
-        x, low = self.block(self.b5, x, by=by)
+        x, low = self.block(self.b5, x, 1, by)
         for block in (self.b5_1, self.b5_2):
-            x, _ = self.block(block, x, order=by)
-        order = most if most == 4 else 1
-        x = interleave(x, 2) if order == 4 else deinterleave(x, by)
-        x, middle = self.bottleneck(self.b6, x, masks[0], order)
-        x, _ = self.bottleneck(self.b7, x, masks[1], order)
-        return Features(low, self.plain(middle, order), self.plain(activate(self.bn7, x), order))
+            x, _ = self.block(block, x, by)
+        x = interleave(x, by)
+        x, middle = self.bottleneck(self.b6, x, masks[0], by * by)
+        x, _ = self.bottleneck(self.b7, x, masks[1], by * by)
+        last = activate(self.bn7, x)
+        return Features(low, *(deinterleave(deinterleave(maps, by), by) for maps in (middle, last)))
 
-    def block(
-        self, block: Block, x: Tensor, *, activated: bool = False, order: int = 1, by: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    def block(self, block: Block, x: Tensor, order: int, by: int = 1) -> tuple[Tensor, Tensor]:
         """As ``Block.forward``, for pixels in interleaved ``order``; ``by`` re-orders them before the second layer."""
-        inputs = x if activated else activate(block.bn_branch2a, x)
-        branch = self.conv(block.conv_branch2a, block.bn_branch2b1, inputs, order)
+        inputs = activate(block.bn_branch2a, x)
+        branch = activate(block.bn_branch2b1, convolve(block.conv_branch2a, inputs, order))
         shortcut = x if block.conv_branch1 is None else block.conv_branch1(interleave(inputs, by))
-        branch = undilated(block.conv_branch2b1, interleave(branch, by), order * by)
-        return shortcut + branch, inputs
+        return shortcut + convolve(block.conv_branch2b1, interleave(branch, by), order * by), inputs
 
     def bottleneck(self, block: Bottleneck, x: Tensor, masks: tuple[Tensor, ...], order: int) -> tuple[Tensor, Tensor]:
         first, second = (mask.repeat_interleave(order * order, 0) for mask in masks) if masks else (None, None)
         inputs = activate(block.bn_branch2a, x)
-        branch = self.conv(block.conv_branch2a, block.bn_branch2b1, inputs, order)
-        branch = block.dropout_2b1(branch, first)
-        branch = self.conv(block.conv_branch2b1, block.bn_branch2b2, branch, order)
+        branch = block.dropout_2b1(activate(block.bn_branch2b1, block.conv_branch2a(inputs)), first)
+        branch = activate(block.bn_branch2b2, convolve(block.conv_branch2b1, branch, order))
         branch = block.conv_branch2b2(block.dropout_2b2(branch, second))
         return block.conv_branch1(inputs) + branch, inputs
-
-    def conv(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, order: int) -> Tensor:
-        """Apply convolution, normalisation and ReLU."""
-        if self.folded:
-            return conv_norm_relu(convolution, norm, x, order)
-        return activate(norm, undilated(convolution, x, order))
-
-    def plain(self, x: Tensor, order: int) -> Tensor:
-        """Undo the order of b6 and b7, which has two steps of 2."""
-        return deinterleave(deinterleave(x, 2), 2) if order == 4 else x
-
-
-def variant(interleaved: int, folded: bool) -> Variant:
-    """Return the network with these switches."""
-    network = Variant()
-    network.interleaved, network.folded = interleaved, folded
-    return network
 
 
 def interleave(x: Tensor, by: int) -> Tensor:
@@ -109,65 +97,12 @@ def deinterleave(x: Tensor, by: int) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def geometry(convolution: nn.Conv2d, order: int) -> tuple[list[int], list[int], list[int]]:
-    """Return stride, padding and dilation of the convolution on pixels in interleaved order."""
-    if convolution.kernel_size == (1, 1):
-        return [*convolution.stride], [0, 0], [1, 1]
-    dilation = [side // order for side in convolution.dilation]
+def convolve(convolution: nn.Conv2d, x: Tensor, order: int) -> Tensor:
+    """Apply a 3x3 convolution, padded by its dilation, to pixels in interleaved order."""
     assert convolution.padding == convolution.dilation
-    return [*convolution.stride], dilation, dilation
-
-
-def undilated(convolution: nn.Conv2d, x: Tensor, order: int) -> Tensor:
-    """Apply the convolution to pixels in interleaved order."""
-    return F.conv2d(x, convolution.weight, None, *geometry(convolution, order))
+    dilation = convolution.dilation[0] // order
+    return F.conv2d(x, convolution.weight, None, convolution.stride, dilation, dilation)
 
 
 def activate(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return torch.relu_(norm(x))
-
-
-def conv_norm_relu(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, order: int = 1) -> Tensor:
-    """Compute ``relu(norm(convolution(x)))`` by one convolution with the norm's factors in its weight.
-
-    It follows autocast.
-    """
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight, bias = convolution.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return conv_relu(x.to(dtype), weight.to(dtype), bias.to(dtype), *geometry(convolution, order))
-
-
-@torch.library.custom_op("cpn_bench::conv_relu", mutates_args=())
-def conv_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """Convolution, bias and ReLU in one kernel of cuDNN. Of the three outputs backward needs only the last."""
-    if x.is_cuda:
-        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, 1)
-    return F.conv2d(x, weight, bias, stride, padding, dilation).relu_()
-
-
-@conv_relu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    return torch.empty_like(F.conv2d(x, weight, bias, stride, padding, dilation))
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, output)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, output = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]  # the bias of a frozen norm is a constant
-    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-        gradient * (output > 0), x, weight, None, *ctx.options, False, [0, 0], 1, wanted
-    )
-    return d_x, d_weight, None, None, None, None
-
-
-conv_relu.register_autograd(_backward, setup_context=_keep)

@@ -31,7 +31,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from step_variants import variant
+from step_variants import InterleavedBlocks, with_interleaved_convolutions
 from timing import (
     Times,
     arguments,
@@ -76,9 +76,8 @@ class Ways:
     bf16: bool = False
     compiled: bool = False
     cuda_graph: bool = False
-    interleaved: int = 1
-    folded: bool = False
-    """``interleaved`` and ``folded`` belong to ``step_variants.Variant``."""
+    body: Callable[[], Backbone] | None = None
+    """A variant of the backbone, from ``step_variants.py``."""
     by_blocks: bool = False
     """torch.compile of each residual block alone; equal blocks share the generated code."""
 
@@ -96,9 +95,8 @@ WORDS = {
 }
 ONLY_ON_GPU = {"compiled": "compiles for minutes on a CPU and is no faster there", "cuda_graph": "needs a GPU"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "variant: b5 to b7 on interleaved pixels": {"interleaved": 4},
-    "variant: norms folded into convolutions": {"folded": True},
-    "variant: b5 on interleaved pixels": {"interleaved": 2},
+    "variant: each dilated convolution on interleaved pixels": {"body": with_interleaved_convolutions},
+    "variant: b5 to b7 on interleaved pixels": {"body": InterleavedBlocks},
     "variant: blocks compiled one by one": {"by_blocks": True},
 }
 
@@ -122,10 +120,7 @@ class Step:
         self.device, self.size = data.images.device, tuple(data.images.shape[2:])
         options = Model(backbone=backbone)
         with self.device:
-            if ways.folded or ways.interleaved > 1:
-                body: Backbone = variant(ways.interleaved, ways.folded)
-            else:
-                body = build_backbone(options)
+            body = build_backbone(options) if ways.body is None else ways.body()
             self.network = network.Network(body, CLASSES, options).train()
         keep_alive(self.network)
         layout = torch.channels_last if ways.channels_last else torch.contiguous_format
@@ -403,7 +398,7 @@ def cases(gpu: bool, batch: int) -> list[Case]:
     ways, ladder = Ways(), [Case("as released", Ways())]
     for name, words in WORDS.items():
         if gpu or name not in ONLY_ON_GPU:
-            ways = replace(ways, **{name: True})
+            ways = replace(ways, **dict[str, Any]({name: True}))
             ladder.append(Case(words, ways))
     if gpu:
         ladder += [Case(name, replace(ways, **switches)) for name, switches in VARIANTS.items()]

@@ -250,12 +250,14 @@ def test_processes_without_a_place_to_meet_are_told(monkeypatch) -> None:
 
 LOSING = """
 import os, signal
+from pathlib import Path
 from cpn_fast import cli
 from cpn_fast.stages import train
 
 class Losing(train.GradientGuard):
     def passes(self, step, *others):
         if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            Path(__file__).with_name("lost").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().passes(step, *others)
 
@@ -279,7 +281,7 @@ def test_torchrun_starts_again_after_a_lost_worker(tiny_config, tmp_path) -> Non
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "exitcode: -9" in done.stderr
+    assert (tmp_path / "lost").exists()  # torchrun may name the other process, which ended because of this one
     assert done.stdout.count("Weights are in") == 1  # only the first process prints
     run = config_file.load(path).run
     assert_close(load_file(run / "model.safetensors"), expected)

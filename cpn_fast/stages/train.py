@@ -99,6 +99,8 @@ def _fit(
     meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate, hook)
     data = meter.timed(pipeline)
     gallery = _gallery(config, network, samples, shards) if rank.first else None
+    if rank.first and make_step.compiles:
+        print("Compiling the network and the losses. The first step takes a minute or more")
     validation = None if train.validate_every is None else Validation(config, samples, rank, begins=start == 0)
 
     with meter, interrupts.noted() as stopping, Progress(f"train {config.name}", steps, start) as progress:

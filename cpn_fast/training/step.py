@@ -44,8 +44,7 @@ class Step:
     """A call with ``train.accumulate`` batches of one size makes a step of the method's network.
 
     Random numbers come from torch's default generator and from ``generator``. The caller may seed both between steps;
-    captured steps follow the seeds too. Raises UserError if ``train`` asks for something that this device or this
-    method cannot do.
+    captured steps follow the seeds too. Raises UserError if ``train`` asks for something that this device cannot do.
     """
 
     def __init__(
@@ -63,7 +62,8 @@ class Step:
         self.zeroes = train.nonfinite == "skip" or self.scaler.is_enabled()
         network = method.network
         network.backbone.recomputes = train.checkpoint_activations
-        if train.compile or (train.compile is None and device.type == "cuda"):
+        self.compiles = train.compile or (train.compile is None and device.type == "cuda")
+        if self.compiles:
             if train.checkpoint_activations and rank.world > 1:
                 raise UserError(
                     "train.checkpoint_activations under torchrun needs train.compile=false: torch.compile cannot cut a "

@@ -143,7 +143,7 @@ class Toy(Backbone):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_and_plain_training_continue_each_other(tiny_config, monkeypatch) -> None:
+def test_compiled_and_plain_training_continue_each_other(tiny_config, monkeypatch, capsys) -> None:
     """They agree within the stated tolerance, with the same dropout."""
     monkeypatch.setattr(network, "build_backbone", lambda options: Toy())
     options = {"steps": 3, "checkpoint_every": 2, "log_every": 1}
@@ -155,6 +155,7 @@ def test_compiled_and_plain_training_continue_each_other(tiny_config, monkeypatc
     for path in (final, last):
         path.unlink()
     found = load_file(train.run(config_file.load(tiny_config(**PLAIN, name="compiled", train=options))))
+    assert capsys.readouterr().out.count("The first step takes a minute or more") == 1
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

@@ -97,7 +97,7 @@ BENCHES = {  # in the order in which they run; the limits down to schedule add u
         ("triton", "tiled"),
         COMPILED,
         ("case", "pass"),
-        headline=(r"2 x 56 -> 448, forward \+ backward", "losses, {what}"),
+        headline=(r"1?2 x 56 -> 448, forward \+ backward", "losses, {what}"),
     ),
     "region_kernel": Bench(45, KERNEL, "backend", ("triton",), COMPILED, ("op", "size", "pass")),
     "schedule": Bench(105, (), "stage", (), ()),

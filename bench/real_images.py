@@ -10,9 +10,10 @@ at all scales of the config and at scale 1 alone. Prints means and spreads (samp
 
 All configs run with the first seed, then all with the second, so a stopped call leaves whole comparisons.
 
-It takes hours on a CPU, so it is not part of run_all.py. A stopped run continues. The JSON in --out keeps configs and
-seeds of other calls, each row with its machine and precision, so that they may be measured one after the other, beside
-one another, and on several machines.
+It takes hours on a CPU, so it is not part of run_all.py. A stopped run continues. A run that was trained on another
+machine (model.safetensors, metrics.jsonl and environment.json in its folder) is scored as it is. The JSON in --out
+keeps configs and seeds of other calls, each row with its machine and precision, so that they may be measured one after
+the other, beside one another, and on several machines.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cpn_fast.commands.reproduce import at_scale, scored_seeds
 from cpn_fast.config import Config
 from cpn_fast.config_file import load
 from cpn_fast.data.scores import Evaluation
-from cpn_fast.runtime.files import read_json
+from cpn_fast.runtime.files import read_json, read_metrics
 from cpn_fast.stages import train
 from cpn_fast.training import checkpoint
 
@@ -44,6 +45,7 @@ SCORES = ("train", "threshold", "validation", "validation, oracle")
 def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Return rows of one trained network at all scales and at one; ``about`` describes the machine."""
     weights = train.run(config)
+    trained = read_json(config.run / "environment.json")
     rows = []
     for config_ in (config, at_scale(config, 1.0)):
         on_training = scored_seeds(config_, weights, config_.data.eval_list)
@@ -59,7 +61,8 @@ def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict
                 "validation, oracle": 100 * float(on_validation.oracle.mean_iou),
                 "images/s": logged_rate(config.run),
                 "device": about["device"],
-                "precision": read_json(config.run / "environment.json")["precision"],
+                "trained on": trained["device"],
+                "precision": trained["precision"],
             }
         )
     return rows
@@ -68,14 +71,14 @@ def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict
 def curve(config: Config, validation: Path, end: float) -> dict[int, float]:
     """Return steps -> mIoU (%) of the validation list's seeds at their best threshold; ``end`` is the last value."""
     points = {}
-    *earlier, last = reversed(checkpoint.existing(config.run / "checkpoints"))
-    for path in earlier:
-        if step(path) % config.train.checkpoint_every:  # a stopped run's checkpoint
+    last = read_metrics(config.run / "metrics.jsonl")[-1]["step"]
+    for path in reversed(checkpoint.existing(config.run / "checkpoints")):
+        if step(path) == last or step(path) % config.train.checkpoint_every:  # a stopped run's checkpoint
             continue
         renamed = config.model_copy(update={"name": f"{config.name}-{path.stem}"})
         scored = scored_seeds(renamed, path, validation)
         points[step(path)] = 100 * float(scored.oracle.mean_iou)
-    return points | {step(last): end}
+    return points | {last: end}
 
 
 def step(path: Path) -> int:

@@ -377,6 +377,20 @@ def test_real_images_scores_every_config_seed_and_checkpoint(
     assert devices == dict.fromkeys(runs, "CPU") | {("seam", 3): "another CPU"}
     assert (again["curves"], again["spread"]) == (found["curves"], found["spread"])
 
+    # A run from another machine has no checkpoints.
+    carried = tmp_path / "elsewhere" / "cpn"
+    carried.mkdir(parents=True)
+    for name in ("model.safetensors", "metrics.jsonl"):
+        shutil.copy(tmp_path / "runs/cpn" / name, carried)
+    about = json.loads((tmp_path / "runs/cpn/environment.json").read_text()) | {"device": "a GPU"}
+    (carried / "environment.json").write_text(json.dumps(about))
+    out = tmp_path / "scores"
+    out.mkdir()
+    real_images.run(paths[:1], [0], [*overrides, f"out={carried.parent}"], 2, validation, out, {"device": "CPU"})
+    scored = json.loads((out / "real_images.json").read_text())
+    assert scored["rows"] == [row | {"trained on": "a GPU"} for row in found["rows"][:2]]
+    assert scored["curves"] == {"cpn": {"0": {"4": found["curves"]["cpn"]["0"]["4"]}}}
+
 
 def test_one_run_has_no_spread() -> None:
     import real_images

@@ -36,7 +36,7 @@ from cpn_fast.training.hook import Hook
 from cpn_fast.training.metrics import Meter
 from cpn_fast.training.nonfinite import GradientGuard
 from cpn_fast.training.previews import COUNT, Gallery
-from cpn_fast.training.run_folder import differing_keys, open_run, own_config, run_config
+from cpn_fast.training.run_folder import differing_keys, open_run, own_config, run_config, write_environment
 from cpn_fast.training.step import Step, load_optimizer, make_optimizer, rate_factor, set_rate
 from cpn_fast.training.validation import Validation
 
@@ -83,6 +83,8 @@ def _fit(
             hook.close()
         return chosen(config.run, config)
 
+    if rank.first:
+        write_environment(config, rank.device)
     samples, shards = _training_list(config, rank, state, resumed)
     steps = resume.number_of_steps(train, len(samples))
     if steps == 0:
@@ -149,7 +151,7 @@ def _open(config: Config, rank: distributed.Rank, stage: str) -> tuple[dict[str,
         section = stage if stage == "train" else f"{stage}.train"
         resumed = resume.resumed(config, training_list(config)[0], state, final if whole else None, section)
     if rank.first:
-        open_run(config, rank.device)
+        open_run(config)
     return state, resumed
 
 

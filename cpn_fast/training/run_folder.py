@@ -44,12 +44,16 @@ OWN = ("checkpoints", FINAL, "*.json", "*.jsonl", "config.yaml", "events.*")
 """Patterns of the files that training writes into a run's folder."""
 
 
-def open_run(config: Config, device: torch.device) -> None:
-    """Make the run's folder; write its config and its environment."""
+def open_run(config: Config) -> None:
+    """Make the run's folder; write its config."""
     remove_partials(config.run, config.run / "checkpoints")
     checkpoint.prune(config.run / "checkpoints", config.train.keep_checkpoints)
     with replacing(config.run / "config.yaml") as file:
         file.write(config_file.dump(config).encode())
+
+
+def write_environment(config: Config, device: torch.device) -> None:
+    """Write what the run trains with. A finished run keeps what it was trained with."""
     environment = {
         "cpn_fast": cpn_fast.__version__,
         "torch": torch.__version__,

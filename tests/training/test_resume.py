@@ -81,8 +81,11 @@ def test_a_finished_run_with_more_steps_goes_on_and_says_at_which_rate(tiny_conf
     assert not (read_seed(seed).cam == before).all()
 
     stamp = final.stat().st_mtime_ns
+    environment = settings.run / "environment.json"
+    environment.write_text('{"device": "another machine"}')
     assert "Going on" not in typed("train", path, *longer)
     assert final.stat().st_mtime_ns == stamp
+    assert "another machine" in environment.read_text()
 
     killed(other)  # the same, before its end
     assert training_of(other.run / "model.safetensors") == {"step": 6}  # complete weights of the shorter training

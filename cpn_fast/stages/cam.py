@@ -140,6 +140,6 @@ def _provenance(config: Config, weights: Path) -> dict[str, Any]:
         "version": VERSION,
         "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         "classes": list(config.classes),
-        "model": config.model.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude={"weights"}),  # those that the training started from
         "cam": config.cam.model_dump(mode="json", exclude={"batch", "pixels", "mask_threshold"}),
     }

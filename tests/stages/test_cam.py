@@ -55,6 +55,15 @@ def test_finished_seeds_are_kept_and_damaged_ones_made_again(trained) -> None:
     assert [path.stat().st_mtime_ns for path in paths[2:]] == stamps[2:]
 
 
+def test_seeds_do_not_depend_on_where_the_pretrained_weights_were(trained) -> None:
+    settings, weights = trained
+    folder = cam.run(settings, weights)
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "seeds").iterdir()}
+    moved = settings.model.model_copy(update={"weights": Path("elsewhere/imagenet.safetensors")})
+    cam.run(settings.model_copy(update={"model": moved}), weights)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
 def test_other_weights_or_settings_make_new_seeds(trained, tiny_config) -> None:
     settings, weights = trained
     folder = cam.run(settings, weights)

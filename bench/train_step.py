@@ -398,7 +398,8 @@ def cases(gpu: bool, batch: int) -> list[Case]:
     ways, ladder = Ways(), [Case("as released", Ways())]
     for name, words in WORDS.items():
         if gpu or name not in ONLY_ON_GPU:
-            ways = replace(ways, **dict[str, Any]({name: True}))
+            switch: dict[str, Any] = {name: True}
+            ways = replace(ways, **switch)
             ladder.append(Case(words, ways))
     if gpu:
         ladder += [Case(name, replace(ways, **switches)) for name, switches in VARIANTS.items()]

@@ -72,6 +72,8 @@ def _first(cell, side, cells):
     return tl.cdiv(cell.to(tl.int64) * side, cells).to(tl.int32)
 
 
+# Triton compiles a kernel anew for a number that is 1 or a multiple of 16, unless it is named. The names are those that
+# follow from an image's size and have many such combinations.
 @triton.jit(do_not_specialize=["step", "height", "width", "rows", "columns", "parts"])
 def _assign_kernel(
     labels, parents, sums, packed, mask, centres, weight, step, height, width, rows, columns, parts,

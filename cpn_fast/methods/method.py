@@ -34,6 +34,8 @@ class Losses(NamedTuple):
 
 
 class Method(Protocol):
+    """On a GPU, ``views`` and ``losses`` run the same kernels for all batches of one size, as a CUDA graph needs."""
+
     @property
     def network(self) -> Headed:
         """The trained network; new methods have random weights."""
@@ -44,9 +46,7 @@ class Method(Protocol):
         """The map of a batch: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or None."""
         ...
 
-    def views(self, batch: Batch, generator: torch.Generator) -> Views:
-        """On a GPU, views and losses run the same kernels for all batches of one size, as a CUDA graph needs."""
-        ...
+    def views(self, batch: Batch, generator: torch.Generator) -> Views: ...
 
     def losses(self, outputs: Sequence[Any], views: Views) -> Losses:
         """``outputs`` has one output of the network for each of ``views.inputs``."""

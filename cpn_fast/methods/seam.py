@@ -101,11 +101,11 @@ def _normalised(
     if maps.is_cuda or torch.compiler.is_compiling():
         full = upsample(normalise(upsample(maps, size), how), target)
         return full.where(present[:, :, None, None], 0)
-    full = maps.new_zeros(*maps.shape[:2], *target)
-    if not present.any():  # only images without tags
+    full, at = maps.new_zeros(*maps.shape[:2], *target), present.nonzero(as_tuple=True)
+    if not len(at[0]):  # only images without tags
         return full
-    chosen = normalise(upsample(maps[present][None], size), how)
-    return full.index_put(present.nonzero(as_tuple=True), upsample(chosen, target)[0])
+    chosen = normalise(upsample(maps[at][None], size), how)
+    return full.index_put(at, upsample(chosen, target)[0])
 
 
 def _best_class(maps: Tensor) -> Tensor:

@@ -121,9 +121,9 @@ def assert_matches(op: Callable[..., Tensor], arguments: list[Tensor]) -> None:
         assert rms_error(found, exact) <= allowed, f"{name}: error {rms_error(found, exact):.2e}, allowed {allowed:.2e}"
 
 
-def allowed_error(dtype: torch.dtype, exact: float, in_tf32: float) -> float:
-    """Return ``in_tf32`` for products of float32 on a GPU, else ``exact``. The interpreter has full float32."""
-    return in_tf32 if dtype == torch.float32 and not launch.INTERPRETED else exact
+def allowed_error(dtype: torch.dtype, usual: float, in_tf32: float) -> float:
+    """Return ``in_tf32`` for products of float32 on a GPU, else ``usual``. The interpreter has full float32."""
+    return in_tf32 if dtype == torch.float32 and not launch.INTERPRETED else usual
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -107,7 +107,7 @@ def test_a_maximum_keeps_nan_in_the_machine_code() -> None:
 
 
 def test_images_of_all_sizes_take_the_same_superpixel_programs() -> None:
-    """Triton compiles a kernel anew for a number that is 1 or a multiple of 16. VOC's 175 sizes took a minute."""
+    """Triton compiles a kernel anew for a number that is 1 or a multiple of 16."""
     finished = run(
         "-c",
         "import sys; sys.path.insert(0, 'bench'); import torch; from triton.runtime import driver\n"

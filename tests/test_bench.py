@@ -392,6 +392,37 @@ def test_real_images_scores_every_config_seed_and_checkpoint(
     assert scored["curves"] == {"cpn": {"0": {"4": found["curves"]["cpn"]["0"]["4"]}}}
 
 
+def test_settings_are_compared_with_the_config_as_it_is(small_voc: Path, tiny_config, tmp_path: Path, capsys) -> None:
+    import settings
+
+    paths = [tiny_config(name="cpn"), tiny_config(name="seam", method="seam", model={"prcm": False})]
+    training = Path("ImageSets/Segmentation/train.txt")
+    overrides = [f"data.eval_list={training}"]
+    tried = ("train.lr=0.5", "train.momentum=0.5")
+
+    def measured(*tries: tuple[str, ...], steps: int = 2) -> list[dict[str, Any]]:
+        settings.run(paths, [(), *tries], overrides, steps, tmp_path, {"device": "CPU"})
+        return json.loads((tmp_path / "settings.json").read_text())["rows"]
+
+    rows = measured(tried)
+    assert [(row["config"], row["setting"]) for row in rows] == [
+        *(("cpn", "as it is"), ("seam", "as it is")),
+        *(("cpn", "train.lr=0.5 train.momentum=0.5"), ("seam", "train.lr=0.5 train.momentum=0.5")),
+    ]
+    assert [row["lead"] for row in rows] == [0, 0, *(rows[2 + at]["train"] - rows[at]["train"] for at in (0, 1))]
+    assert "train.lr=0.5" in capsys.readouterr().out
+    for config in ("cpn", "seam"):
+        run = tmp_path / "runs" / f"{config}-2-steps-train.lr-0.5-train.momentum-0.5"
+        assert (load(run / "config.yaml").train.lr, load(run / "config.yaml").train.steps) == (0.5, 2)
+        # The validation list is not looked at.
+        assert [folder.name for folder in (run / "cams").iterdir()] == ["train"]
+
+    # Other lengths stand beside these rows, each against its own length.
+    longer = measured(steps=3)
+    assert longer[:4] == rows
+    assert [(row["steps"], row["lead"]) for row in longer[4:]] == [(3, 0), (3, 0)]
+
+
 def test_one_run_has_no_spread() -> None:
     import real_images
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timing import arguments, folder, logged_rate, machine, print_table, write_json
+from timing import arguments, folder, machine, print_table, run_columns, with_earlier, write_json
 
 from cpn_fast.commands.reproduce import at_scale, scored_seeds
 from cpn_fast.config import Config
@@ -45,7 +45,6 @@ SCORES = ("train", "threshold", "validation", "validation, oracle")
 def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Return rows of one trained network at all scales and at one; ``about`` describes the machine."""
     weights = train.run(config)
-    trained = read_json(config.run / "environment.json")
     rows = []
     for config_ in (config, at_scale(config, 1.0)):
         on_training = scored_seeds(config_, weights, config_.data.eval_list)
@@ -59,10 +58,8 @@ def scores(config: Config, validation: Path, about: dict[str, Any]) -> list[dict
                 "threshold": threshold,
                 "validation": 100 * float(on_validation.fixed.mean_iou),
                 "validation, oracle": 100 * float(on_validation.oracle.mean_iou),
-                "images/s": logged_rate(config.run),
-                "device": about["device"],
-                "trained on": trained["device"],
-                "precision": trained["precision"],
+                **run_columns(config.run, about),
+                "trained on": read_json(config.run / "environment.json")["device"],
             }
         )
     return rows
@@ -112,16 +109,14 @@ def written(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: text(value) for key, value in summary.items()}
 
 
-def earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[int, dict[int, float]]]]:
-    """Read rows and curves from this script's JSON. Both are empty without the file."""
+def earlier_curves(path: Path) -> dict[str, dict[int, dict[int, float]]]:
+    """Read the curves from this script's JSON. Without the file there are none."""
     if not path.exists():
-        return [], {}
-    tree = read_json(path)
-    curves = {
+        return {}
+    return {
         config: {int(seed): {int(at): miou for at, miou in points.items()} for seed, points in of_seeds.items()}
-        for config, of_seeds in tree["curves"].items()
+        for config, of_seeds in read_json(path)["curves"].items()
     }
-    return tree["rows"], curves
 
 
 def oracle_threshold(evaluation: Evaluation) -> float:
@@ -167,11 +162,11 @@ def run(
         config = load(path, [*overrides, *steps, f"train.seed={seed}", f"name={name}"])
         measured = scores(config, validation, about)
         points = curve(config, validation, measured[0]["validation, oracle"])
-        rows, curves = earlier(out / "real_images.json")  # only now: another call may have written it meanwhile
-        rows = [row for row in rows if (row["config"], row["seed"]) != (base, seed)]
-        rows += [{"config": base, **row} for row in measured]
+        file = out / "real_images.json"
+        rows = with_earlier(file, [{"config": base, **row} for row in measured], "config", "seed")
+        curves = earlier_curves(file)
         curves.setdefault(base, {})[seed] = points
-        write_json(out / "real_images.json", about, rows, spread=spread(rows), curves=curves)
+        write_json(file, about, rows, spread=spread(rows), curves=curves)
         plot(out / "real_images.png", "Seeds of real images", curves)
     print_table("mIoU of CAM seeds on real images, %", [written(summary) for summary in spread(rows)])
 

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timing import arguments, folder, logged_rate, machine, print_table, write_json
+from timing import arguments, folder, machine, print_table, run_columns, with_earlier, write_json
 
 from cpn_fast.config import Config
 from cpn_fast.config_file import load
 from cpn_fast.data.dataset import load_samples
-from cpn_fast.runtime.files import read_json, read_metrics
+from cpn_fast.runtime.files import read_metrics
 from cpn_fast.stages import evaluate, segment
 
 
@@ -64,9 +64,7 @@ def measured(config: Config, masks: Path, about: dict[str, Any]) -> dict[str, An
         "training": scored(config, on_training / "masks", training),
         "validation": scored(config, on_validation / "masks", options.eval_list),
         "with CRF": scored(config, on_validation / "crf", options.eval_list) if options.crf else None,
-        "images/s": logged_rate(run),
-        "device": about["device"],
-        "precision": read_json(run / "environment.json")["precision"],
+        **run_columns(run, about),
     }
 
 
@@ -81,8 +79,7 @@ def run(
     config = load(path, [*overrides, f"name={name}"])
     row = {"run": name, **measured(config, masks, about)}
     file = out / "segmenter.json"
-    rows = read_json(file)["rows"] if file.exists() else []  # only now: another call may have written it meanwhile
-    rows = [other for other in rows if other["run"] != name] + [row]
+    rows = with_earlier(file, [row], "run")
     write_json(file, about, rows)
     print_table("mIoU of the segmenter's masks, %", rows)
 

@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from real_images import oracle_threshold
-from timing import arguments, folder, logged_rate, machine, print_table, write_json
+from timing import arguments, folder, machine, print_table, run_columns, with_earlier, write_json
 
 from cpn_fast.commands.reproduce import scored_seeds
 from cpn_fast.config import Config
 from cpn_fast.config_file import load
-from cpn_fast.runtime.files import read_json
 from cpn_fast.stages import train
-
-UNCHANGED = "as it is"
 
 
 def measured(config: Config, about: dict[str, Any]) -> dict[str, Any]:
@@ -36,20 +33,8 @@ def measured(config: Config, about: dict[str, Any]) -> dict[str, Any]:
     return {
         "train": 100 * float(evaluation.oracle.mean_iou),
         "threshold": oracle_threshold(evaluation),
-        "images/s": logged_rate(config.run),
-        "device": about["device"],
-        "precision": read_json(config.run / "environment.json")["precision"],
+        **run_columns(config.run, about),
     }
-
-
-def with_leads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add each row's lead, in points, over its config as it is after as many steps. It is None if that was not run."""
-    base = {(row["config"], row["steps"]): row["train"] for row in rows if row["setting"] == UNCHANGED}
-    leads = [(row["train"], base.get((row["config"], row["steps"]))) for row in rows]
-    return [
-        row | {"lead": None if unchanged is None else score - unchanged}
-        for row, (score, unchanged) in zip(rows, leads, strict=True)
-    ]
 
 
 def run(
@@ -60,20 +45,18 @@ def run(
     out: Path,
     about: dict[str, Any],
 ) -> None:
-    path = out / "settings.json"
-    for setting in settings:
-        title = " ".join(setting) or UNCHANGED
+    file = out / "settings.json"
+    unchanged: dict[str, float] = {}  # a config's score as it is; it comes first
+    for setting in [(), *settings]:
         for config_path in configs:
             base = load(config_path, overrides).name
             name = re.sub(r"[^\w.-]", "-", "-".join([base, f"{steps}-steps", *setting]))
             config = load(config_path, [*overrides, f"train.steps={steps}", *setting, f"name={name}"])
-            row = {"config": base, "setting": title, "steps": steps, **measured(config, about)}
-            key = (base, title, steps)
-            # Read only now: another call may have written it meanwhile.
-            rows = read_json(path)["rows"] if path.exists() else []
-            rows = [row for row in rows if (row["config"], row["setting"], row["steps"]) != key]
-            rows = with_leads([*rows, row])
-            write_json(path, about, rows)
+            row: dict[str, Any] = {"config": base, "setting": " ".join(setting) or "as it is", "steps": steps}
+            row |= measured(config, about)
+            row["lead"] = row["train"] - unchanged.setdefault(base, row["train"])
+            rows = with_earlier(file, [row], "config", "setting", "steps")
+            write_json(file, about, rows)
     print_table("mIoU of the training list's CAM seeds, %", rows)
 
 
@@ -85,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of each run; default 1000")
     options = parser.parse_args()
     out, about = folder(options.out, options.device), machine(options.device)
-    run(options.configs, [(), *options.settings], options.overrides, options.steps, out, about)
+    run(options.configs, options.settings, options.overrides, options.steps, out, about)
 
 
 if __name__ == "__main__":

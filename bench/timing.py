@@ -157,6 +157,12 @@ def logged_rate(run: Path, skip: int = 0) -> float:
     return statistics.median(line["images_per_second"] for line in read_metrics(run / "metrics.jsonl")[skip:])
 
 
+def run_columns(run: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a training run: its rate, the machine that scores it (``about``) and its precision."""
+    environment = json.loads((run / "environment.json").read_text())
+    return {"images/s": logged_rate(run), "device": about["device"], "precision": environment["precision"]}
+
+
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Return the peak memory during a call, without the memory held before it.
 
@@ -235,6 +241,16 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(_text(row.get(key)) for key in keys))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def with_earlier(path: Path, rows: list[dict[str, Any]], *key: str) -> list[dict[str, Any]]:
+    """Return the rows of an earlier result file and ``rows``, which replace those with the same ``key`` columns.
+
+    Call it right before ``write_json``: another call may write the file during the measurement.
+    """
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    measured = {tuple(row[column] for column in key) for row in rows}
+    return [row for row in earlier if tuple(row[column] for column in key) not in measured] + rows
 
 
 def write_json(

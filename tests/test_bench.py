@@ -401,7 +401,7 @@ def test_settings_are_compared_with_the_config_as_it_is(small_voc: Path, tiny_co
     tried = ("train.lr=0.5", "train.momentum=0.5")
 
     def measured(*tries: tuple[str, ...], steps: int = 2) -> list[dict[str, Any]]:
-        settings.run(paths, [(), *tries], overrides, steps, tmp_path, {"device": "CPU"})
+        settings.run(paths, tries, overrides, steps, tmp_path, {"device": "CPU"})
         return json.loads((tmp_path / "settings.json").read_text())["rows"]
 
     rows = measured(tried)

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cpn_fast.cli import app
 from cpn_fast.commands import init
-from cpn_fast.config import Config
+from cpn_fast.config import Config, Crf, Walk
 from cpn_fast.config_file import load
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.runtime.errors import UserError
@@ -83,6 +85,18 @@ def test_it_says_how_long_and_what_to_type_and_the_sizes_follow(photos: Path, mo
     assert re.search(r"about\s+7\s+minutes, and cpn-fast run, with all stages, about\s+13", said)
     assert "cpn-fast doctor my-photos-cpn/config.yaml" in said
     assert "cpn-fast run my-photos-cpn/config.yaml" in said
+
+
+def test_seeds_and_background_scores_fit_the_network(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    small, _ = started(photos, monkeypatch)
+    measured = load(Path(__file__).parents[2] / "configs/voc_mini_cam.yaml")  # on raw maps
+    assert small.cam.map == measured.cam.map == "raw"
+    assert (small.crf, small.walk) == (measured.crf, measured.walk)
+    save_file({"conv1a.weight": torch.zeros(1)}, "resnet38d.safetensors")
+    started(photos, monkeypatch, "--weights", "resnet38d.safetensors", "--out", "large")
+    large = load(Path("large/config.yaml"))
+    assert (large.cam.map, large.crf, large.walk) == ("refined", Crf(), Walk())
 
 
 def test_folders_of_classes_are_tags(photos: Path, monkeypatch) -> None:

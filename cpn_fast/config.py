@@ -246,7 +246,7 @@ class Loss(Section):
     """Background of refined maps. Paper ``own``: their background channel. Released ``recomputed``: eq. 16 again."""
     hard_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the errors of eq. 15 (SEAM: ECR) that count, the largest ones (OHEM). 1 is the plain mean. Paper and
-    released 0.2."""
+    released 0.2. With C < 20 classes, 4.2 / (1 + C) counts as many errors as 0.2 with twenty; ``init`` writes it."""
     hard_over: Literal["image", "batch"] = "image"
     """Errors compete within a mini-``batch`` (paper) or an ``image`` (released). With negatives, ``batch`` needs
     ``background: before-lambda``. After lambda, all errors of a negative are 1 and would win."""

@@ -93,6 +93,7 @@ def test_seeds_and_background_scores_fit_the_network(photos: Path, monkeypatch) 
     measured = load(Path(__file__).parents[2] / "configs/voc_mini_cam.yaml")  # on raw maps
     assert small.cam.map == measured.cam.map == "raw"
     assert (small.crf, small.walk) == (measured.crf, measured.walk)
+    assert small.loss.hard_share == 1  # two classes
     save_file({"conv1a.weight": torch.zeros(1)}, "resnet38d.safetensors")
     started(photos, monkeypatch, "--weights", "resnet38d.safetensors", "--out", "large")
     large = load(Path("large/config.yaml"))

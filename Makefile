@@ -56,7 +56,7 @@ $(VENV)/ready: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet "setuptools>=68" wheel numpy Cython $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation fast-slic pydensecrf2
+	$(SHARED_LIBSTDCXX) $(VENV)/bin/python -m pip install --quiet --no-build-isolation fast-slic pydensecrf2
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 

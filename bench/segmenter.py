@@ -33,7 +33,7 @@ def scored(config: Config, masks: Path, list_path: Path) -> float | None:
     truth = samples[0].mask
     if truth is not None and truth.parent.samefile(masks):
         return None
-    evaluation = evaluate.evaluate_masks(samples, masks, config.classes, list_name=str(list_path), workers=2)
+    evaluation = evaluate.evaluate_masks(samples, masks, config.classes, list_path=str(list_path), workers=2)
     return 100 * float(evaluation.results[0].scores.mean_iou)
 
 

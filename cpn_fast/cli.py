@@ -36,7 +36,7 @@ ListFile = Annotated[
     Path | None, typer.Option("--list", help="A list of images instead of data.eval_list.", show_default=False)
 ]
 
-# Commands import their stages after they read the config, so neither --help nor a misspelt key waits for torch.
+# Commands import their stages after they read CONFIG, so neither --help nor a misspelt key waits for torch.
 
 
 def _settings(config: Path, overrides: list[str]) -> Config:
@@ -111,11 +111,12 @@ def shards(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Pack the training list (images, tags, superpixels) into WebDataset shards. train reads them with data.shards."""
+
+    settings = _settings(config, overrides)
     from cpn_fast.data.dataset import load_samples
     from cpn_fast.pipelines.shards import pack
     from cpn_fast.pipelines.superpixels import SuperpixelCache
 
-    settings = _settings(config, overrides)
     train = settings.train
     samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
     cached = settings.superpixels.mode == "cached"
@@ -157,14 +158,15 @@ def cam(
     """Make CAM seeds, masks and overlays for a list of tagged images."""
 
     settings = _settings(config, overrides)
-    if checkpoint is None and not (final := settings.run / "model.safetensors").exists():
-        raise UserError(f"{final}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
-    from cpn_fast.models.weights import chosen
+    from cpn_fast.models.weights import FINAL, weights_of
     from cpn_fast.stages import cam
+
+    if checkpoint is None and not (final := settings.run / FINAL).exists():
+        raise UserError(f"{final}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
 
     weights = checkpoint or settings.run
     if weights.is_dir():
-        weights = chosen(weights, settings)
+        weights = weights_of(weights, settings)
     folder = cam.run(settings, weights, list_file)
     print(f"Seeds, masks and overlays are in {folder}")
     print("  overlays: each image under its mask, with the names of its classes. Look at these first")

@@ -54,6 +54,8 @@ def _number_or_auto(value: Any) -> Any:
 BACKBONES = ("resnet38d", "mobilenet_v2", "narrow")
 TIMM = "timm:"
 """Prefix of the name of a timm model, as in ``timm:resnet50``."""
+TIMM_WEIGHTS = Path("timm")
+"""Stands for the weights that timm downloads, in ``model.weights``."""
 PACKAGE = "package:"
 """Prefix of the name of an installed Python package that holds a file of weights."""
 
@@ -289,7 +291,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast of the forward pass. Null: bf16 where the hardware computes it (CUDA from sm_80, CPUs with AVX512-BF16,
     AMX or ARM's bf16), otherwise fp32. ``fp16`` scales the loss: a step whose gradient overflows is skipped and the
-    scale is halved. This counts as not finite only when the scale is down to 1."""
+    scale is halved. An overflow counts as not finite only at a scale of 1."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do at a step whose gradient is not finite: ``stop`` the run, or ``skip`` the step (its gradient counts as
     zero). ``nonfinite.json`` in the run's folder names the step's images."""
@@ -387,10 +389,11 @@ class Crf(Section):
     parameters: CrfName = "seam-labels"
     """A released set of parameters. ``PARAMETERS`` of ``cpn_fast/refinement/crf.py`` lists them."""
     low_alpha: Exponent = 4.0
-    """A class is certain if it wins against the background score of this alpha, the larger one. SEAM and psa 4."""
+    """Where a class wins against the background score of this alpha, the larger score, it is certain. SEAM and psa
+    4."""
     high_alpha: Exponent = 24.0
-    """Background is certain if it wins with the score of this alpha, the smaller one. SEAM 24; psa 32, in its README
-    16."""
+    """Where background wins with the score of this alpha, the smaller score, it is certain. SEAM 24; psa 32, in its
+    README 16."""
     workers: Workers | None = None
     """Processes. Null: one for each core. Fewer run at a time if more would not fit into half of the free memory: a CRF
     of 24 megapixels and 3 labels counts 9 GB, one of VOC's 500 x 375 pixels 0.07 GB."""
@@ -539,7 +542,7 @@ class Config(Section):
             )
         if self.model.stride == 16 and self.model.backbone in ("resnet38d", "narrow"):
             raise ValueError(f"model.stride 16 is for mobilenet_v2 and {TIMM}NAME; {self.model.backbone} has stride 8")
-        if self.model.weights == Path("timm") and not self.model.backbone.startswith(TIMM):
+        if self.model.weights == TIMM_WEIGHTS and not self.model.backbone.startswith(TIMM):
             raise ValueError(f"model.weights timm is for model.backbone {TIMM}NAME, found {self.model.backbone}")
         for name, part in (("affinity", self.affinity), ("segment", self.segment)):
             if part.train.validate_every is not None:

@@ -130,6 +130,8 @@ def counted(elements: int, share: float) -> int:
 
 
 def normalise(maps: Tensor, how: str) -> Tensor:
+    """Bring the positive part of each map (N, C, H, W) to 0 to 1: ``max`` divides it by its maximum, ``min-max``
+    stretches it from its minimum to its maximum."""
     positive = maps.relu()
     high = positive.amax(dim=(2, 3), keepdim=True)
     if how == "max":

@@ -103,7 +103,7 @@ def png(labels: np.ndarray, bits: int, source: str) -> bytes:
     return file.getvalue()
 
 
-def engine() -> str:
+def instruction_set() -> str:
     """Return fast-slic's instruction set in use, such as ``x64/avx2``."""
     return str(_slic().arch_name)
 

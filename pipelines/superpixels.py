@@ -67,7 +67,7 @@ def engine(config: Superpixels, device: torch.device | None = None) -> str:
 def described(config: Superpixels) -> str:
     """Return the engine with its version, such as ``fast-slic 0.4.0 (x64/avx2)`` or ``kernel 1 (cpu)``."""
     if engine(config) == "fast-slic":
-        return f"fast-slic {_version()} ({_shared(1).call('fast-slic', slic.engine)})"
+        return f"fast-slic {_version()} ({_shared(1).call('fast-slic', slic.instruction_set)})"
     return f"kernel {_definition()} ({_device().type})"
 
 

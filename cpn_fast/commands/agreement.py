@@ -17,7 +17,7 @@ from cpn_fast.config import Config
 from cpn_fast.data.dataset import Sample, load_samples
 from cpn_fast.data.masks import is_of_another_image, read_mask
 from cpn_fast.data.seeds import seed_probabilities
-from cpn_fast.models.weights import FINAL, chosen
+from cpn_fast.models.weights import FINAL, weights_of
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import read_note
@@ -77,7 +77,7 @@ def all_found(folder: Path, config: Config) -> list[Found]:
 
     A warning on stderr names each list that can no longer be read. Raises UserError for damaged seeds and masks.
     """
-    weights = {"cams": chosen(folder, config), "segment": folder / "segment/deeplab" / FINAL}
+    weights = {"cams": weights_of(folder, config), "segment": folder / "segment/deeplab" / FINAL}
     digests = {kind: reading.sha256(path, reading.WEIGHTS) for kind, path in weights.items() if path.exists()}
     results = []
     for result_folder in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):

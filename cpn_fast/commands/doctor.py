@@ -250,12 +250,14 @@ def data(config: Config) -> Finding:
 
 
 def weights(config: Config) -> Finding:
-    from cpn_fast.models.weights import read_weights
+    from cpn_fast.models.network import build_network
+    from cpn_fast.models.pretrained import start_from
 
     if config.model.weights is None:
         return Finding("ok", "none (model.weights is null)")
-    tensors = read_weights(config.model.weights)
-    return Finding("ok", f"{config.model.weights}: {sum(map(torch.numel, tensors.values())):,} numbers")
+    new_layers = start_from(build_network(config), config.model.weights)
+    found = f"{config.model.weights} fits {config.model.backbone}"
+    return Finding("ok", f"{found}; new layers: {', '.join(new_layers) or 'none'}")
 
 
 def hook(config: Config) -> Finding:

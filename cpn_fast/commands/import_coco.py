@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from cpn_fast.data.dataset import raise_problems
 from cpn_fast.data.images import MAX_PIXELS
 from cpn_fast.data.labels import IMAGE_SUFFIXES
 from cpn_fast.data.masks import IGNORE, write_mask
-from cpn_fast.runtime import reading
+from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import claim, read_note, replacing, write_json
 from cpn_fast.runtime.progress import track
@@ -139,7 +138,7 @@ def run(instances: Path, images: Path, root: Path) -> Imported:
             raise UserError(f"{instances}: {error}") from None
 
     missing = [image for image in tree.images if not (masks / f"{image.stem}.png").exists()]
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(distributed.join().cores)
     try:
         for _ in track(pool.map(draw, missing), f"masks of {name}", total=len(missing)):
             pass

@@ -25,6 +25,7 @@ from cpn_fast.data.dataset import load_samples, tags
 from cpn_fast.data.masks import IGNORE, read_mask
 from cpn_fast.data.seeds import unit_scale
 from cpn_fast.methods.patches import complementary_pair, normalised_fill
+from cpn_fast.models.backbone import to_device
 from cpn_fast.models.inference import images_for, load_network, summed_cams
 from cpn_fast.models.network import Network
 from cpn_fast.pipelines.inference import ScaledBatch
@@ -110,7 +111,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = to_device(load_network(config, weights), device).eval()
     settings = [(patches, count, Counts.none()) for patches, count in patch_sizes(config.patches)]
     generators = [torch.Generator(device).manual_seed(config.train.seed) for _ in settings]
     batches = images_for(network, samples, config, (1.0,))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ import yaml
 
 from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss
 from cpn_fast.config_file import parse
-from cpn_fast.data.dataset import TABLES
+from cpn_fast.data.dataset import TABLES, visible_files
 from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
-from cpn_fast.runtime import reading
+from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import remove_partials, replacing
 from cpn_fast.runtime.owner import owned
@@ -117,12 +116,8 @@ _EXPECTED = (
 
 def _photos(folder: Path) -> list[str]:
     """Return the ids of the images in a folder and its subfolders, without hidden ones."""
-    paths = [
-        path.relative_to(folder)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    ]
-    ids = [path.with_suffix("").as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    paths = [path.relative_to(folder) for path in visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    ids = [path.with_suffix("").as_posix() for path in paths]
     repeated = [id_ for id_, count in Counter(ids).items() if count > 1]
     if repeated:
         raise UserError(f"{folder}: several photos are called {some(repeated)}, with different endings: rename them")
@@ -212,7 +207,7 @@ def _config(
         "augment": {"long_side": [crop, round(1.7 * crop)], "crop": crop},
         "model": model,
         "loss": {"hard_share": hard_share(len(classes))},
-        "train": {"batch": batch, "steps": 1, "data_threads": os.cpu_count() or 1},
+        "train": {"batch": batch, "steps": 1, "data_threads": distributed.join().cores},
         "cam": {"scales": [0.5, 0.75, 1.0]},
         "affinity": {"augment": {"crop": crop}, "train": {"batch": batch, "steps": 1, "momentum": 0.9}},
         "segment": {

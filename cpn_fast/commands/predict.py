@@ -13,6 +13,7 @@ from PIL import Image
 
 from cpn_fast.commands.annotations import writer
 from cpn_fast.commands.trained_model import CamModel, Model, Prediction, Tags, load
+from cpn_fast.data.dataset import visible_files
 from cpn_fast.data.images import UnreadableImage, read_image
 from cpn_fast.data.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.data.masks import write_mask
@@ -125,8 +126,7 @@ def _find(images: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
         if not path.is_dir():
             paths.append((path.stem, path))
             continue
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() or file.is_symlink()]
-        visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        visible = visible_files(path)
         in_folder = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
         if not in_folder:
             raise UserError(f"{path}: no images in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")

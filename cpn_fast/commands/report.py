@@ -32,6 +32,7 @@ from cpn_fast.data.images import read_image
 from cpn_fast.data.masks import read_mask
 from cpn_fast.data.scores import SUMMARY, Scores, confusion
 from cpn_fast.data.seeds import Seed, read_seed
+from cpn_fast.models.weights import FINAL
 from cpn_fast.pipelines.shards import training_list
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
@@ -63,7 +64,7 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
         raise UserError(f"{folder}: no config.yaml in it; give the folder of a run: {runs}")
     config = load(folder / "config.yaml", overrides)
     environment = folder / "environment.json"
-    model = load_model(folder) if (folder / "model.safetensors").exists() else None
+    model = load_model(folder) if (folder / FINAL).exists() else None
     evaluation_paths = sorted(folder.glob("evaluation/*/*/evaluation.json"))
     evaluations = [_evaluation(path, config, model) for path in evaluation_paths]
     trained = "segmenter" if isinstance(model, Segmenter) else config.method

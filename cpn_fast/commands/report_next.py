@@ -9,6 +9,7 @@ from cpn_fast.commands.agreement import Found
 from cpn_fast.commands.trained_model import Model, Segmenter
 from cpn_fast.config import Config, Train
 from cpn_fast.data.dataset import load_samples
+from cpn_fast.models.weights import FINAL
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.terminal import command_line
 from cpn_fast.stages.chain import check
@@ -25,7 +26,7 @@ def next_step(folder: Path, config: Config, model: Model | None, overrides: list
     if isinstance(model, Segmenter):
         return _PREDICT, command_line("predict", photo, "--model", folder)
     segmenter = folder / "segment/deeplab"
-    if (segmenter / "model.safetensors").is_file():
+    if (segmenter / FINAL).is_file():
         return _PREDICT, command_line("predict", photo, "--model", segmenter)
     if not any(folder.glob("cams/*/seeds")):
         why = "See what the network found in the photos:"

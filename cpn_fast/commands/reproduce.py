@@ -274,9 +274,8 @@ def scored_seeds(config: Config, weights: Path, list_path: Path, held_out: float
     """Make the missing seeds of a list and score all, also at the threshold ``held_out``. Writes no scores."""
     seeds = cam.run(config, weights, list_path) / "seeds"
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
-    name = str(list_path)
     return evaluate.evaluate_cams(
-        samples, seeds, config.evaluate, config.classes, list_name=name, held_out=held_out, workers=2
+        samples, seeds, config.evaluate, config.classes, list_path=str(list_path), held_out=held_out, workers=2
     )
 
 

@@ -23,12 +23,12 @@ from cpn_fast.data.dataset import Sample
 from cpn_fast.data.images import upright
 from cpn_fast.data.seeds import Seed, unit_scale
 from cpn_fast.kernels import pooled_logits
-from cpn_fast.models.backbone import Headed
+from cpn_fast.models.backbone import Headed, to_device
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
 from cpn_fast.models.folding import fold
 from cpn_fast.models.inference import images_for, nearest_scale, summed_cams
 from cpn_fast.models.network import Network, build_network
-from cpn_fast.models.weights import chosen, load_into, read_weights, require_finite, to_network_keys
+from cpn_fast.models.weights import FINAL, load_into, read_weights, require_finite, to_network_keys, weights_of
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.precision import autocast
@@ -241,20 +241,20 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     Raises UserError if either file is missing or damaged.
     """
     path = Path(path)
-    weights = path / "model.safetensors" if path.is_dir() else path
+    weights = path / FINAL if path.is_dir() else path
     if not weights.exists():
-        runs = ", ".join(str(file.parent) for file in sorted(path.glob("*/model.safetensors")))
-        hint = f"trained runs there: {runs}" if runs else "`cpn-fast train` writes a run's model.safetensors"
+        runs = ", ".join(str(file.parent) for file in sorted(path.glob(f"*/{FINAL}")))
+        hint = f"trained runs there: {runs}" if runs else f"`cpn-fast train` writes a run's {FINAL}"
         raise UserError(f"{weights}: no such file of weights; {hint}")
     config = _config_of(weights)
     if path.is_dir():
-        weights = chosen(path, config)
+        weights = weights_of(path, config)
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tensors = to_network_keys(read_weights(weights))
 
     def loaded(network: Net) -> Net:
         load_into(network, tensors, source=weights)
-        return fold(network.eval()).to(torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return to_device(fold(network.eval()), torch_device)
 
     if "cls_conv.weight" in tensors:
         return Segmenter(config, weights, loaded(build_deeplab(config)))

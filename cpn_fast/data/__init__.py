@@ -1,1 +1,1 @@
-"""The data set and its files: lists, tags, images, masks, seeds."""
+"""The data set and its files: lists, tags, images, masks, seeds, scores, pictures, provenance."""

@@ -287,6 +287,12 @@ def _names_in(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, sorted: no hidden ones, but also links that lead nowhere."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
 def _with_labels(
     samples: dict[str, Sample], path: Path, classes: Sequence[str], problems: dict[str, list[str]]
 ) -> dict[str, Sample]:

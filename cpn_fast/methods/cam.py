@@ -15,6 +15,8 @@ from cpn_fast.pipelines.training import Batch
 
 
 class PlainCam:
+    """The classifier alone: one view, and the classification loss."""
+
     pixel_map = None
 
     def __init__(self, config: Config) -> None:

@@ -26,7 +26,10 @@ class Views(NamedTuple):
 
 
 class Losses(NamedTuple):
+    """The result of a method's ``losses``."""
+
     total: Tensor
+    """Weighted sum of the terms, a scalar with a gradient."""
     parts: dict[str, Tensor]
     """Name of a weight in the config -> its unweighted term, detached."""
     logits: Tensor | None = None
@@ -46,7 +49,9 @@ class Method(Protocol):
         """The map of a batch: superpixels, a PNG per image (``TrainingPipeline``'s ``map_path``), or None."""
         ...
 
-    def views(self, batch: Batch, generator: torch.Generator) -> Views: ...
+    def views(self, batch: Batch, generator: torch.Generator) -> Views:
+        """Return the inputs of a step. All random numbers come from ``generator``."""
+        ...
 
     def losses(self, outputs: Sequence[Any], views: Views) -> Losses:
         """``outputs`` has one output of the network for each of ``views.inputs``."""

@@ -12,6 +12,8 @@ from cpn_fast.config import Patches, Rgb
 
 
 class Pair(NamedTuple):
+    """Two views of a batch. Each patch is shown in one and hidden in the other."""
+
     visible: Tensor
     """(B, 3, H, W), with hidden patches filled."""
     complement: Tensor

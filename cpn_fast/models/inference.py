@@ -78,12 +78,8 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
     labels = labels.to(device, non_blocking=True)
     classified = nearest_scale(batch)
     for index, images in enumerate(batch.scales):
-        passes = [images]
-        if options.flip:
-            mirrored = images.flip(3)
-            fits = 2 * images[:, 0].numel() <= options.pixels
-            passes = [torch.cat([images, mirrored])] if fits else [images, mirrored]
-        outputs = [_foreground(network, views, labels, options.map) for views in passes]
+        passes = views(images, flip=options.flip, pixels=options.pixels)
+        outputs = [_foreground(network, batch_of_views, labels, options.map) for batch_of_views in passes]
         maps = torch.cat([cams for cams, _ in outputs])
         if index == classified:
             size = images.shape[2], images.shape[3]
@@ -95,6 +91,17 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
         full = [_resize(_resize(cam, images.shape[2:], corners=True), batch.size, corners=False) for cam in present]
         sums = [a.add_(b) for a, b in zip(sums, full, strict=True)] if sums else full
     return Summed(sums, probabilities)
+
+
+def views(images: Tensor, *, flip: bool, pixels: int) -> list[Tensor]:
+    """Return the inputs of forward passes: images (B, 3, H, W), with ``flip`` also their mirror images.
+
+    Both are one batch (2B, 3, H, W), or two batches if one would have more than ``pixels`` pixels.
+    """
+    if not flip:
+        return [images]
+    mirrored = images.flip(3)
+    return [torch.cat([images, mirrored])] if 2 * images[:, 0].numel() <= pixels else [images, mirrored]
 
 
 def nearest_scale(batch: ScaledBatch) -> int:

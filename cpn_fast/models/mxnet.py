@@ -80,6 +80,10 @@ class _ParamsFile:
 
 
 def read_params(path: Path) -> Content:
+    """Return the tensors of ResNet38 by the released PyTorch names, without its classifier.
+
+    Raises UserError for a file of another kind or network, and for one that is damaged.
+    """
     with path.open("rb") as opened:
         file = _ParamsFile(path, opened)
         if file.number("Q") != _PARAMS_MAGIC:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpn_fast.config import TIMM_WEIGHTS
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.network import HEADS
 from cpn_fast.models.timm_backbone import TimmBackbone, pretrained_by_timm
@@ -19,15 +20,15 @@ from cpn_fast.models.weights import load_into, read_weights, to_network_keys
 def start_from(network: Headed, path: Path) -> list[str]:
     """Load pretrained weights. The backbone's weights must fit; heads that do not fit stay random.
 
-    The file may hold a backbone, a classifier, or one of our networks, also with other classes. The path ``timm``
-    stands for timm's weights. Returns the heads that stay random. Raises UserError as ``load_into`` does.
+    The file may hold a backbone, a classifier, or one of our networks, also with other classes. ``TIMM_WEIGHTS``
+    stands for timm's. Returns the heads that stay random. Raises UserError as ``load_into`` does.
     """
     state, backbone = network.state_dict(), network.backbone
 
     def fits(key: str, tensor: Tensor) -> bool:
         return key.split(".")[0] not in HEADS or (key in state and state[key].shape == tensor.shape)
 
-    if isinstance(backbone, TimmBackbone) and path == Path("timm"):
+    if isinstance(backbone, TimmBackbone) and path == TIMM_WEIGHTS:
         content = pretrained_by_timm(backbone.name)
     else:
         content = read_weights(path)

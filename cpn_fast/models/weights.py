@@ -80,7 +80,7 @@ def _serialised(tensors: Mapping[str, Tensor], config: str = "", training: Mappi
     return safetensors.torch.save(copies, metadata={_NOTE: text})
 
 
-def chosen(run: Path, config: Config) -> Path:
+def weights_of(run: Path, config: Config) -> Path:
     """Return the file of a run's weights for later stages, which ``train.use_weights`` selects.
 
     Raises UserError if these are the best weights and the file does not exist.

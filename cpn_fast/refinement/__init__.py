@@ -1,1 +1,1 @@
-"""From seeds to pseudo-masks: dense CRF, pixel affinities."""
+"""From seeds to pseudo-masks: dense CRF, pixel affinities, random walk."""

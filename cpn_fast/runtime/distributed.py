@@ -37,7 +37,10 @@ Item = TypeVar("Item")
 
 
 class Rank(NamedTuple):
+    """One of the processes that torchrun started, or the only process."""
+
     number: int
+    """Number among the processes of all machines, from 0."""
     world: int
     """Number of processes on all machines."""
     local: int

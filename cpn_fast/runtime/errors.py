@@ -1,4 +1,4 @@
-"""The exception for errors that a user can fix, and detection of full memory.
+"""The exception for errors that a user can fix, how it lists names, and detection of full memory.
 
 The command line prints a UserError without a traceback.
 """

@@ -21,6 +21,7 @@ from cpn_fast.data.pictures import overlay
 from cpn_fast.data.png import can_be_kept
 from cpn_fast.data.provenance import VERSION, combined, image_digests, mark, marked_image
 from cpn_fast.data.seeds import Seed, read_seed, seed_source, unit_scale, write_seed
+from cpn_fast.models.backbone import to_device
 from cpn_fast.models.inference import images_for, load_network, summed_cams
 from cpn_fast.models.weights import require_finite
 from cpn_fast.runtime import distributed, reading
@@ -51,7 +52,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
 
 def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     device = rank.device
-    network = load_network(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = to_device(load_network(config, weights), device)
     origin = claim_once(rank, folder, lambda: _provenance(config, weights), OWN)
     share = rank.share(samples)
     missing, undrawn = [], []

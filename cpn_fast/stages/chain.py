@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from cpn_fast.config import PACKAGE, Config
+from cpn_fast.config import PACKAGE, TIMM_WEIGHTS, Config
 from cpn_fast.data.dataset import has_ground_truth, load_samples
+from cpn_fast.models.weights import FINAL
 from cpn_fast.runtime import distributed, reading, terminal
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.owner import owned
@@ -86,8 +87,8 @@ def check(config: Config, world: int) -> None:
         except UserError as error:
             problems.append(str(error))
     weights, run = config.model.weights, config.run
-    trained = all((run / part / "model.safetensors").is_file() for part in (".", "refine/affinity", "segment/deeplab"))
-    is_file = weights is not None and str(weights) != "timm" and not str(weights).startswith(PACKAGE)
+    trained = all((run / part / FINAL).is_file() for part in (".", "refine/affinity", "segment/deeplab"))
+    is_file = weights not in (None, TIMM_WEIGHTS) and not str(weights).startswith(PACKAGE)
     if not trained and is_file:
         assert weights is not None
         try:

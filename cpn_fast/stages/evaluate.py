@@ -39,7 +39,7 @@ def evaluate_cams(
     config: Evaluate,
     classes: Sequence[str],
     *,
-    list_name: str,
+    list_path: str,
     held_out: float | None = None,
     workers: int,
 ) -> Evaluation:
@@ -70,12 +70,12 @@ def evaluate_cams(
     results = [Result(kind, value, Scores(counts[np.searchsorted(tried, value)])) for kind, value in chosen.items()]
     results.append(Result("oracle", float(grid[best]), Scores(curve.confusion[best])))
     return Evaluation(
-        folder, list_name, tuple(s.id for s in samples), tuple(classes), tuple(results), Curve(grid, curve)
+        folder, list_path, tuple(s.id for s in samples), tuple(classes), tuple(results), Curve(grid, curve)
     )
 
 
 def evaluate_masks(
-    samples: Sequence[Sample], folder: Path, classes: Sequence[str], *, list_name: str, workers: int
+    samples: Sequence[Sample], folder: Path, classes: Sequence[str], *, list_path: str, workers: int
 ) -> Evaluation:
     """Score ``folder/<id>.png`` against the samples' masks.
 
@@ -96,7 +96,7 @@ def evaluate_masks(
     _each(samples, folder, ".png", score, workers)
     scores = Scores(distributed.join().sum(total))
     ids = tuple(sample.id for sample in samples)
-    return Evaluation(folder, list_name, ids, tuple(classes), (Result("masks", None, scores),))
+    return Evaluation(folder, list_path, ids, tuple(classes), (Result("masks", None, scores),))
 
 
 def held_out_threshold(path: Path, ids: Collection[str]) -> float:
@@ -142,15 +142,14 @@ def run(
         raise UserError(f"{source}: holds all results of a stage, not only {inner.name}; did you mean {inner}?")
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
-    workers = os.cpu_count() or 1
-    name = str(list_path)
+    workers = distributed.join().cores
     if cams:
         held_out = held_out_threshold(threshold_from, [sample.id for sample in samples]) if threshold_from else None
         evaluation = evaluate_cams(
-            samples, cams, config.evaluate, config.classes, list_name=name, held_out=held_out, workers=workers
+            samples, cams, config.evaluate, config.classes, list_path=str(list_path), held_out=held_out, workers=workers
         )
     else:
-        evaluation = evaluate_masks(samples, source, config.classes, list_name=name, workers=workers)
+        evaluation = evaluate_masks(samples, source, config.classes, list_path=str(list_path), workers=workers)
     absent = [
         name for name, pixels in zip(config.classes, evaluation.results[0].scores.true[1:], strict=True) if not pixels
     ]
@@ -161,15 +160,7 @@ def run(
         )
     if absent and distributed.join().first:
         print(f"Warning: no ground truth has a pixel of {some(absent)}; the scores leave them out", file=sys.stderr)
-    resolved, run_folder = source.resolve(), config.run.resolve()
-    inside = resolved.is_relative_to(run_folder)
-    parts = resolved.relative_to(run_folder).parts if inside else resolved.parts[-2:]
-    name = "-".join(parts)
-    # A folder outside the run may end like one inside. A file name has at most 255 bytes.
-    if not inside or len(os.fsencode(name)) > 200:
-        name = name if len(os.fsencode(name)) <= 200 else parts[-1][:40]
-        name += f"-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:8]}"
-    folder = config.run / "evaluation" / config.list_name(list_path) / name
+    folder = config.run / "evaluation" / config.list_name(list_path) / _name(source, config.run)
     if distributed.join().first:
         with owned(folder, waits=True):
             write_evaluation(folder, evaluation)
@@ -177,6 +168,19 @@ def run(
         print(f"Scores, curve and plots are in {folder}")
     distributed.join().wait()
     return dataclasses.replace(evaluation, path=folder / "evaluation.json")
+
+
+def _name(source: Path, run: Path) -> str:
+    """Return a folder's name for the scores of ``source``: its parts below ``run``, or its last parts and a digest."""
+    resolved, run = source.resolve(), run.resolve()
+    inside = resolved.is_relative_to(run)
+    parts = resolved.relative_to(run).parts if inside else resolved.parts[-2:]
+    name = "-".join(parts)
+    long = len(os.fsencode(name)) > 200  # a file name has at most 255 bytes
+    if inside and not long:
+        return name
+    # A folder outside the run may end like one inside.
+    return f"{parts[-1][:40] if long else name}-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:8]}"
 
 
 class _Problem(Exception):

@@ -14,7 +14,6 @@ AffinityNet's training are inputs too. An interrupted part continues where it st
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -34,6 +33,7 @@ from cpn_fast.data.provenance import VERSION, combined, image_digests, mark
 from cpn_fast.data.seeds import Seed, read_seed, seed_digest, seed_source
 from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import AffinityNet
+from cpn_fast.models.backbone import to_device
 from cpn_fast.models.inference import images_for, load_affinity_net
 from cpn_fast.models.weights import require_finite
 from cpn_fast.pipelines.inference import ScaledBatch
@@ -81,7 +81,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
         remove_partials(folder)
         tags_digest = _remember_tags(folder, samples)
     share = rank.share(samples)
-    workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
+    workers = config.crf.workers or rank.cores
     images = image_digests([sample.image for sample in share])
     sources = {
         sample.id: mark(image, seed_digest(seeds / f"{sample.id}.npz"))
@@ -175,7 +175,7 @@ def walk(
     missing = [sample for sample in samples if not can_be_kept(folder / f"{sample.id}.png", sources[sample.id])]
     if not missing:
         return
-    network = load_affinity_net(config, weights).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = to_device(load_affinity_net(config, weights), device)
     batches = images_for(network, missing, config, (1.0,))
     pool: Executor
     progress = Progress("random walk", len(samples), len(samples) - len(missing))

@@ -10,7 +10,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +30,9 @@ from cpn_fast.data.masks import is_of_another_image, write_mask
 from cpn_fast.data.png import can_be_kept
 from cpn_fast.data.provenance import VERSION, combined, image_digests, mark
 from cpn_fast.methods.segmentation import Segmentation
+from cpn_fast.models.backbone import to_device
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
-from cpn_fast.models.inference import images_for, trained
+from cpn_fast.models.inference import images_for, trained, views
 from cpn_fast.models.weights import require_finite
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.refinement.crf import PARAMETERS, Room, dense_crf, process_pool
@@ -113,8 +113,7 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
 
 def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     options = config.segment
-    network = trained(build_deeplab(config), weights).to(rank.device)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = to_device(trained(build_deeplab(config), weights), rank.device)
 
     def provenance() -> dict[str, Any]:
         return {
@@ -134,7 +133,7 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
         if not all(can_be_kept(folder / kind / f"{sample.id}.png", sources[sample.id]) for kind in kinds)
     ]
     batches = images_for(network, missing, config, options.scales)
-    workers = config.crf.workers or max(1, (os.cpu_count() or 1) // rank.world)
+    workers = config.crf.workers or rank.cores
     with ExitStack() as stack:
         pool = stack.enter_context(process_pool(workers) if options.crf else ThreadPoolExecutor(workers))
         progress = stack.enter_context(Progress("segment", len(share), len(share) - len(missing)))
@@ -159,17 +158,11 @@ def class_probabilities(network: DeepLab, batch: ScaledBatch, config: Config) ->
 
 
 def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int) -> Tensor:
-    """Return the mean of the logits over scales and flips, at the original size: float32 (B, 1 + classes, H, W).
-
-    A forward pass takes the images together with their mirror images, or one after the other if both have more than
-    ``pixels`` pixels.
-    """
+    """Return the mean of the logits over scales and flips, at the original size: float32 (B, 1 + classes, H, W)."""
     total: Tensor | None = None
     for images in batch.scales:
-        views = [images, images.flip(3)] if flip else [images]
-        if len(views) * images[:, 0].numel() <= pixels:
-            views = [torch.cat(views)]
-        logits = torch.cat([network(view.contiguous(memory_format=torch.channels_last)).float() for view in views])
+        passes = views(images, flip=flip, pixels=pixels)
+        logits = torch.cat([network(x.contiguous(memory_format=torch.channels_last)).float() for x in passes])
         if flip:
             straight, mirrored = logits.chunk(2)
             logits = (straight + mirrored.flip(3)) / 2

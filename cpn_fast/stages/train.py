@@ -17,11 +17,12 @@ from cpn_fast.data.dataset import Sample, cannot_be_learned
 from cpn_fast.data.images import read_image
 from cpn_fast.methods.known import METHODS
 from cpn_fast.methods.method import Method
+from cpn_fast.models.backbone import to_device
 from cpn_fast.models.dropout import SharedDropout
 from cpn_fast.models.network import Network
 from cpn_fast.models.pretrained import measure_features, start_from
 from cpn_fast.models.timm_backbone import TimmBackbone
-from cpn_fast.models.weights import FINAL, chosen, is_whole, to_released_keys, write_weights
+from cpn_fast.models.weights import FINAL, is_whole, to_released_keys, weights_of, write_weights
 from cpn_fast.pipelines.shards import Shards, training_list
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.pipelines.training import TrainingPipeline
@@ -35,7 +36,7 @@ from cpn_fast.training.batch_size import sized
 from cpn_fast.training.hook import Hook
 from cpn_fast.training.metrics import Meter
 from cpn_fast.training.nonfinite import GradientGuard
-from cpn_fast.training.previews import COUNT, Gallery
+from cpn_fast.training.previews import COUNT, Previews
 from cpn_fast.training.run_folder import differing_keys, open_run, own_config, run_config, write_environment
 from cpn_fast.training.step import Step, load_optimizer, make_optimizer, rate_factor, set_rate
 from cpn_fast.training.validation import Validation
@@ -81,7 +82,7 @@ def _fit(
         if hook is not None:
             hook.give(read_metrics(config.run / "metrics.jsonl"))
             hook.close()
-        return chosen(config.run, config)
+        return weights_of(config.run, config)
 
     if rank.first:
         write_environment(config, rank.device)
@@ -100,7 +101,7 @@ def _fit(
     guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
     meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate, hook)
     data = meter.timed(pipeline)
-    gallery = _gallery(config, network, samples, shards) if rank.first else None
+    previews = _previews(config, network, samples, shards) if rank.first else None
     if rank.first and make_step.compiles:
         print("Compiling the network and the losses. The first step takes a minute or more")
     validation = None if train.validate_every is None else Validation(config, samples, rank, begins=start == 0)
@@ -127,7 +128,7 @@ def _fit(
             note = meter.read(done, wait=keeps)
             if rank.first and keeps:
                 _write_checkpoint(config, done, network, optimizer, make_step)
-            if gallery is not None and keeps and (picture := gallery.picture()) is not None:
+            if previews is not None and keeps and (picture := previews.picture()) is not None:
                 meter.show("cams", picture, done)
             progress.advance(note=note)
             if stops:
@@ -136,7 +137,7 @@ def _fit(
         tensors = to_released_keys(network.state_dict())
         write_weights(config.run / FINAL, tensors, config=config_file.dump(config), training={"step": steps})
     rank.wait()
-    return chosen(config.run, config)
+    return weights_of(config.run, config)
 
 
 def _open(config: Config, rank: distributed.Rank, stage: str) -> tuple[dict[str, Any] | None, resume.Resumed | None]:
@@ -195,7 +196,7 @@ def _method(
             print(f"Starting from {config.model.weights}" + (f" with new layers {', '.join(fresh)}" if fresh else ""))
     if pretrained and isinstance(network.backbone, TimmBackbone):
         measure_features(network, _first_images(samples, shards), config.augment.crop)
-    network.to(rank.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    to_device(network, rank.device).train()
     assert config.train.batch != "auto"
     for module in network.modules():
         if isinstance(module, SharedDropout):
@@ -288,18 +289,18 @@ def check_batch(train: Train, world: int, images: int | None = None, key: str = 
         )
 
 
-def _gallery(
+def _previews(
     config: Config, network: torch.nn.Module, samples: Sequence[Sample], shards: Shards | None
-) -> Gallery | None:
+) -> Previews | None:
     """Return the previews of the first images' CAMs, or None for a network without CAMs."""
     if not isinstance(network, Network):
         return None
     labels = [sample.label for sample in samples[:COUNT] if sample.label is not None]
-    return Gallery(list(zip(_first_images(samples, shards), labels, strict=True)), config, network)
+    return Previews(list(zip(_first_images(samples, shards), labels, strict=True)), config, network)
 
 
 def _first_images(samples: Sequence[Sample], shards: Shards | None) -> list[np.ndarray]:
-    """Read the images of the gallery, uint8 RGB (H, W, 3)."""
+    """Read the images of the previews, uint8 RGB (H, W, 3)."""
     first = samples[:COUNT]
     contents = [None] * len(first) if shards is None else [content for content, *_ in shards.read(range(len(first)))]
     return [read_image(sample.image, content) for sample, content in zip(first, contents, strict=True)]

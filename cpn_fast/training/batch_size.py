@@ -11,6 +11,7 @@ import torch
 from cpn_fast import config_file
 from cpn_fast.config import Config
 from cpn_fast.methods.method import Method
+from cpn_fast.models.backbone import to_device
 from cpn_fast.pipelines.training import Batch
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError
@@ -98,7 +99,7 @@ def try_steps(
     down, so the fastest one counts.
     """
     method = build(config)
-    method.network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    to_device(method.network, device).train()
     train = config.train.model_copy(update={"compile": False, "cuda_graph": False})
     side = config.augment.crop
     batch = Batch(

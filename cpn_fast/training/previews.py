@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpn_fast.config import Config
+from cpn_fast.data.pictures import cam_overlay
 from cpn_fast.models.network import Network
 from cpn_fast.runtime.precision import autocast
 
@@ -19,7 +20,7 @@ COUNT, SIDE = 4, 160
 """Number of images, and side of a picture in pixels."""
 
 
-class Gallery:
+class Previews:
     """Draws the CAMs of a few images."""
 
     def __init__(self, shown: Sequence[tuple[np.ndarray, np.ndarray]], config: Config, network: Network) -> None:
@@ -61,9 +62,7 @@ class Gallery:
         heat = (F.relu(maps[:, 1:].float()) * self.labels[:, :, None, None]).amax(1, keepdim=True)
         heat = heat / heat.amax((2, 3), keepdim=True).clamp(min=1e-5)
         heat = F.interpolate(heat, (SIDE, SIDE), mode="bilinear", align_corners=True)[:, 0]
-        levels = (255 * heat).round().byte().cpu().numpy()
-        coloured = [cv2.cvtColor(cv2.applyColorMap(plane, cv2.COLORMAP_JET), cv2.COLOR_BGR2RGB) for plane in levels]
-        return [cv2.addWeighted(image, 0.5, colours, 0.5, 0) for image, colours in zip(images, coloured, strict=True)]
+        return [cam_overlay(image, plane) for image, plane in zip(images, heat.cpu().numpy(), strict=True)]
 
 
 def _fitted(image: np.ndarray, side: int) -> np.ndarray:

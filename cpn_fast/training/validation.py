@@ -24,6 +24,7 @@ from cpn_fast.data.masks import read_mask
 from cpn_fast.data.provenance import combined, image_digests
 from cpn_fast.data.scores import Scores, ThresholdSweep
 from cpn_fast.data.seeds import Seed, unit_scale
+from cpn_fast.models.backbone import to_device
 from cpn_fast.models.folding import fold
 from cpn_fast.models.inference import images_for, summed_cams
 from cpn_fast.models.network import Network, build_network
@@ -85,7 +86,7 @@ class Validation:
         # A second network, as in the stage ``cam``: the trained one may be compiled for the shapes of training.
         network = build_network(config)
         network.load_state_dict(trained.state_dict())
-        network = fold(network.eval()).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = to_device(fold(network.eval()), device)
         options = config.cam.model_copy(update={"scales": (1.0,), "flip": False})
         share = self.rank.share(self.samples)
         fixed = config.evaluate.threshold

@@ -39,6 +39,15 @@ def test_what_is_broken_is_named_and_ends_with_an_exit_code(tiny_config, tmp_pat
     assert "none.pth" in result.output
 
 
+def test_weights_of_another_backbone_are_broken(tiny_config, tmp_path: Path) -> None:
+    weights = tmp_path / "other.pth"
+    torch.save({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, weights)
+    path = tiny_config(model={"weights": str(weights)})
+    result = CliRunner().invoke(app, ["doctor", str(path)], catch_exceptions=False, env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert f"{weights}: the weights do not fit the model" in result.output
+
+
 def pretended_gpu(monkeypatch, **version: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(name="Some GPU", total_memory=16 * 2**30, major=9, minor=0)

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpn_fast.commands import doctor
 from cpn_fast.commands.demo_data import DEMO_CLASSES
 from cpn_fast.commands.trained_model import load
 from cpn_fast.config import Config, Model
@@ -197,6 +198,14 @@ def test_timm_s_own_weights_without_a_network_are_an_error_that_says_so(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="timm has no weights of resnet18 to give"):
         train.run(settings(small_voc, tmp_path / "runs", Path("timm")))
+    with pytest.raises(UserError, match="timm has no weights of resnet18 to give"):
+        doctor.weights(settings(small_voc, tmp_path / "runs", Path("timm")))
+
+
+def test_doctor_finds_timm_s_own_weights(small_voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "pretrained_by_timm", lambda name: timm.create_model(name).state_dict())
+    finding = doctor.weights(settings(small_voc, tmp_path / "runs", Path("timm")))
+    assert finding == ("ok", "timm fits timm:resnet18; new layers: f8_3, f8_4, f9, classifier", "")
 
 
 def test_the_config_of_resnet_50_builds() -> None:

@@ -177,7 +177,7 @@ from cpn_fast.pipelines import slic
 images = np.random.default_rng(0).integers(0, 256, (3, 97, 131, 3)).astype(np.uint8)
 best = [slic.segment(image, slic.Settings(30, 10.0, 10)) for image in images]
 slic._slic = lambda: fast_slic.Slic
-assert slic.engine() == "standard"
+assert slic.instruction_set() == "standard"
 assert all((slic.segment(image, slic.Settings(30, 10.0, 10)) == labels).all() for image, labels in zip(images, best))
 """
 
@@ -194,9 +194,9 @@ def test_refuses_a_build_for_another_cpu(monkeypatch):
     monkeypatch.setattr(slic, "_cpu_flags", lambda: {"fpu", "sse4_2"})
     monkeypatch.setattr(fast_slic, "supported_archs", ("standard", "x64/avx2"))
     with pytest.raises(UserError, match="AVX2, which this CPU lacks"):
-        slic.engine()
+        slic.instruction_set()
     monkeypatch.setattr(fast_slic, "supported_archs", ("standard",))
-    assert slic.engine() == "standard"
+    assert slic.instruction_set() == "standard"
     slic._slic.cache_clear()
 
 

@@ -53,6 +53,19 @@ def test_alone_there_is_nothing_to_share() -> None:
     rank.wait()
 
 
+@pytest.mark.parametrize(
+    ("allowed", "limit", "processes", "cores"),
+    [(8, "max 100000", 1, 8), (8, "250000 100000", 1, 3), (8, "max 100000", 2, 4), (2, "800000 100000", 4, 1)],
+)
+def test_cores_are_a_share_of_this_machine_s_or_container_s(
+    allowed: int, limit: str, processes: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr(Path, "read_text", lambda path: {"/sys/fs/cgroup/cpu.max": limit}[str(path)])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # of this machine; others may have more
+    assert Rank(number=0, world=2 * processes, local=0).cores == cores
+
+
 def talk() -> tuple[list[str], list[int], bool]:
     rank = distributed.join()
     rank.wait()

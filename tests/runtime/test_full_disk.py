@@ -50,6 +50,6 @@ def test_every_stage_says_that_the_disk_is_full_and_goes_on_when_it_is_not(short
     refused(lambda: segment.segment(settings, deeplab))
     segment.segment(settings, deeplab)
     scores = evaluate.evaluate_cams(
-        samples, seeds, settings.evaluate, settings.classes, list_name=str(settings.data.eval_list), workers=1
+        samples, seeds, settings.evaluate, settings.classes, list_path=str(settings.data.eval_list), workers=1
     )
     refused(lambda: evaluation_files.write_evaluation(settings.run / "evaluation", scores))

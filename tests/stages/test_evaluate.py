@@ -180,11 +180,11 @@ class World:
     ) -> Evaluation:
         chosen = self.samples if samples is None else samples
         return evaluate_cams(
-            chosen, self.root / "seeds", config or Evaluate(), CLASSES, list_name="lists/val.txt", workers=2, **more
+            chosen, self.root / "seeds", config or Evaluate(), CLASSES, list_path="lists/val.txt", workers=2, **more
         )
 
     def masks(self) -> Evaluation:
-        return evaluate_masks(self.samples, self.root / "masks", CLASSES, list_name="lists/val.txt", workers=2)
+        return evaluate_masks(self.samples, self.root / "masks", CLASSES, list_path="lists/val.txt", workers=2)
 
     def config(self, **evaluate_keys: Any) -> Config:
         data = Data(root=self.root, eval_list=self.list("val", range(len(self.samples))))

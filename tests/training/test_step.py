@@ -473,7 +473,7 @@ def test_a_picture_for_which_memory_is_full_is_left_out(tiny_config, monkeypatch
     def full(self) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(previews.Gallery, "_drawn", full)
+    monkeypatch.setattr(previews.Previews, "_drawn", full)
     train.run(config_file.load(tiny_config(**PLAIN)))
     assert capsys.readouterr().err.count("no pictures of CAMs") == 1
 

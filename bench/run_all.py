@@ -1,11 +1,11 @@
-"""Run every bench, the most valuable first, in ten minutes on a GPU; then write one table of the results.
+"""Run the benches of speed, the most valuable first, in ten minutes on a GPU; then write one table of the results.
 
     python bench/run_all.py [SCRIPT ...] [--device DEVICE] [--out FOLDER] [--minutes M]
     python bench/run_all.py --table     # only the tables, from the existing JSON files
 
-Without SCRIPTs all benches run. They measure the tree that this file lies in, and need only the packages that they
-import. A bench that needs a missing package is skipped and named. Each has a time limit, its share of ``--minutes``
-(10 on a GPU, 60 on a CPU), and writes its JSON file row by row, so that a stopped bench keeps its rows.
+Without SCRIPTs all of ``BENCHES`` run. They measure the tree that this file lies in, and need only the packages that
+they import. A bench that needs a missing package is skipped and named. Each has a time limit, its share of
+``--minutes`` (10 on a GPU, 60 on a CPU), and writes its JSON file row by row, so that a stopped bench keeps its rows.
 Benches that did not start for lack of time are named. JSON and PNG files go to bench/results/<device>, with
 ``table.md`` from all JSON files there. docs/speed.md shows the tables of all devices, and README a few of their rows.
 The exit code is 1 if a bench fails or runs out of time.

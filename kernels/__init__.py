@@ -1,11 +1,11 @@
 """Fused operations of weakly supervised segmentation, usable on their own.
 
-Every operation takes ``backend``: ``"eager"`` (the plain formula), ``"tiled"`` (any device, without a full affinity or
-a full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits. None is Triton on CUDA, unless a
-tensor is float64, an embedding has more than 256 channels, the GPU is older than Ampere or not NVIDIA's, or products
-are float32 while ``torch.backends.cuda.matmul.fp32_precision`` is not ``"tf32"``. Otherwise None is tiled, but eager
-for the region ops, where eager is as fast. ``torch.export`` gets eager by default, so that the exported program does
-not need this package.
+Every operation but ``pooled_logits`` takes ``backend``: ``"eager"`` (the plain formula), ``"tiled"`` (any device,
+without a full affinity or a full-resolution stack), ``"triton"`` (CUDA), or None for the best one that fits. None is
+Triton on CUDA, unless a tensor is float64, an embedding has more than 256 channels, the GPU is older than Ampere or
+not NVIDIA's, or products are float32 while ``torch.backends.cuda.matmul.fp32_precision`` is not ``"tf32"``. Otherwise
+None is tiled, but eager for the region ops, where eager is as fast. ``torch.export`` gets eager by default, so that the
+exported program does not need this package.
 
 All operations are differentiable in every CAM, embedding, feature, key and query. They work under autocast,
 ``torch.compile(fullgraph=True)`` and on ``meta``. They raise ValueError or TypeError for wrong shapes, dtypes and

@@ -25,8 +25,8 @@ def test_links_and_named_files_exist(page: Path) -> None:
     assert not missing
 
 
-def test_readme_can_be_read_in_a_minute() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
 
 
 def test_every_page_is_in_the_index() -> None:

@@ -67,7 +67,7 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
     ``options.pixels`` pixels.
 
     Nothing here waits for the GPU, so it always has the next pass in its queue. A CUDA graph would save no time
-    (docs/scaling.md).
+    (docs/speed.md).
     """
     sums: list[Tensor] = []
     device = batch.scales[0].device

@@ -128,6 +128,7 @@ def test_a_run_trains_and_writes_what_it_should(tiny_config) -> None:
     assert 0 <= found[-1]["mAP"] <= 1  # 12 images are one epoch of 6 steps
     assert found[0]["lr"] == pytest.approx(0.01 * (5 / 6) ** 0.9)
     assert config_file.load(settings.run / "config.yaml") == settings
+    assert json.loads((settings.run / "environment.json").read_text())["backends"]["pixel_correlation"] == "tiled"
     assert list(settings.run.glob("events.*"))
     before = (settings.run / "model.safetensors").stat().st_mtime_ns
     assert train.run(settings).stat().st_mtime_ns == before  # a finished run does not change

@@ -48,7 +48,9 @@ SIDE = 16  # small-map rows and columns that a program owns
 TILE = 16  # pixels of a tile's side
 STRIPS = 8
 MAPS = 6  # raw maps of the three branches, then refined ones
-FIELDS = 8  # of a map's statistics: high, low, counts of both, slope, shift, span, unused; 48 for a slot of MAPS
+FIELDS = 8  # of a map's statistics; the last one is unused
+HIGH, LOW, HIGHS, LOWS, SLOPE, OFFSET, SPAN = (tl.constexpr(field) for field in range(7))
+"""Fields: the extrema, the numbers of pixels that have them, and what normalises: (x - offset) * slope, the span."""
 BITS = ((20, 11), (10, 10), (0, 10))  # lowest bit and width of each round's digit, of a float's 31 bits
 BINS = 2048
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1} | ({} if INTERPRETED else {"enable_fp_fusion": False})
@@ -127,23 +129,34 @@ def _span(start, stop, first_small, small, large, SIDE: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def _value(maps, statistics, i_map: tl.constexpr, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
-    """A normalised tile, scaled by lambda. ``statistics`` are of the (image, slot)."""
-    source = maps + (((i_map % 3) * N + i_n) * (C + 1) + channel) * h * w
-    b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
-    slope = tl.load(statistics + i_map * 8 + 4)
-    shift = tl.load(statistics + i_map * 8 + 5)
-    return _larger(b_u - shift, 0.0) * slope
+def _of_slot(statistics, i_n, slot, C):
+    """Pointer to the statistics of a slot, MAPS * FIELDS = 48 numbers."""
+    return statistics + (i_n * (C + 1) + slot) * 48
 
 
 @triton.jit
-def _values(cam, refined, statistics, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
+def _of_map(p_slot, i_map):
+    """Pointer to the FIELDS = 8 numbers of a map."""
+    return p_slot + i_map * 8
+
+
+@triton.jit
+def _value(maps, p_slot, i_map: tl.constexpr, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
+    """A normalised tile, scaled by lambda."""
+    source = maps + (((i_map % 3) * N + i_n) * (C + 1) + channel) * h * w
+    b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
+    p_map = _of_map(p_slot, i_map)
+    return _larger(b_u - tl.load(p_map + OFFSET), 0.0) * tl.load(p_map + SLOPE)
+
+
+@triton.jit
+def _values(cam, refined, p_slot, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
     """CPCR's tiles of a class: raw tiles of the three branches, refined tiles of branches 1 and 2."""
-    b_r0 = _value(cam, statistics, 0, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-    b_r1 = _value(cam, statistics, 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-    b_r2 = _value(cam, statistics, 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-    b_q1 = _value(refined, statistics, 4, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-    b_q2 = _value(refined, statistics, 5, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_r0 = _value(cam, p_slot, 0, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_r1 = _value(cam, p_slot, 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_r2 = _value(cam, p_slot, 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_q1 = _value(refined, p_slot, 4, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+    b_q2 = _value(refined, p_slot, 5, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
     return b_r0, b_r1, b_r2, b_q1, b_q2
 
 
@@ -194,10 +207,10 @@ def _extrema_kernel(
         highs = tl.sum(tl.where(b_high == high, b_highs, 0.0))
         lows = tl.sum(tl.where(b_low == low, b_lows, 0.0))
         p_part = parts + (((i_n * (C + 1) + slot) * 6 + i_map) * STRIPS + i_strip) * 4
-        tl.store(p_part, high)
-        tl.store(p_part + 1, low)
-        tl.store(p_part + 2, highs)
-        tl.store(p_part + 3, lows)
+        tl.store(p_part + HIGH, high)
+        tl.store(p_part + LOW, low)
+        tl.store(p_part + HIGHS, highs)
+        tl.store(p_part + LOWS, lows)
 
 
 @triton.jit
@@ -215,12 +228,12 @@ def _join_kernel(
         needed = needed | ((slot == count) & (i_map >= 3))
     i_row = (i_n * (C + 1) + slot) * 6 + i_map
     p_part = parts + (i_row * STRIPS + tl.arange(0, STRIPS)) * 4
-    b_high = tl.load(p_part)
-    b_low = tl.load(p_part + 1)
+    b_high = tl.load(p_part + HIGH)
+    b_low = tl.load(p_part + LOW)
     high = tl.reduce(b_high, 0, _larger)
     low = tl.reduce(b_low, 0, _smaller)
-    highs = tl.sum(tl.where(b_high == high, tl.load(p_part + 2), 0.0))
-    lows = tl.sum(tl.where(b_low == low, tl.load(p_part + 3), 0.0))
+    highs = tl.sum(tl.where(b_high == high, tl.load(p_part + HIGHS), 0.0))
+    lows = tl.sum(tl.where(b_low == low, tl.load(p_part + LOWS), 0.0))
     high = _larger(high, 0.0)
     low = _larger(low, 0.0)
     if not MIN_MAX:
@@ -228,22 +241,23 @@ def _join_kernel(
     share = tl.load(visible + i_n)
     weight = tl.where(i_map % 3 == 0, 1.0, tl.where(i_map % 3 == 1, share, 1.0 - share))
     span = high - low + eps
-    p_s = statistics + i_row * 8
-    tl.store(p_s, high)
-    tl.store(p_s + 1, low)
-    tl.store(p_s + 2, highs)
-    tl.store(p_s + 3, lows)
-    tl.store(p_s + 4, tl.where(needed, weight / span, 0.0))
-    tl.store(p_s + 5, tl.where(needed, low + eps, 0.0) if MIN_MAX else 0.0)
-    tl.store(p_s + 6, span)
+    p_map = _of_map(statistics, i_row)
+    tl.store(p_map + HIGH, high)
+    tl.store(p_map + LOW, low)
+    tl.store(p_map + HIGHS, highs)
+    tl.store(p_map + LOWS, lows)
+    tl.store(p_map + SLOPE, tl.where(needed, weight / span, 0.0))
+    tl.store(p_map + OFFSET, tl.where(needed, low + eps, 0.0) if MIN_MAX else 0.0)
+    tl.store(p_map + SPAN, span)
 
 
 @triton.jit
 def _scan(
     cam, refined, statistics, table, count, i_n, o_y, b_fy, o_x, b_fx, N, C, h, w, mask, share, BEFORE: tl.constexpr
 ):
-    """Scan an image's present classes in a tile. Gives eq. 16's differences for both directions, the largest difference
-    of any channel, the strongest refined class of branches 1 and 2, and the number of equally strong classes."""
+    """Scan an image's present classes in a tile. For both directions, gives eq. 16's difference, the largest difference
+    of any channel, the strongest refined class of the branch, the number of equally strong classes, and the value from
+    which eq. 16 subtracts (1, or the branch's lambda)."""
     b_zero = tl.zeros(mask.shape, dtype=tl.float32)
     b_raw0 = b_zero
     b_raw1 = b_zero
@@ -257,8 +271,10 @@ def _scan(
     b_top2 = b_zero + floor
     for slot in range(count):
         channel = tl.load(table + i_n * (C + 1) + slot)
-        p_s = statistics + (i_n * (C + 1) + slot) * 48
-        b_r0, b_r1, b_r2, b_q1, b_q2 = _values(cam, refined, p_s, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+        p_slot = _of_slot(statistics, i_n, slot, C)
+        b_r0, b_r1, b_r2, b_q1, b_q2 = _values(
+            cam, refined, p_slot, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
+        )
         b_top1 = _larger(b_top1, b_r0 - b_r1)
         b_top2 = _larger(b_top2, b_r0 - b_r2)
         b_raw0 = _larger(b_raw0, b_r0)
@@ -333,18 +349,18 @@ def _histogram_kernel(
         state += i_row * 8
         for slot in range(count):
             channel = tl.load(table + i_n * (C + 1) + slot)
-            p_s = statistics + (i_n * (C + 1) + slot) * 48
+            p_slot = _of_slot(statistics, i_n, slot, C)
             b_r0, b_r1, b_r2, b_q1, b_q2 = _values(
-                cam, refined, p_s, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
+                cam, refined, p_slot, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
             )
             _count_errors(bins, state, _residual(b_r0 - b_r1, b_top1, b_q2, ONE_HOT), mask, SHIFT, WIDTH)
             _count_errors(bins + BINS, state + 4, _residual(b_r0 - b_r2, b_top2, b_q1, ONE_HOT), mask, SHIFT, WIDTH)
         b_g1 = full1 - b_own1
         b_g2 = full2 - b_own2
         if OWN:
-            p_s = statistics + (i_n * (C + 1) + count) * 48
-            b_g1 = _value(refined, p_s, 4, i_n, 0, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-            b_g2 = _value(refined, p_s, 5, i_n, 0, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+            p_slot = _of_slot(statistics, i_n, count, C)
+            b_g1 = _value(refined, p_slot, 4, i_n, 0, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+            b_g2 = _value(refined, p_slot, 5, i_n, 0, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
         _count_errors(bins, state, _residual(b_back1, b_top1, b_g2, ONE_HOT), mask, SHIFT, WIDTH)
         _count_errors(bins + BINS, state + 4, _residual(b_back2, b_top2, b_g1, ONE_HOT), mask, SHIFT, WIDTH)
 
@@ -472,7 +488,7 @@ def _tcp_kernel(
     m2_1 = 0.0
     m2_2 = 0.0
     if slot < count:
-        p_s = statistics + (i_n * (C + 1) + slot) * 48
+        p_slot = _of_slot(statistics, i_n, slot, C)
         acc_0 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         acc_1 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         acc_2 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
@@ -482,9 +498,9 @@ def _tcp_kernel(
                 o_x, b_fx, m_x, m_own_x, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
                 mask = m_y[:, None] & m_x[None, :]
                 m_owned = m_own_y[:, None] & m_own_x[None, :]
-                b_0 = _value(maps, p_s, MAP, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-                b_1 = _value(maps, p_s, MAP + 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
-                b_2 = _value(maps, p_s, MAP + 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+                b_0 = _value(maps, p_slot, MAP, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+                b_1 = _value(maps, p_slot, MAP + 1, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
+                b_2 = _value(maps, p_slot, MAP + 2, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
                 b_inconsistent = b_2 + b_1 - b_0
                 tcp += tl.sum(tl.where(m_owned, tl.abs(b_inconsistent), 0.0))
                 if GRADIENTS:
@@ -538,7 +554,7 @@ def _cpcr_kernel(
     acc_2 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
     if slot <= count:
         share = tl.load(visible + i_n)
-        p_s = statistics + (i_n * (C + 1) + slot) * 48
+        p_slot = _of_slot(statistics, i_n, slot, C)
         p_cut = cut + i_n * (0 if BATCH else 1) * 4
         for top in range(first_row, bottom, TILE):
             o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
@@ -550,7 +566,7 @@ def _cpcr_kernel(
                     cam, refined, statistics, table, count, i_n, o_y, b_fy, o_x, b_fx, N, C, h, w, mask, share, BEFORE
                 )
                 b_r0, b_r1, b_r2, b_q1, b_q2 = _values(
-                    cam, refined, p_s, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
+                    cam, refined, p_slot, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
                 )
                 b_g1 = b_q1 if OWN else full1 - b_own1
                 b_g2 = b_q2 if OWN else full2 - b_own2
@@ -611,10 +627,10 @@ def _finish_kernel(
         needed = needed | ((slot == count) & (i_map >= 3))
     if needed:
         channel = tl.load(table + i_n * (C + 1) + slot)
-        p_s = statistics + ((i_n * (C + 1) + slot) * 6 + i_map) * 8
-        high = tl.load(p_s)
-        low = tl.load(p_s + 1)
-        slope = tl.load(p_s + 4)
+        p_map = _of_map(_of_slot(statistics, i_n, slot, C), i_map)
+        high = tl.load(p_map + HIGH)
+        low = tl.load(p_map + LOW)
+        slope = tl.load(p_map + SLOPE)
         s1 = 0.0
         s2 = 0.0
         first = ((i_gradient * N + i_n) * (C + 1) + slot) * blocks
@@ -623,9 +639,9 @@ def _finish_kernel(
             p_moments = moments + (first + o_b) * 2
             s1 += tl.sum(tl.load(p_moments, mask=o_b < blocks, other=0.0))
             s2 += tl.sum(tl.load(p_moments + 1, mask=o_b < blocks, other=0.0))
-        d_span = -s2 / tl.load(p_s + 6)
-        at_high = tl.where(high > 0, d_span / tl.load(p_s + 2), 0.0)
-        at_low = tl.where(low > 0, (-s1 * slope - d_span) / tl.load(p_s + 3), 0.0) if MIN_MAX else 0.0
+        d_span = -s2 / tl.load(p_map + SPAN)
+        at_high = tl.where(high > 0, d_span / tl.load(p_map + HIGHS), 0.0)
+        at_low = tl.where(low > 0, (-s1 * slope - d_span) / tl.load(p_map + LOWS), 0.0) if MIN_MAX else 0.0
 
         o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
         if i_gradient == 0:

@@ -101,9 +101,10 @@ def lab(images: Tensor) -> Tensor:
 
     fx, fy, fz = (f(*row) for row in WHITE)
     half = LEVELS // 2
-    lightness = (5 * 116 * fy - 5 * 16 * LEVELS + half) >> 15
-    a = (10 * 500 * (fx - fy) + SHIFT_A * LEVELS + half) >> 15
-    b = (10 * 200 * (fy - fz) + SHIFT_B * LEVELS + half) >> 15
+    of_l, of_a, of_b = SCALES
+    lightness = (of_l * 116 * fy - of_l * 16 * LEVELS + half) >> 15
+    a = (of_a * 500 * (fx - fy) + SHIFT_A * LEVELS + half) >> 15
+    b = (of_b * 200 * (fy - fz) + SHIFT_B * LEVELS + half) >> 15
     return torch.stack([lightness, a, b])
 
 

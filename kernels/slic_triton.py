@@ -57,6 +57,7 @@ def _colours_kernel(
     b_red = tl.load(light + tl.load(p_image, mask=m, other=0).to(tl.int32))
     b_green = tl.load(light + tl.load(p_image + stride_c, mask=m, other=0).to(tl.int32))
     b_blue = tl.load(light + tl.load(p_image + 2 * stride_c, mask=m, other=0).to(tl.int32))
+    # The numbers are WHITE, SCALES, SHIFT_A and SHIFT_B of slic_eager.
     b_x = _light((14220 * b_red + 12327 * b_green + 6221 * b_blue + 16384) >> 15, curve)
     b_y = _light((6969 * b_red + 23434 * b_green + 2365 * b_blue + 16384) >> 15, curve)
     b_z = _light((582 * b_red + 3587 * b_green + 28599 * b_blue + 16384) >> 15, curve)
@@ -64,6 +65,12 @@ def _colours_kernel(
     b_a = (5000 * (b_x - b_y) + 864 * 32768 + 16384) >> 15
     b_b = (2000 * (b_y - b_z) + 1080 * 32768 + 16384) >> 15
     tl.store(packed + i_n * pixels + o_p, (b_l << 22) | (b_a << 11) | b_b, mask=m)
+
+
+@triton.jit
+def _near(j):
+    """Place of candidate j in the 3 x 3 cells, counted by rows: the own cell first, as in ``slic_eager.NEAR``."""
+    return tl.where(j == 0, 4, tl.where(j < 5, j - 1, j))
 
 
 @triton.jit
@@ -97,8 +104,7 @@ def _assign_kernel(
 
     found = ()
     for j in tl.static_range(9):
-        # the pixels' cell first, then its neighbours in their order
-        near = 4 if j == 0 else (j - 1 if j < 5 else j)
+        near = _near(j)
         r = row + near // 3 - 1
         c = column + near % 3 - 1
         inside = (r >= 0) & (r < rows) & (c >= 0) & (c < columns)
@@ -146,7 +152,7 @@ def _assign_kernel(
                 b_best = tl.where(m_nearer, b_distance, b_best)
                 b_nearest = tl.where(m_nearer, j, b_nearest)
         if LAST:
-            b_near = tl.where(b_nearest == 0, 4, tl.where(b_nearest < 5, b_nearest - 1, b_nearest))
+            b_near = _near(b_nearest)
             b_label = (row + b_near // 3 - 1) * columns + column + b_near % 3 - 1
             tl.store(labels + i_n * height * width + o_p, tl.where(m_shown, b_label, -1), mask=m)
             tl.store(parents + i_n * height * width + o_p, o_p, mask=m)
@@ -194,7 +200,7 @@ def _means_kernel(centres, sums, rows, columns, parts, BLOCK: tl.constexpr):
     for start in range(0, 9 * parts, BLOCK):
         o = start + tl.arange(0, BLOCK)
         o_j = o // parts
-        o_near = tl.where(o_j == 0, 4, tl.where(o_j < 5, o_j - 1, o_j))
+        o_near = _near(o_j)
         o_row = row - (o_near // 3 - 1)  # of the cell that has this centre as candidate j
         o_column = column - (o_near % 3 - 1)
         m = (o_j < 9) & (o_row >= 0) & (o_row < rows) & (o_column >= 0) & (o_column < columns)

@@ -150,18 +150,17 @@ def _forward(
                 if needs_refined:
                     d_tcp[:, n] += flaws
         raw = maps(cam, n, classes)
-        inconsistent = raw.values[2] + raw.values[1] - raw.values[0]
-        losses[0] += inconsistent.abs().sum() * share_of_tcp
+        loss, grad = _tcp(raw.values, share_of_tcp)
+        losses[0] += loss
         if needs_cam:
-            grad = inconsistent.sign_().mul_(-share_of_tcp)[None]
-            d_cam[n, classes] = resize.down(_through_normalise(grad, raw.branches(0, 1), normalise))[0]
+            d_cam[n, classes] = resize.down(_through_normalise(grad[None], raw.branches(0, 1), normalise))[0]
         if refined is None:
             continue
 
         refined_n = refined_maps(n)
         first = 1 if own_background else 0
-        inconsistent = refined_n.values[2, first:] + refined_n.values[1, first:] - refined_n.values[0, first:]
-        losses[1] += inconsistent.abs().sum() * share_of_tcp
+        loss, of_image = _tcp(refined_n.values[:, first:], share_of_tcp)
+        losses[1] += loss
         both = residuals(n, raw, refined_n)
         if hard_over == "image":
             chosen = (len(classes) + 1) * pixels > count
@@ -176,18 +175,30 @@ def _forward(
 
         picked = torch.cat([classes.new_zeros(1), classes]) if own_background else classes
         grad = torch.zeros_like(refined_n.values)
-        grad[0, first:] = inconsistent.sign_().mul_(-share_of_tcp)
+        grad[0, first:] = of_image
         if not variant.detach_refined_pair:
-            grad[1:, first:] = -inconsistent
+            grad[1:, first:] = -of_image
         d_tcp[:, n, picked] = resize.down(_through_normalise(grad, refined_n, normalise))
-        grad = torch.zeros_like(refined_n.values[1:])
-        for (_, hidden), counts in zip(DIRECTIONS, signed_weights, strict=True):
-            if own_background:
-                grad[hidden - 1] = -counts
-            else:
-                grad[hidden - 1] = _through_strongest(counts[:1], refined_n.values[hidden]) - counts[1:]
+        grad = _of_guided(signed_weights, refined_n.values, own_background)
         d_cpcr[:, n, picked] = resize.down(_through_normalise(grad, refined_n.branches(1, 3), normalise))
     return losses, d_cam, d_refined
+
+
+def _tcp(values: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Return TCP of normalised maps (3, K, P), and its gradient of the image's maps (K, P)."""
+    inconsistent = values[2] + values[1] - values[0]
+    return inconsistent.abs().sum() * factor, inconsistent.sign_().mul_(-factor)
+
+
+def _of_guided(signed_weights: Sequence[Tensor], values: Tensor, own_background: bool) -> Tensor:
+    """Return CPCR's gradient of the refined maps of the pair (2, K, P), from that of the residuals (1 + K, P)."""
+    grad = torch.zeros_like(values[1:])
+    for (_, guided), weights in zip(DIRECTIONS, signed_weights, strict=True):
+        if own_background:
+            grad[guided - 1] = -weights
+        else:
+            grad[guided - 1] = _through_strongest(weights[:1], values[guided]) - weights[1:]
+    return grad
 
 
 def _resize(size: Sequence[int], *maps: Tensor) -> _Resize:

@@ -77,8 +77,8 @@ def _fit(
     config = sized(config, build, rank)
     train = config.train
     assert train.batch != "auto"
-    state, resumed = _open(config, rank, stage)
-    if rank.gather(resumed is not None and resumed.finished)[0]:
+    state, continuation = _open(config, rank, stage)
+    if rank.gather(continuation is not None and continuation.finished)[0]:
         if hook is not None:
             hook.give(read_metrics(config.run / "metrics.jsonl"))
             hook.close()
@@ -86,7 +86,7 @@ def _fit(
 
     if rank.first:
         write_environment(config, rank.device)
-    samples, shards = _training_list(config, rank, state, resumed)
+    samples, shards = _training_list(config, rank, state, continuation)
     steps = resume.number_of_steps(train, len(samples))
     if steps == 0:
         raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
@@ -140,33 +140,38 @@ def _fit(
     return weights_of(config.run, config)
 
 
-def _open(config: Config, rank: distributed.Rank, stage: str) -> tuple[dict[str, Any] | None, resume.Resumed | None]:
+def _open(
+    config: Config, rank: distributed.Rank, stage: str
+) -> tuple[dict[str, Any] | None, resume.Continuation | None]:
     """Open the run's folder; return its newest checkpoint and, in the first process, how the run continues."""
     final = config.run / FINAL
     if rank.first:
         _refuse_another(config)
     whole = rank.gather(rank.first and is_whole(final))[0]
     state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
-    resumed = None
+    continuation = None
     if rank.first and (state is not None or (whole and own_config(final) is not None)):
         section = stage if stage == "train" else f"{stage}.train"
-        resumed = resume.resumed(config, training_list(config)[0], state, final if whole else None, section)
+        continuation = resume.compare(config, training_list(config)[0], state, final if whole else None, section)
     if rank.first:
         open_run(config)
-    return state, resumed
+    return state, continuation
 
 
 def _training_list(
-    config: Config, rank: distributed.Rank, state: dict[str, Any] | None, resumed: resume.Resumed | None
+    config: Config, rank: distributed.Rank, state: dict[str, Any] | None, continuation: resume.Continuation | None
 ) -> tuple[list[Sample], Shards | None]:
     """Load the training list. The first process checks it and records it in the run's folder."""
     samples, shards = training_list(config, decode=rank.first)
     if rank.first:
         for doubt in cannot_be_learned(samples, config.classes):
             print(f"Warning: {doubt}", file=sys.stderr)
-        for remark in resumed.remarks if resumed is not None else ():
+        for remark in continuation.remarks if continuation is not None else ():
             print(remark)
-        if note := resume.described(samples) if state is None else resumed.list_note if resumed is not None else {}:
+        note = {} if continuation is None else continuation.list_note
+        if state is None:
+            note = resume.described(samples)
+        if note:
             resume.remember(config.run, note)
     return samples, shards
 

@@ -36,8 +36,8 @@ class Change(NamedTuple):
     """All other differences, in words."""
 
 
-class Resumed(NamedTuple):
-    """The result of ``resumed``."""
+class Continuation(NamedTuple):
+    """The result of ``compare``."""
 
     finished: bool
     remarks: list[str]
@@ -52,9 +52,9 @@ def number_of_steps(train: Train, images: int) -> int:
     return train.steps or (train.epochs or 0) * (images // train.batch) // train.accumulate
 
 
-def resumed(
+def compare(
     config: Config, samples: Sequence[Sample], state: dict[str, Any] | None, final: Path | None, section: str
-) -> Resumed:
+) -> Continuation:
     """Compare a run with the config: its newest checkpoint (``state``), its intact final weights, or both.
 
     Warns on stderr about changes of the list that the run does not learn. Raises UserError if the run has made more
@@ -85,7 +85,7 @@ def resumed(
             finished = final_step == steps or (same_length and other_list and final_step == done)
     _warn(config.run, change, steps if finished else None, section)
     if finished:
-        return Resumed(True, [], note)
+        return Continuation(True, [], note)
     if steps < done:
         key, value = ("steps", config.train.steps) if config.train.steps else ("epochs", config.train.epochs)
         meaning = "" if key == "steps" else f", which means {steps:,} steps with {len(samples)} images"
@@ -110,7 +110,7 @@ def resumed(
             f"Going on after step {state['step']:,}: the run now has {steps:,} steps, before it had {before:,}. The "
             f"learning rate is now {rate:.3g}, before it was {was:.3g}, and it falls to 0 at step {steps:,}"
         )
-    return Resumed(False, remarks, note if grown else {})
+    return Continuation(False, remarks, note if grown else {})
 
 
 def _length(train: Train) -> tuple[int | None, int | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +16,7 @@ from cpn_fast.runtime.errors import UserError, is_out_of_memory, some
 from cpn_fast.runtime.files import refusal
 from cpn_fast.runtime.interrupts import EXIT_CODE, Stopped, acted_on
 from cpn_fast.runtime.owner import owned
+from cpn_fast.runtime.reading import expanded
 from cpn_fast.runtime.terminal import command_line, escaping, shown
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def init(
     """Write a config for a folder of tagged photos that trains on this machine in about an hour."""
     from cpn_fast.commands import init
 
-    started = init.run(folder.expanduser(), tags and tags.expanduser(), out, weights)
+    started = init.run(expanded(folder), tags and expanded(tags), out, weights)
     for line in started.remarks:
         print(line)
     print(f"The config is {started.config}. When doctor finds no fault: {command_line('run', started.config)}")
@@ -244,11 +244,7 @@ def predict(
     """Segment images with a trained model. Writes an overlay, a palette mask and JSON of classes for each image."""
     from cpn_fast.commands import predict
 
-    tags_or_file: list[str] | Path | None = None
-    if tags is not None:
-        names = [name.strip() for name in re.split("[;,]", tags) if name.strip()]
-        tags_or_file = Path(tags).expanduser() if Path(tags).expanduser().exists() else names
-    predicted = predict.run(model, images, out, tags_or_file, annotations)
+    predicted = predict.run(model, images, out, tags, annotations)
     print(f"Overlays, masks and JSON of {predicted.images} images are in {out}")
     if predicted.left_out:
         examples = some([str(path) for path in predicted.left_out])

@@ -18,6 +18,9 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.reading import expanded
+
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -85,7 +88,10 @@ class Section(pydantic.BaseModel):
     @classmethod
     def _home(cls, value: Any) -> Any:
         """Expand ``~`` to the home folder. A shell does not expand it in KEY=~/VALUE."""
-        return value.expanduser() if isinstance(value, Path) else value
+        try:
+            return expanded(value) if isinstance(value, Path) else value
+        except UserError as error:
+            raise ValueError(error) from None
 
 
 class Data(Section):

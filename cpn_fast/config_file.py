@@ -31,7 +31,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 def _read(path: Path, parents: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the keys of a file and its bases. ``parents`` are the files whose base led here."""
     try:
-        tree = yaml.safe_load(reading.read_text(path, reading.CONFIG))
+        tree = _yaml(reading.read_text(path, reading.CONFIG))
     except (FileNotFoundError, IsADirectoryError):
         folders = (path.parent, path, Path("configs"))
         configs = [str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))]
@@ -50,6 +50,23 @@ def _read(path: Path, parents: tuple[str, ...] = ()) -> dict[str, Any]:
     if os.path.realpath(base) in parents:
         raise UserError(f"{path}: base {base} leads back to itself")
     return _merged(_read(base, (*parents, os.path.realpath(base))), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML forbids a repeated key, but PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            first = seen.setdefault((key.tag, key.value), key) if isinstance(key, yaml.ScalarNode) else key
+            if first is not key:
+                lines = f"lines {first.start_mark.line + 1} and {key.start_mark.line + 1}"
+                raise yaml.constructor.ConstructorError(problem=f"the key {key.value} occurs twice, in {lines}")
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +89,7 @@ def parse(tree: dict[str, Any], source: str) -> Config:
 def read(text: str, source: str) -> Config:
     """Return the config of YAML as ``dump`` writes it. Raises UserError, which names ``source``, for other text."""
     try:
-        tree = yaml.safe_load(text)
+        tree = _yaml(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{source}: not readable as YAML: {error}") from None
     return parse(tree, source)
@@ -94,7 +111,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
             raise UserError(f"--set {text!r}: {name} is a value, not a section")
         tree[name] = tree = dict(section)  # a copy, because a YAML alias may use the same section elsewhere
     try:
-        tree[last] = yaml.safe_load(value)
+        tree[last] = _yaml(value)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--set {text!r}: the value is not YAML: {error}") from None
 

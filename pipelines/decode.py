@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from cpn_fast.data.images import UnreadableImage, opened, upright
 from cpn_fast.runtime import reading
+
+APP1, START_OF_SCAN = b"\xff\xe1", b"\xff\xda"
+"""Markers of a JPEG's segments."""
 
 
 class Encoded(NamedTuple):
@@ -35,6 +39,9 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
 
     RGB and gray JPEGs stay encoded: DALI turns them upright and, on the CPU, gives Pillow's pixels. Pillow decodes all
     other images (CMYK, PNG), which become raw RGB. Raises UserError for a missing or unreadable file.
+
+    DALI reads the orientation in its own way: it does not know XMP, and takes another of several EXIF segments than
+    Pillow. So a JPEG with metadata gets the orientation that Pillow finds as its only metadata.
     """
     try:
         content = reading.read_bytes(path, reading.IMAGE) if content is None else content
@@ -42,7 +49,8 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
         raise UnreadableImage(path, str(error)) from None
     with opened(path, io.BytesIO(content)) as image:
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
-            return Encoded(np.frombuffer(content, np.uint8), *_upright_size(image))
+            jpeg = _with_orientation(content, _orientation(image))
+            return Encoded(np.frombuffer(jpeg, np.uint8), *_upright_size(image))
         pixels = upright(image)
     height, width, _ = pixels.shape
     ppm = b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
@@ -108,9 +116,7 @@ def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, by
             with opened(path, None if content is None else io.BytesIO(content)) as image:
                 image.load()
                 kind = image.format
-            if kind == "JPEG" and not _is_decoded(
-                reading.read_bytes(path, reading.IMAGE) if content is None else content
-            ):
+            if kind == "JPEG" and not _is_decoded(read_encoded(path, content).data):
                 raise UnreadableImage(path, "damaged JPEG data") from None
         raise
     if stream is None:
@@ -126,12 +132,12 @@ def run(pipeline: Pipeline, device: torch.device, files: Iterable[tuple[Path, by
     return copies
 
 
-def _is_decoded(jpeg: bytes) -> bool:
+def _is_decoded(jpeg: np.ndarray) -> bool:
     """Return whether DALI decodes a JPEG. Pillow also decodes damaged data, DALI does not."""
     pipeline = Pipeline(1, 1, None)
     with pipeline:
         pipeline.set_outputs(decode(fn.external_source(name="jpeg"), torch.device("cpu")))
-    pipeline.feed_input("jpeg", [np.frombuffer(jpeg, np.uint8)])
+    pipeline.feed_input("jpeg", [jpeg])
     try:
         pipeline.run()
     except RuntimeError:
@@ -141,5 +147,32 @@ def _is_decoded(jpeg: bytes) -> bool:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation as ``ImageOps.exif_transpose`` understands it: 2 to 8 if it turns the image, else 1."""
+    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    return int(orientation) if orientation in range(2, 9) else 1
+
+
+def _with_orientation(jpeg: bytes, orientation: int) -> bytes:
+    """Return a JPEG whose only APP1 segment (EXIF, XMP) gives this orientation; without one for orientation 1.
+
+    A file with other bytes between the segments of its header is damaged. It stays as it is, for DALI to refuse.
+    """
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = exif.tobytes()
+    parts = [jpeg[:2]]
+    if orientation != 1:
+        parts.append(APP1 + struct.pack(">H", 2 + len(content)) + content)
+    at = 2
+    while (marker := jpeg[at : at + 2]) != START_OF_SCAN:
+        if len(jpeg) < at + 4 or marker[0] != 0xFF or marker[1] == 0xFF:
+            return jpeg
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if marker != APP1:
+            parts.append(jpeg[at:end])
+        at = end
+    return b"".join([*parts, jpeg[at:]])

@@ -300,7 +300,7 @@ def _tags(samples: Sequence[Sample], classes: Sequence[str]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     for sample in samples:
         assert sample.label is not None
-        writer.writerow([sample.id, ";".join(classes[k] for k in np.flatnonzero(sample.label).tolist())])
+        writer.writerow([sample.id, *(classes[k] for k in np.flatnonzero(sample.label).tolist())])
     return text.getvalue().encode()
 
 

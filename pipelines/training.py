@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from cpn_fast.config import Augment, Rgb, Superpixels
 from cpn_fast.data.dataset import Sample
+from cpn_fast.data.masks import read_mask
 from cpn_fast.data.png import is_whole_png
 from cpn_fast.pipelines.decode import build, decode, device_id, read_encoded, run
 from cpn_fast.pipelines.shards import Shards
@@ -395,26 +396,26 @@ def _hue_turn(turn: float) -> np.ndarray:
 def _read_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, int, int, int]:
     """Return a gray PNG's bytes, from a file or ``data``, with height, width and bits per pixel from its header.
 
-    A palette PNG becomes a gray PNG of its indices: the type in the header changes and the palette is removed.
+    A palette PNG becomes a gray PNG of its indices. A mask in another form that ``read_mask`` knows is encoded anew.
     """
     try:
         data = reading.read_bytes(path, reading.MASK) if data is None else data
         if not is_whole_png(data):
             raise ValueError("empty file" if not data else "no PNG, or its checksums do not fit its content")
-        width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
-        if kind == PALETTE and bits == 8:
-            data = _without_palette(data)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a map of labels, found: {error}. Make it again") from None
-    if (kind, bits) not in ((GRAYSCALE, 8), (GRAYSCALE, 16), (PALETTE, 8)):
-        raise UserError(
-            f"{path}: expected a gray PNG of 8 or 16 bits or a palette PNG of 8, found type {kind}, {bits} bits"
-        )
-    return np.frombuffer(data, np.uint8), height, width, bits
+    width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
+    if (kind, bits) in ((GRAYSCALE, 8), (GRAYSCALE, 16), (PALETTE, 8)):
+        return np.frombuffer(_only_pixels(data), np.uint8), height, width, bits
+    _, png = cv2.imencode(".png", read_mask(path))
+    return png, height, width, 8
 
 
-def _without_palette(png: bytes) -> bytes:
-    """Turn palette indices into gray levels. A chunk is the content's length, a name, the content, and their CRC."""
+def _only_pixels(png: bytes) -> bytes:
+    """Turn palette indices into gray levels, and drop all chunks but the pixels: DALI would turn a map by its EXIF.
+
+    A chunk is the content's length, a name, the content, and their CRC.
+    """
     parts, at = [png[:8]], 8
     while at < len(png):
         (length,) = struct.unpack_from(">I", png, at)

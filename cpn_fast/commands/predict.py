@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +18,15 @@ from cpn_fast.commands.trained_model import CamModel, Model, Prediction, Tags, l
 from cpn_fast.data.dataset import visible_files
 from cpn_fast.data.images import UnreadableImage, read_image
 from cpn_fast.data.labels import IMAGE_SUFFIXES, read_labels
-from cpn_fast.data.masks import write_mask
+from cpn_fast.data.masks import mask_source, write_mask
 from cpn_fast.data.pictures import overlay
-from cpn_fast.data.provenance import image_digest
+from cpn_fast.data.provenance import image_digest, mark
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import remove_partials, replacing, write_json
+from cpn_fast.runtime.files import read_note, remove_partials, replacing, write_json
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.progress import tell, track
+from cpn_fast.runtime.reading import expanded
 
 
 class Predicted(NamedTuple):
@@ -41,15 +44,13 @@ class Predicted(NamedTuple):
     """The files of annotations."""
 
 
-def run(
-    model: Path, images: Sequence[Path], out: Path, tags: Sequence[str] | Path | None, forms: Sequence[str] = ()
-) -> Predicted:
+def run(model: Path, images: Sequence[Path], out: Path, tags: str | None, forms: Sequence[str] = ()) -> Predicted:
     """Write ``ID_overlay.png``, ``ID_mask.png`` and ``ID.json`` for every image into ``out``, and files of annotations.
 
     A folder stands for the images in it and its subfolders, without hidden files and folders; the ids keep the names of
-    subfolders. ``tags``: the tags of all images, or a source of labels (``data.labels``) with the tags of each.
-    ``forms``: some of ``annotations.FORMS``. An image that cannot be read does not stop the others. Raises UserError if
-    nothing can be predicted.
+    subfolders. ``tags``: the tags of all images, as in ``dog;person``, or the path of a source of labels
+    (``data.labels``) with the tags of each. ``forms``: some of ``annotations.FORMS``. An image that cannot be read does
+    not stop the others. Raises UserError if nothing can be predicted, and if a file of another program would be lost.
     """
     paths, left_out = _find(images)
     trained = load(model)
@@ -58,9 +59,10 @@ def run(
     if reserved:
         raise UserError(f"images are called {', '.join(reserved)}, and so are files of --annotations: rename them")
     remarks = []
-    tags_of: Tags | Mapping[Path, Sequence[str]] = None if isinstance(tags, Path) else tags
-    if isinstance(tags, Path):
-        labels = read_labels(tags, paths.keys(), trained.classes)
+    names_or_source = None if tags is None else _tags(tags, trained.classes)
+    tags_of: Tags | Mapping[Path, Sequence[str]] = None if isinstance(names_or_source, Path) else names_or_source
+    if isinstance(names_or_source, Path):
+        labels = read_labels(names_or_source, paths.keys(), trained.classes)
         tags_of = {
             paths[id_]: [name for name, present in zip(trained.classes, label, strict=True) if present]
             for id_, label in labels.items()
@@ -74,15 +76,17 @@ def run(
     blank = 0
     weights_sha256 = reading.sha256(trained.weights, reading.WEIGHTS)
     with owned(out):
+        _refuse_foreign(out, paths)
         remove_partials(*{out, *((out / id_).parent for id_ in paths)})
         for image, prediction in track(_readable(trained, list(ids), tags_of, unreadable), "predict", total=len(ids)):
             stem = out / ids[image]
             mask_path = stem.with_name(f"{stem.name}_mask.png")
-            write_mask(mask_path, prediction.mask)
+            digest = image_digest(image)
+            write_mask(mask_path, prediction.mask, mark(digest))
             with replacing(stem.with_name(f"{stem.name}_overlay.png")) as file:
                 Image.fromarray(overlay(read_image(image), prediction.mask, trained.classes)).save(file, "PNG")
             summary = {"image": str(image), **_summary(trained, prediction)}
-            provenance = {"image": image_digest(image), "weights_sha256": weights_sha256}
+            provenance = {"image": digest, "weights_sha256": weights_sha256}
             write_json(stem.with_name(f"{stem.name}.json"), {**summary, "made_of": provenance}, indent=2)
             tell("prediction", mask=mask_path, **summary)
             scores = [round(prediction.probabilities[name], 4) for name in trained.classes]
@@ -145,6 +149,40 @@ def _find(images: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
             f"names of more than 243 bytes are too long for a file NAME_overlay.png: rename {', '.join(too_long[:3])}"
         )
     return dict(paths), left_out
+
+
+def _tags(text: str, classes: Sequence[str]) -> list[str] | Path:
+    """Return the classes that ``--tags`` names, or the source of labels that it is.
+
+    Names of classes come first, even if there is a folder of that name. ``;`` is no class.
+    """
+    if not text.strip():
+        raise UserError("--tags is empty: expected classes, as in 'dog;person', a single ; for none, or a file of tags")
+    names = [text] if text in classes else [name.strip() for name in re.split("[;,]", text) if name.strip()]
+    if not all(name in classes for name in names):
+        source = expanded(Path(text))
+        with suppress(OSError):  # a list of classes may be too long for a name
+            if source.exists():
+                return source
+    return names
+
+
+def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
+    """Raise UserError if results would replace an input, or a file that this command did not write."""
+    inputs, foreign = {path.resolve() for path in paths.values()}, []
+    for id_ in paths:
+        overlay_path, mask_path, summary = (out / f"{id_}{ending}" for ending in ("_overlay.png", "_mask.png", ".json"))
+        foreign += [path for path in (overlay_path, mask_path) if path.resolve() in inputs]
+        if summary.exists():
+            note = read_note(summary)
+            foreign += [] if isinstance(note, dict) and "made_of" in note else [summary]
+        elif mask_path.exists() and mask_source(mask_path) is None:
+            foreign.append(mask_path)
+    if foreign:
+        raise UserError(
+            f"{out}: {some([path.name for path in foreign])} would be replaced, but cpn-fast predict did not write "
+            f"{'it' if len(foreign) == 1 else 'them'}. Give another folder with --out"
+        )
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:

@@ -314,7 +314,9 @@ def _read_json(path: Path, ids: Collection[str]) -> tuple[Names, list[str]]:
         id_ = match(key)
         if id_ is None:
             continue
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        if id_ in tags:
+            problems.append(f"{key}: {id_} has tags already, under another name of its file")
+        elif isinstance(names, list) and all(isinstance(name, str) for name in names):
             tags[id_] = [(name, key) for name in names]
         else:
             problems.append(f"{key}: expected a list of class names, found {json.dumps(names):.60}")
@@ -407,6 +409,8 @@ def _read_npy(path: Path, ids: Iterable[str], classes: Sequence[str]) -> dict[st
         id_ = match(key)
         if id_ is None:
             continue
+        if id_ in labels:
+            problems.append(f"{key}: {id_} has labels already, under another name")
         value = content.value if isinstance(content, _Array) else content
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or value.shape != (len(classes),):
             kind = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -165,14 +165,20 @@ def remove_partials(*folders: Path) -> None:
 
 
 def claim(
-    folder: Path, made_by: dict[str, Any], patterns: Sequence[str] = ("**/*.png",), *, free: Sequence[str] = ()
+    folder: Path,
+    made_by: dict[str, Any],
+    patterns: Sequence[str] = ("**/*.png",),
+    *,
+    free: Sequence[str] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> str:
     """Make a folder whose files all come from ``made_by`` (plain values), and remove stale files.
 
     ``patterns`` match the files that the stage writes there. Only these are ever removed, when ``made_by`` differs from
     ``made_by.json``, which keeps the values of the last call. The changed keys are named on stderr. A change of
-    ``free`` keys removes nothing. Returns a digest of ``made_by``, for results that are made from these files. The
-    caller must own the folder (``owned``). Raises UserError if the folder has such files without ``made_by.json``.
+    ``free`` keys removes nothing. If a file is to be removed, ``check`` is called first; if it raises, nothing is
+    removed. Returns a digest of ``made_by``, for results that are made from these files. The caller must own the folder
+    (``owned``). Raises UserError if the folder has such files without ``made_by.json``.
     """
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
     manifest = folder / "made_by.json"
@@ -187,6 +193,8 @@ def claim(
                 f"{folder}: holds {stale[0].name}, but no made_by.json. The file may not be cpn-fast's, and would be "
                 "lost: move or delete it"
             )
+        if stale:
+            check()
         if stale and isinstance(before, dict):
             print(f"{folder} is made anew, because these have changed: {', '.join(changed)}", file=sys.stderr)
         for path in stale:

@@ -13,6 +13,8 @@ import stat
 from pathlib import Path
 from typing import IO
 
+from cpn_fast.runtime.errors import UserError
+
 IMAGE = MASK = 2**30
 """Bytes, as all limits here. 67 million pixels of four channels of 16 bits take 540 MB."""
 SEED = 2**31
@@ -32,6 +34,14 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def expanded(path: Path) -> Path:
+    """Expand ``~`` to the home folder. Raises UserError for ``~NAME`` of a user who is not known."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no home folder of {path.parts[0]} is known; write the whole path") from None
 
 
 class Refused(OSError):

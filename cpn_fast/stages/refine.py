@@ -109,7 +109,14 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
         **run_folder.decisive(settings),
     }
     with owned(settings.run, rank):
-        claim_once(rank, settings.run, lambda: trained_from, run_folder.OWN, free=run_folder.LENGTH)
+        claim_once(
+            rank,
+            settings.run,
+            lambda: trained_from,
+            run_folder.OWN,
+            free=run_folder.LENGTH,
+            check=lambda: train.check_start(settings, Affinity),
+        )
         weights = train.fit(settings, Affinity, part_of=(config, "affinity"))
     claim_once(
         rank,

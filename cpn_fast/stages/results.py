@@ -36,12 +36,13 @@ def claim_once(
     patterns: Sequence[str] = ("**/*.png",),
     *,
     free: Sequence[str] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> str:
     """Claim a folder (``files.claim``) in the first process; return the digest. All processes must call this.
 
-    Only the first process calls ``made_by``, which may read many files.
+    Only the first process calls ``made_by``, which may read many files, and ``check``.
     """
-    return rank.gather(claim(folder, made_by(), patterns, free=free) if rank.first else "")[0]
+    return rank.gather(claim(folder, made_by(), patterns, free=free, check=check) if rank.first else "")[0]
 
 
 def require_results(

@@ -87,10 +87,18 @@ def run(config: Config, masks: Path) -> Path:
                 **run_folder.decisive(settings),
             }
 
-        claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH)
-        workers, verified = settings.train.data_threads, settings.run / "masks.json"
-        check_files(samples, workers=workers, classes=len(config.classes), verified=verified)
-        return train.fit(settings, lambda settings: Segmentation(settings, masks), part_of=(config, "segment"))
+        def build(settings: Config) -> Segmentation:
+            return Segmentation(settings, masks)
+
+        workers, classes = settings.train.data_threads, len(config.classes)
+
+        def check() -> None:
+            check_files(samples, workers=workers, classes=classes)
+            train.check_start(settings, build)
+
+        claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH, check=check)
+        check_files(samples, workers=workers, classes=classes, verified=settings.run / "masks.json")
+        return train.fit(settings, build, part_of=(config, "segment"))
 
 
 def deeplab_config(config: Config) -> Config:

@@ -17,7 +17,7 @@ from cpn_fast.data.dataset import Sample, cannot_be_learned
 from cpn_fast.data.images import read_image
 from cpn_fast.methods.known import METHODS
 from cpn_fast.methods.method import Method
-from cpn_fast.models.backbone import to_device
+from cpn_fast.models.backbone import Headed, to_device
 from cpn_fast.models.dropout import SharedDropout
 from cpn_fast.models.network import Network
 from cpn_fast.models.pretrained import measure_features, start_from
@@ -34,6 +34,7 @@ from cpn_fast.runtime.progress import Progress
 from cpn_fast.training import checkpoint, resume
 from cpn_fast.training.batch_size import sized
 from cpn_fast.training.hook import Hook
+from cpn_fast.training.hook import load as load_hook
 from cpn_fast.training.metrics import Meter
 from cpn_fast.training.nonfinite import GradientGuard
 from cpn_fast.training.previews import COUNT, Previews
@@ -176,6 +177,26 @@ def _training_list(
     return samples, shards
 
 
+def check_start(config: Config, build: Callable[[Config], Method]) -> None:
+    """Raise UserError if a new training could not begin: for the hook, and for the pretrained weights."""
+    if config.hook is not None:
+        load_hook(config.hook)
+    _load_pretrained(build(config).network, config)
+
+
+def _load_pretrained(network: Headed, config: Config) -> list[str]:
+    """Load the pretrained weights, if the config names any. Returns the heads that stay random."""
+    if config.model.weights is not None:
+        return start_from(network, config.model.weights)
+    if network.backbone.frozen:
+        raise UserError(
+            f"model.weights is null, but {config.model.backbone} does not train its first layers and its batch "
+            "statistics, so it cannot start from random weights. Name a file of pretrained weights; docs/voc.md says "
+            "where to get one"
+        )
+    return []
+
+
 def _method(
     config: Config,
     build: Callable[[Config], Method],
@@ -189,15 +210,9 @@ def _method(
     torch.manual_seed(config.train.seed)
     method = build(config)
     network = method.network
-    if pretrained and config.model.weights is None and network.backbone.frozen:
-        raise UserError(
-            f"model.weights is null, but {config.model.backbone} does not train its first layers and its batch "
-            "statistics, so it cannot start from random weights. Name a file of pretrained weights; docs/voc.md says "
-            "where to get one"
-        )
-    if pretrained and config.model.weights is not None:
-        fresh = start_from(network, config.model.weights)
-        if rank.first:
+    if pretrained:
+        fresh = _load_pretrained(network, config)
+        if rank.first and config.model.weights is not None:
             print(f"Starting from {config.model.weights}" + (f" with new layers {', '.join(fresh)}" if fresh else ""))
     if pretrained and isinstance(network.backbone, TimmBackbone):
         measure_features(network, _first_images(samples, shards), config.augment.crop)

@@ -20,6 +20,7 @@ from typing import Any
 
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import read_note, write_json
+from cpn_fast.runtime.reading import expanded
 
 
 @functools.cache
@@ -30,7 +31,7 @@ def load(name: str) -> Callable[[dict[str, Any]], object]:
     """
     source, _, attribute = name.rpartition(":")
     try:
-        module = _from_file(Path(source).expanduser()) if source.endswith(".py") else importlib.import_module(source)
+        module = _from_file(expanded(Path(source))) if source.endswith(".py") else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # the module is the user's: it may raise anything
         hint = f"; did you mean {source}.py:{attribute}?" if Path(f"{source}.py").is_file() else ""
         raise UserError(f"hook: {name} cannot be imported: {type(error).__name__}: {error}{hint}") from None

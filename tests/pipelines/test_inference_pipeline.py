@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,36 @@ def test_images_turned_by_exif_are_grouped_upright(tmp_path: Path) -> None:
     assert batch.size == (30, 20)
     expected = np.rot90(np.asarray(Image.open(samples[0].image), np.float32))
     assert np.array_equal(batch.scales[0][0].permute(1, 2, 0).numpy(), expected)
+
+
+XMP = (
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+def exif(orientation: int, kind: int = 3) -> bytes:
+    """Big-endian EXIF with an orientation as SHORT (3) or LONG (4)."""
+    value = struct.pack(">HH", orientation, 0) if kind == 3 else struct.pack(">I", orientation)
+    return b"Exif\0\0MM\0*\0\0\0\x08\0\1" + struct.pack(">HHI", 0x0112, kind, 1) + value + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [[XMP], [exif(6, 4)], [exif(6), exif(1)], [exif(1), exif(6)], [exif(6), XMP], [exif(3)], [exif(9)], [b"other"]],
+    ids=["xmp", "long", "two: 6, 1", "two: 1, 6", "exif and xmp", "3", "9", "no exif"],
+)
+def test_dali_turns_an_image_as_pillow_does(metadata: list[bytes], tmp_path: Path) -> None:
+    sample = save(tmp_path / "a.jpg", 40, 64, seed=0)
+    Image.open(sample.image).save(sample.image, quality=95, subsampling=0)  # without EXIF
+    content = sample.image.read_bytes()
+    segments = b"".join(b"\xff\xe1" + struct.pack(">H", 2 + len(data)) + data for data in metadata)
+    sample.image.write_bytes(content[:2] + segments + content[2:])
+    (batch,) = scaled([sample])
+    image = read_image(sample.image)
+    assert batch.size == image.shape[:2]
+    assert np.abs(batch.scales[0][0].permute(1, 2, 0).numpy() - image).max() < 1e-3
 
 
 def test_a_kept_batch_is_not_overwritten(samples: list[Sample]) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from cpn_fast.config import Augment, Superpixels
 from cpn_fast.data.dataset import Sample
 from cpn_fast.data.images import read_image
-from cpn_fast.data.masks import write_mask
+from cpn_fast.data.masks import PALETTE, write_mask
 from cpn_fast.pipelines import training
 from cpn_fast.pipelines.superpixels import segment
 from cpn_fast.pipelines.training import Batch, TrainingPipeline
@@ -104,19 +104,25 @@ def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orienta
     assert seen_padding
 
 
-def test_a_palette_mask_gives_its_indices(tmp_path: Path) -> None:
-    """A gray PNG of the same values gives the same indices, with every compression."""
+def test_a_mask_gives_its_values_in_every_form(tmp_path: Path) -> None:
     sample = save(tmp_path / "a.jpg", noise(60, 80))
-    values = np.random.default_rng(2).choice(np.array([0, 1, 20, 255], np.uint8), (60, 80))
+    values = np.random.default_rng(2).choice(np.array([0, 1, 9, 15], np.uint8), (60, 80))
     write_mask(tmp_path / "palette.png", values)
-    Image.fromarray(values).save(tmp_path / "gray.png")
+    upside_down = Image.Exif()
+    upside_down[ORIENTATION] = 3
+    Image.fromarray(values).save(tmp_path / "gray.png", exif=upside_down)  # a mask has no upright
+    small = Image.fromarray(values)
+    small.putpalette(PALETTE[:16].tobytes())
+    small.save(tmp_path / "4 bits.png", bits=4)
+    Image.fromarray(PALETTE[values]).save(tmp_path / "colours.png")
     crops = {**PLAIN, "flip": 0.5, "long_side": (40, 120), "crop": 64}
-    palette, gray = (
+    palette, *others = (
         take(make([sample], crops, map_path=lambda s, kind=kind: tmp_path / f"{kind}.png"), 6)
-        for kind in ("palette", "gray")
+        for kind in ("palette", "gray", "4 bits", "colours")
     )
-    assert all(same(a, b) for a, b in zip(palette, gray, strict=True))
-    assert {int(v) for batch in palette for v in batch.pixel_map.unique()} == {-1, 0, 1, 20, 255}
+    for other in others:
+        assert all(same(a, b) for a, b in zip(palette, other, strict=True))
+    assert {int(v) for batch in palette for v in batch.pixel_map.unique()} == {-1, 0, 1, 9, 15}
 
 
 def test_scale_draws_a_factor_of_the_images_own_size(tmp_path: Path) -> None:
@@ -420,8 +426,8 @@ def test_a_truncated_image_is_named(samples: list[Sample], kept: float) -> None:
         (lambda path: path.unlink(), "No such file"),
         (lambda path: path.write_bytes(b"\x89PNG"), "expected a map of labels"),
         (lambda path: path.write_bytes(path.read_bytes()[:-40]), "checksums do not fit"),
-        (lambda path: Image.new("RGB", (9, 8)).save(path), "expected a gray PNG of 8 or 16 bits or a palette PNG of 8"),
-        (lambda path: Image.new("L", (9, 8)).convert("1").save(path), "found type 0, 1 bits"),
+        (lambda path: Image.new("RGB", (9, 8), (1, 2, 3)).save(path), "colours that VOC's palette lacks"),
+        (lambda path: Image.new("L", (9, 8)).convert("1").save(path), "mask of PNG mode 1"),
         (
             lambda path: Image.new("L", (5, 6)).save(path),
             r"bits \[6, 5, 8\], expected \[8, 9, 8\] for .*a\.jpg",

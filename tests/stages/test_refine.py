@@ -159,6 +159,21 @@ def test_other_settings_of_its_training_make_affinity_net_anew(seeded, capsys) -
     assert {name for name in before if name.startswith(("crf", "labels")) and after[name] != before[name]} == set()
 
 
+def test_a_finished_affinity_net_is_kept_until_another_can_be_trained(seeded) -> None:
+    refine.run(seeded)
+    weights = seeded.run / "refine/affinity/model.safetensors"
+    before = weights.read_bytes()
+    train_ = seeded.affinity.train.model_copy(update={"lr": 0.5})  # it must be trained anew
+    other = {"affinity": seeded.affinity.model_copy(update={"train": train_})}
+    for update, message in (
+        ({"model": seeded.model.model_copy(update={"weights": Path("none.pth")})}, "none.pth"),
+        ({"hook": "nowhere:log"}, "nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            refine.run(seeded.model_copy(update={**other, **update}))
+    assert weights.read_bytes() == before
+
+
 def test_missing_seeds_name_the_command(seeded) -> None:
     seeds = seeded.run / "cams" / "train" / "seeds"
     path = min(seeds.iterdir())

@@ -92,6 +92,28 @@ def test_masks_that_are_missing_or_do_not_fit_are_named(settings, small_voc, tmp
         segment.run(settings, tmp_path)
 
 
+def test_a_finished_segmenter_is_kept_until_another_can_be_trained(settings, small_voc, tmp_path) -> None:
+    truth, wrong = small_voc / "SegmentationClass", tmp_path / "wrong"
+    weights = segment.run(settings, truth)
+    before = weights.read_bytes()
+    wrong.mkdir()
+    for path in truth.iterdir():
+        Image.fromarray(read_mask(path)[1:]).save(wrong / path.name)
+    with pytest.raises(UserError, match="another size than their image"):
+        segment.run(settings, wrong)
+    faster = settings.segment.model_copy(
+        update={"train": settings.segment.train.model_copy(update={"lr": 0.5})}  # it must be trained anew
+    )
+    for update, message in (
+        ({"model": settings.model.model_copy(update={"weights": tmp_path / "none.pth"})}, "none.pth"),
+        ({"hook": "nowhere:log"}, "nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            segment.run(settings.model_copy(update={"segment": faster, **update}), truth)
+    assert weights.read_bytes() == before
+    assert (weights.parent / "checkpoints").is_dir()
+
+
 def test_a_submission_holds_the_masks_of_its_list_and_no_other(settings, small_voc, tmp_path) -> None:
     masks, path = tmp_path / "masks", tmp_path / "comp6.tgz"
     shutil.copytree(small_voc / "SegmentationClass", masks)  # masks of training images too

@@ -245,7 +245,7 @@ def _read(path: Path) -> tuple[Instances, str]:
     """Return the JSON's content and its SHA-256."""
     try:
         content = reading.read_bytes(path, reading.INSTANCES)
-        return Instances.model_validate_json(content), hashlib.sha256(content).hexdigest()
+        return Instances.model_validate_json(content.removeprefix(b"\xef\xbb\xbf")), hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
         names = sorted(str(file) for file in path.parent.glob("*.json"))
         raise UserError(
@@ -284,7 +284,7 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
             problems["annotations of an image that is not among images"].append(unknown)
     for image in tree.images:
         name = PurePosixPath(image.file_name)
-        if name.is_absolute() or ".." in name.parts or "\n" in image.file_name:
+        if name.is_absolute() or ".." in name.parts or image.file_name.splitlines() != [image.file_name]:
             problems["images outside their folder"].append(image.file_name)
         elif name.suffix.lower() not in IMAGE_SUFFIXES:
             problems[f"images that end in none of {', '.join(IMAGE_SUFFIXES)}"].append(image.file_name)

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import yaml
 
 from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss
 from cpn_fast.config_file import parse
-from cpn_fast.data.dataset import TABLES, visible_files
+from cpn_fast.data.dataset import TABLES, line_of, visible_files
 from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
@@ -64,7 +64,9 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
         raise UserError(f"{folder}: no such folder; expected the folder with the photos")
     out = out or Path(f"{_slug(folder)}-cpn")
     images = Path("JPEGImages") if (folder / "JPEGImages").is_dir() else Path()
-    photos = _photos(folder / images)
+    files_of = _photos(folder / images)
+    photos = list(files_of)
+    lines = {id_: line_of(id_, images / file) for id_, file in files_of.items()}
     files: dict[str, str] = {}
     source = tags or _source(folder)
     if source is None:
@@ -78,23 +80,27 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
             raise UserError(f"{source}: it names no class of the photos in {folder}. {_EXPECTED}")
         labels = read_labels(source, photos, names)
     tagged = [id_ for id_ in photos if id_ in labels]
-    held_out = _held_out({id_: labels[id_] for id_ in tagged})
-    trained_on = [id_ for id_ in tagged if id_ not in held_out]
-    files |= {"train.txt": _lines(trained_on), "held_out.txt": _lines(sorted(held_out or tagged))}
-    tree, remarks = _config(folder, images, source, out, names, len(trained_on), weights)
     config = out / "config.yaml"
+    kept = config.exists()
+    held_out = _still_held_out(out, lines) if kept else _held_out({id_: labels[id_] for id_ in tagged})
+    trained_on = [id_ for id_ in tagged if id_ not in held_out]
+    for name, ids in (("train.txt", trained_on), ("held_out.txt", sorted(held_out or tagged))):
+        files[name] = "".join(f"{lines[id_]}\n" for id_ in ids)
+    tree, remarks = _config(folder, images, source, out, names, len(trained_on), weights)
     with owned(out):
         remove_partials(out)
-        if config.exists():
-            if not _is_made_of(config, tree):
-                raise UserError(f"{config}: exists already; remove it, or name another folder with --out")
-            remarks.append("The config exists already and is kept")
-        else:
+        if not kept:
             remarks.append(_set_steps(tree, len(trained_on)))
             files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-            for name, text in files.items():  # the config last, so that it exists only with all other files
-                with replacing(out / name) as file:
-                    file.write(text.encode())
+        elif not _is_made_of(config, tree):
+            raise UserError(f"{config}: exists already; remove it, or name another folder with --out")
+        else:
+            remarks.append("The config exists already and is kept")
+            if reading.read_text(out / "train.txt", reading.LIST) != files["train.txt"]:
+                remarks.append("The lists are written anew. No photo changed sides: new ones are to train on")
+        for name, text in files.items():  # the config last, so that it exists only with all other files
+            with replacing(out / name) as file:
+                file.write(text.encode())
     counts = Counter(name for id_ in tagged for name, present in zip(names, labels[id_], strict=True) if present)
     negatives = sum(not labels[id_].any() for id_ in tagged)
     facts = [
@@ -114,8 +120,8 @@ _EXPECTED = (
 )
 
 
-def _photos(folder: Path) -> list[str]:
-    """Return the ids of the images in a folder and its subfolders, without hidden ones."""
+def _photos(folder: Path) -> dict[str, Path]:
+    """Return id -> path in the folder, of the images in it and its subfolders."""
     paths = [path.relative_to(folder) for path in visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     ids = [path.with_suffix("").as_posix() for path in paths]
     repeated = [id_ for id_, count in Counter(ids).items() if count > 1]
@@ -123,7 +129,7 @@ def _photos(folder: Path) -> list[str]:
         raise UserError(f"{folder}: several photos are called {some(repeated)}, with different endings: rename them")
     if not ids:
         raise UserError(f"{folder}: no photos in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-    return ids
+    return dict(zip(ids, paths, strict=True))
 
 
 def _source(folder: Path) -> Path | None:
@@ -160,6 +166,15 @@ def _held_out(labels: dict[str, np.ndarray]) -> set[str]:
             remaining = remaining - label
             held_out.add(ids[index])
     return held_out
+
+
+def _still_held_out(out: Path, lines: Mapping[str, str]) -> set[str]:
+    """Return the photos that an earlier call held out; a photo that was trained on must not be held out later."""
+    trained_on, held_out = (
+        set(reading.read_text(out / name, reading.LIST).splitlines()) if (out / name).exists() else set()
+        for name in ("train.txt", "held_out.txt")
+    )
+    return {id_ for id_, line in lines.items() if line in held_out - trained_on}
 
 
 def _config(
@@ -276,7 +291,3 @@ def _csv(class_of: dict[str, str]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(class_of.items())
     return text.getvalue()
-
-
-def _lines(ids: Sequence[str]) -> str:
-    return "".join(f"{id_}\n" for id_ in ids)

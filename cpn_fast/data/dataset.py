@@ -215,6 +215,19 @@ def _decode(
 # Lists
 
 
+def line_of(id_: str, image: Path) -> str:
+    """Return a list's line for an image: its id, or its path from the root if the id looks like a path.
+
+    Raises UserError for a name that a line cannot hold.
+    """
+    if id_.splitlines() != [id_] or id_ != id_.strip() or "\\" in id_:
+        raise UserError(
+            f"{str(image)!r}: a list cannot hold a name with a line break, a backslash, or a space at an end: "
+            "rename the image"
+        )
+    return image.as_posix() if _PATHS.fullmatch(id_) else id_
+
+
 def _from_here(path: Path) -> str:
     return "" if path.is_absolute() else f" in {Path.cwd()}"
 
@@ -288,9 +301,17 @@ def _names_in(folder: Path) -> frozenset[str]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return the files in a folder and its subfolders, sorted: no hidden ones, but also links that lead nowhere."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    """Return the files in a folder, its subfolders and linked folders, sorted. Hidden ones are left out, broken links
+    are not."""
+    files: list[Path] = []
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        # A folder that links lead to twice, or back to, is read once.
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if real not in seen and not name.startswith(".")]
+        seen.add(real)
+    return sorted(files)
 
 
 def _with_labels(

@@ -133,6 +133,39 @@ def message_of(*arguments: Any) -> str:
     return str(caught.value)
 
 
+def lists(config: Config) -> list[list[str]]:
+    """Return the ids of the photos to train on, and of those held out."""
+    return [
+        [sample.id for sample in load_samples(config.data, config.classes, path, labels=True, masks=False)]
+        for path in (config.data.train_list, config.segment.eval_list)
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.png.jpg", "dogs/x.TIF.jpg", "a b.jpg", "x.jpg y.png.jpg"])
+def test_a_name_that_looks_like_a_path_is_found_again(name: str, photos: Path, monkeypatch) -> None:
+    (photos / name).parent.mkdir(exist_ok=True)
+    shutil.copy(photos / "p0.jpg", photos / name)
+    (photos / "tags.csv").write_text(TAGS["tags.csv"] + f"{name},red\n")
+    config, _ = started(photos, monkeypatch)
+    assert any(name.removesuffix(".jpg") in ids for ids in lists(config))
+
+
+@pytest.mark.parametrize("name", ["a\nb.jpg", "a\u2028b.jpg", " a.jpg", "a\\b.jpg"])
+def test_a_name_that_a_list_cannot_hold_is_refused(name: str, photos: Path) -> None:
+    shutil.copy(photos / "p0.jpg", photos / name)
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    assert f"{name!r}: a list cannot hold a name with" in message_of(photos, None, None, None)
+
+
+def test_linked_folders_are_read_once(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    (photos / "more").rename(tmp_path / "elsewhere")
+    (photos / "more").symlink_to(tmp_path / "elsewhere")
+    (photos / "round").symlink_to(photos)
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    _, said = started(photos, monkeypatch)
+    assert "20 of 20 photos are tagged" in said
+
+
 def test_given_again_it_leaves_its_config_and_never_another(photos: Path, monkeypatch) -> None:
     (photos / "tags.csv").write_text(TAGS["tags.csv"])
     config, _ = started(photos, monkeypatch)
@@ -142,6 +175,19 @@ def test_given_again_it_leaves_its_config_and_never_another(photos: Path, monkey
     made = init.run(photos, None, None, None)
     assert "The config exists already and is kept" in made.remarks
     assert path.read_bytes() == written
+    assert not any("lists" in remark for remark in made.remarks)
+
+    before = [set(ids) for ids in lists(config)]
+    for k in range(20, 30):
+        shutil.copy(photos / "p0.jpg", photos / f"p{k}.jpg")
+    (photos / "tags.csv").write_text(TAGS["tags.csv"] + "".join(f"p{k}.jpg,red\n" for k in range(20, 30)))
+    made = init.run(photos, None, None, None)
+    assert "30 of 30 photos are tagged: 26 to train on, 4 held out" in made.remarks
+    assert "The lists are written anew. No photo changed sides: new ones are to train on" in made.remarks
+    trained_on, held_out = (set(ids) for ids in lists(config))
+    assert held_out == before[1]
+    assert trained_on == before[0] | {f"p{k}" for k in range(20, 30)}
+
     path.write_text(path.read_text().replace("crop: 128", "crop: 96"))
     assert load(path) != config
     assert "exists already" in message_of(photos, None, None, None)

@@ -542,6 +542,8 @@ class Config(Section):
         if len(set(self.classes)) != len(self.classes):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes has {', '.join(twice)} more than once")
+        if set(self.name) == {"."} or self.run == self.superpixel_cache:
+            raise ValueError(f"name {self.name}: its folder would not be the run's alone; give another name")
         if len(self.classes) > 254:
             raise ValueError(
                 f"classes has {len(self.classes)} names; 8-bit masks hold 254 beside background and ignore"

@@ -131,6 +131,8 @@ def region_correlation(
     (N, C, H, W) in the CAM's dtype.
     """
     _check_maps("cam", cam, "queries", queries)
+    if isinstance(scale, Tensor):
+        raise TypeError("scale: expected a number, found a tensor, which would get no gradient")
     expected = (*cam.shape[:2], queries.shape[1])
     if keys.shape != expected:
         raise ValueError(f"keys: expected (N, C, E) = {expected} from cam and queries, found {tuple(keys.shape)}")

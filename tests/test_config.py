@@ -129,6 +129,8 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
         (MINIMAL + "patches: {grid_sizes: []}\n", "grid_sizes is empty"),
         (MINIMAL + "crf: {low_alpha: 24, high_alpha: 4}\n", "low_alpha is 24, more than high_alpha, 4: swap them"),
         (MINIMAL.replace("epochs: 2", "epochs: 1, lr: .nan"), "train.lr"),
+        (MINIMAL.replace("name: x", "name: .."), "name ..: its folder would not be the run's alone"),
+        (MINIMAL.replace("name: x", "name: superpixels"), "name superpixels: its folder would not be the run's alone"),
         (MINIMAL + "name: y\n", "the key name occurs twice, in lines 1 and 4"),
         (MINIMAL + "cam: {batch: 1, flip: true, batch: 2}\n", "the key batch occurs twice"),
         (MINIMAL + "out: ~nobody-of-this-name/x\n", "no home folder of ~nobody-of-this-name is known"),

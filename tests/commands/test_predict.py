@@ -347,6 +347,44 @@ def test_a_file_gives_each_image_its_tags(small_run: Path, samples, tmp_path: Pa
     assert "did you mean fish" in str(invoke(first.image, "--model", small_run, "--out", out, "--tags", tags).exception)
 
 
+def test_a_list_of_classes_is_not_taken_for_a_path(small_run: Path, samples, tmp_path: Path, monkeypatch) -> None:
+    image, name = samples[0].image, config_file.load(small_run / "config.yaml").classes[0]
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    for tags in (name, ";".join([name] * 60)):  # a folder of this name; longer than a name of a file
+        result = invoke(image, "--model", small_run, "--tags", tags)
+        assert result.exit_code == 0, result.output
+        assert "has no tags" not in result.output
+        assert list(json.loads(Path(f"predictions/{image.stem}.json").read_text())["classes"]) == [name]
+    assert "--tags is empty" in str(invoke(image, "--model", small_run, "--tags", " ").exception)
+    assert "no home folder of ~no-such-user" in str(
+        invoke(image, "--model", small_run, "--tags", "~no-such-user/x.csv").exception
+    )
+
+
+@pytest.mark.parametrize("foreign", ["{}.json", "{}_mask.png", "own photo"])
+def test_files_of_other_programs_are_not_replaced(foreign: str, small_run: Path, samples, tmp_path: Path) -> None:
+    image = tmp_path / "p.jpg"
+    shutil.copy(samples[0].image, image)
+    theirs = tmp_path / foreign.format("p")
+    images = [image]
+    if foreign == "own photo":
+        theirs = tmp_path / "p_mask.png"
+        images.append(theirs)
+    if theirs.suffix == ".json":
+        theirs.write_text('{"shapes": []}')
+    else:
+        Image.new("L", (8, 8)).save(theirs)
+    before = theirs.read_bytes()
+    with pytest.raises(UserError, match=rf"would be replaced \({theirs.name}\): name another --out"):
+        predict.run(small_run, images, tmp_path, None)
+    assert theirs.read_bytes() == before
+    theirs.unlink()
+    predict.run(small_run, [image], tmp_path, None)
+    (tmp_path / "p.json").unlink()  # as after a kill between mask and JSON
+    assert predict.run(small_run, [image], tmp_path, None).images == 1
+
+
 def test_annotations_are_written_beside_the_masks(small_run: Path, samples, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     forms = [word for form in FORMS for word in ("--annotations", form)]

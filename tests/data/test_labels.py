@@ -165,7 +165,14 @@ def test_csv_errors_name_the_line(tmp_path):
 def test_csv_in_another_encoding_is_refused(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_bytes("a,chèvre\n".encode("latin1"))
-    assert "not readable" in refused(path)
+    assert "its text is not UTF-8 (byte 0xe8 at 4): save it as CSV UTF-8" in refused(path)
+
+
+def test_endings_may_be_capitals(tmp_path):
+    (tmp_path / "TAGS.CSV").write_text("a,cat\n")
+    (tmp_path / "Tags.Json").write_text('{"a": ["cat"]}')
+    for path in tmp_path.iterdir():
+        assert names(read_labels(path, ["a"], CLASSES)) == {"a": ["cat"]}
 
 
 def test_json(tmp_path):
@@ -182,6 +189,7 @@ def test_json(tmp_path):
         ('{"a": "cat", "b": [1]}', "2 problem(s)"),
         ('{"a": ["cta"]}', "a: 'cta' is not a class; did you mean cat?"),
         ('{"a": [], "a": ["cat"]}', "the key a occurs twice"),
+        ('{"a": ["dog"], "x/a.jpg": ["cat"]}', "x/a.jpg: a has tags already"),
         ("{", "not readable as JSON"),
         ("[" * 100_000, "not readable as JSON"),
     ],
@@ -237,6 +245,11 @@ def test_npy_of_numpy_1_and_2(tmp_path, protocol, module, dtype):
     assert module in raw
     path.write_bytes(raw)
     assert names(read_labels(path, ["a", "b"], CLASSES)) == {"a": ["cat", "potted plant"], "b": []}
+
+
+def test_npy_with_two_names_of_an_image_is_refused(tmp_path):
+    path = save(tmp_path / "l.npy", boxed({"2007_01": np.zeros(3), 200701: np.ones(3)}), 4)
+    assert "200701: 2007_01 has labels already" in refused(path, ["2007_01"])
 
 
 def pickle_unframed(raw: bytes) -> bytes:

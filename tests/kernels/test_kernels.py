@@ -196,6 +196,8 @@ def test_integer_maps_and_wrong_keys_are_refused() -> None:
         kernels.region_pooling(cam, torch.zeros(1, 2, 3, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"keys: expected \(N, C, E\)"):
         kernels.region_correlation(cam, torch.zeros(1, 4, 2), torch.zeros(1, 4, 3, 4), scale=1.0)
+    with pytest.raises(TypeError, match="scale: expected a number"):
+        kernels.region_correlation(cam, torch.zeros(1, 4, 2), torch.zeros(1, 2, 3, 4), scale=torch.ones(()))  # type: ignore[arg-type]
 
 
 def test_triton_on_the_cpu_is_refused_with_the_way_out() -> None:

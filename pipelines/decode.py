@@ -169,7 +169,10 @@ def _with_orientation(jpeg: bytes, orientation: int) -> bytes:
         parts.append(APP1 + struct.pack(">H", 2 + len(content)) + content)
     at = 2
     while (marker := jpeg[at : at + 2]) != START_OF_SCAN:
-        if len(jpeg) < at + 4 or marker[0] != 0xFF or marker[1] == 0xFF:
+        if marker == b"\xff\xff":  # a byte that fills the space before a marker
+            at += 1
+            continue
+        if len(jpeg) < at + 4 or marker[0] != 0xFF:
             return jpeg
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
         if marker != APP1:

@@ -57,8 +57,8 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
 
     ``tags``: any source of labels (``data.labels``). Without it, ``run`` looks for one in the folder; without that,
     folders of photos are classes. ``weights``: a pretrained MobileNetV2 or ResNet38d. An existing config of the same
-    photos, tags and weights is kept. Raises UserError if there is nothing to learn from, or if ``out`` has another
-    config.
+    classes, tags and weights is kept, and its lists take new photos. Raises UserError if there is nothing to learn
+    from, or if ``out`` has another config.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected the folder with the photos")
@@ -96,7 +96,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
             raise UserError(f"{config}: exists already; remove it, or name another folder with --out")
         else:
             remarks.append("The config exists already and is kept")
-            if reading.read_text(out / "train.txt", reading.LIST) != files["train.txt"]:
+            if _lines(out / "train.txt") != files["train.txt"].splitlines():
                 remarks.append("The lists are written anew. No photo changed sides: new ones are to train on")
         for name, text in files.items():  # the config last, so that it exists only with all other files
             with replacing(out / name) as file:
@@ -170,11 +170,13 @@ def _held_out(labels: dict[str, np.ndarray]) -> set[str]:
 
 def _still_held_out(out: Path, lines: Mapping[str, str]) -> set[str]:
     """Return the photos that an earlier call held out; a photo that was trained on must not be held out later."""
-    trained_on, held_out = (
-        set(reading.read_text(out / name, reading.LIST).splitlines()) if (out / name).exists() else set()
-        for name in ("train.txt", "held_out.txt")
-    )
-    return {id_ for id_, line in lines.items() if line in held_out - trained_on}
+    held_out = set(_lines(out / "held_out.txt")) - set(_lines(out / "train.txt"))
+    return {id_ for id_, line in lines.items() if line in held_out}
+
+
+def _lines(path: Path) -> list[str]:
+    """Return a list's lines; none if it is missing."""
+    return reading.read_text(path, reading.LIST).splitlines() if path.exists() else []
 
 
 def _config(

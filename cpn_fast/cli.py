@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -113,6 +114,7 @@ def shards(
     """Pack the training list (images, tags, superpixels) into WebDataset shards. train reads them with data.shards."""
 
     settings = _settings(config, overrides)
+    from cpn_fast.config_file import override
     from cpn_fast.data.dataset import load_samples
     from cpn_fast.pipelines.shards import pack
     from cpn_fast.pipelines.superpixels import SuperpixelCache
@@ -123,7 +125,7 @@ def shards(
     cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels) if cached else None
     packed = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
     print(f"{len(samples)} samples are in {destination}, {packed} shards were made")
-    with_shards = [*overrides, f"data.shards={destination.absolute()}"]
+    with_shards = [*overrides, override("data.shards", destination.absolute())]
     _done("shards", then=command_line("train", config, overrides=with_shards), shards=destination)
 
 
@@ -481,6 +483,9 @@ def main() -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of a name that the terminal's encoding lacks
     with escaping():
         try:
             _run()

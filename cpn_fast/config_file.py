@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import reprlib
 from pathlib import Path
@@ -98,6 +99,15 @@ def read(text: str, source: str) -> Config:
 def dump(config: Config) -> str:
     """Return the resolved config as YAML. ``load`` reads an equal config from it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def override(key: str, value: Path) -> str:
+    """Return KEY=VALUE as ``load`` takes it, quoted if YAML would read another value."""
+    try:
+        plain = _yaml(str(value)) == str(value)
+    except yaml.YAMLError:
+        plain = False
+    return f"{key}={value if plain else json.dumps(str(value))}"
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

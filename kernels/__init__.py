@@ -104,6 +104,7 @@ def pixel_correlation(cam: Tensor, embedding: Tensor, *, eps: float = 1e-5, back
     g = embedding / (its L2 norm over D + eps), A = relu(g^T g) with each column divided by its sum + eps, cam @ A.
     """
     _check_maps("cam", cam, "embedding", embedding)
+    _check_number("eps", eps)
     embedding = _autocast(embedding)
     module = _choose(_PIXEL, backend, cam, embedding)
     with eager.full_precision(cam):
@@ -131,8 +132,7 @@ def region_correlation(
     (N, C, H, W) in the CAM's dtype.
     """
     _check_maps("cam", cam, "queries", queries)
-    if isinstance(scale, Tensor):
-        raise TypeError("scale: expected a number, found a tensor, which would get no gradient")
+    _check_number("scale", scale)
     expected = (*cam.shape[:2], queries.shape[1])
     if keys.shape != expected:
         raise ValueError(f"keys: expected (N, C, E) = {expected} from cam and queries, found {tuple(keys.shape)}")
@@ -373,6 +373,11 @@ def _check_labels(labels: Tensor, maps_name: str, maps: Tensor) -> None:
 def _check_size(size: tuple[int, int]) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: expected (H, W), 1 or more each, found {tuple(size)}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a number, found a tensor, which would get no gradient")
 
 
 def _check_share(name: str, share: float) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cpn_fast.commands.demo_data import generate
 from cpn_fast.config import Config
-from cpn_fast.config_file import load
+from cpn_fast.config_file import load, override
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.data.pictures import write_gallery
 from cpn_fast.runtime import terminal
@@ -74,4 +74,4 @@ def run(out: Path) -> None:
 
 def _config(name: str, out: Path, *overrides: str) -> Config:
     with as_file(files("cpn_fast.configs")) as folder:
-        return load(folder / f"{name}.yaml", [f"out={out}", f"data.root={out / 'data'}", *overrides])
+        return load(folder / f"{name}.yaml", [override("out", out), override("data.root", out / "data"), *overrides])

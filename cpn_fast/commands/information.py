@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from cpn_fast.config import Config, Patches
-from cpn_fast.data.dataset import load_samples, tags
+from cpn_fast.data.dataset import check_files, load_samples, tags
 from cpn_fast.data.masks import IGNORE, read_mask
 from cpn_fast.data.seeds import unit_scale
 from cpn_fast.methods.patches import complementary_pair, normalised_fill
@@ -110,6 +110,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     """
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=None)
+    check_files(samples, workers=config.train.data_threads, classes=len(config.classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = to_device(load_network(config, weights), device).eval()
     settings = [(patches, count, Counts.none()) for patches, count in patch_sizes(config.patches)]

@@ -80,6 +80,8 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
             raise UserError(f"{source}: it names no class of the photos in {folder}. {_EXPECTED}")
         labels = read_labels(source, photos, names)
     tagged = [id_ for id_ in photos if id_ in labels]
+    if not tagged:
+        raise UserError(f"{source}: it tags none of the {len(photos)} photos in {folder} ({some(photos, 3)})")
     config = out / "config.yaml"
     kept = config.exists()
     held_out = _still_held_out(out, lines) if kept else _held_out({id_: labels[id_] for id_ in tagged})
@@ -252,11 +254,11 @@ def hard_share(classes: int) -> float:
 
 
 def _is_made_of(config: Path, tree: dict[str, Any]) -> bool:
-    """Return whether a config equals this tree, except for the numbers of steps, which are measured."""
+    """Return whether a config equals this tree, except for steps, which are measured, and batches."""
     try:
         existing = yaml.safe_load(reading.read_text(config, reading.CONFIG))
         for section in (existing["train"], existing["affinity"]["train"], existing["segment"]["train"]):
-            section["steps"] = 1
+            section |= {"steps": 1, "batch": tree["train"]["batch"]}  # few photos make small batches
     except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
         return False
     return bool(existing == tree)

@@ -130,7 +130,7 @@ def _find(images: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
         if not path.is_dir():
             paths.append((path.stem, path))
             continue
-        visible = visible_files(path)
+        visible = [file for file in visible_files(path) if not _is_ours(file)]
         in_folder = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
         if not in_folder:
             raise UserError(f"{path}: no images in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
@@ -182,6 +182,15 @@ def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
     if lost or foreign:
         reason = "of the images to segment" if lost else "that cpn-fast predict did not write"
         raise UserError(f"{out}: files {reason} would be replaced ({some(lost or foreign)}): name another --out")
+
+
+def _is_ours(file: Path) -> bool:
+    """Return whether a file is an overlay, a mask or a summary of an earlier call."""
+    for ending in ("_overlay.png", "_mask.png", ".json"):
+        if file.name.endswith(ending):
+            note = read_note(file.with_name(file.name.removesuffix(ending) + ".json"))
+            return isinstance(note, dict) and "made_of" in note
+    return False
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from cpn_fast.data.seeds import Seed, read_seed
 from cpn_fast.models.weights import FINAL
 from cpn_fast.pipelines.shards import training_list
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import read_json, read_metrics, replacing
 from cpn_fast.runtime.progress import track
 from cpn_fast.training.validation import best_of
@@ -168,6 +168,12 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 
 def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
     tree = _json(path)
+    try:
+        galleries = _galleries(tree, config, model)
+    except UserError as error:
+        raise UserError(
+            f"{error}\n{path.parent} has the scores of what was there. Evaluate again, or delete this folder"
+        ) from None
     plots = [
         {"alt": alt, "data": data_url(reading.read_bytes(path.with_name(name), reading.IMAGE), "png")}
         for name, alt in (("curve.png", "Scores at every background threshold"), ("per_class.png", "IoU of each class"))
@@ -188,7 +194,7 @@ def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, An
             for result in tree["results"]
         ],
         "plots": plots,
-        "galleries": _galleries(tree, config, model),
+        "galleries": galleries,
     }
 
 
@@ -196,6 +202,8 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
     """Return the images with the highest and lowest mean IoU over their true and predicted classes."""
     source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
     by_id = {sample.id: sample for sample in listed(config, Path(tree["list"]), masks=True)}
+    if gone := [id_ for id_ in tree["ids"] if id_ not in by_id]:
+        raise UserError(f"{tree['list']} no longer has {some(gone, 3)}")
     ending = ".png" if threshold is None else ".npz"
     results = of_these_images([(by_id[id_], source / f"{id_}{ending}") for id_ in tree["ids"]])
     samples = [sample for sample, _ in results]
@@ -207,7 +215,10 @@ def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> lis
 
     def score(sample: Sample) -> float:
         assert sample.mask is not None
-        return float(Scores(confusion(predicted(sample), read_mask(sample.mask), len(config.classes))).mean_iou)
+        prediction, truth = predicted(sample), read_mask(sample.mask)
+        if prediction.shape != truth.shape:
+            raise UserError(f"{sample.mask} has another size than {sample.id}'s result")
+        return float(Scores(confusion(prediction, truth, len(config.classes))).mean_iou)
 
     with ThreadPoolExecutor() as pool:
         scores = list(track(pool.map(score, samples), f"Scoring each of {source.name}", total=len(samples)))

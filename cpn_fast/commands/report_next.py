@@ -8,6 +8,7 @@ from pathlib import Path
 from cpn_fast.commands.agreement import Found
 from cpn_fast.commands.trained_model import Model, Segmenter
 from cpn_fast.config import Config, Train
+from cpn_fast.config_file import override
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.models.weights import FINAL
 from cpn_fast.runtime.errors import UserError
@@ -55,7 +56,8 @@ def _run_overrides(folder: Path, config: Config, overrides: list[str]) -> list[s
     path = folder.absolute()
     if config.run.absolute() == path:
         return overrides
-    return [*overrides, f"out={path.parent}", *([f"name={path.name}"] if config.name != path.name else [])]
+    name = [] if config.name == path.name else [override("name", Path(path.name))]
+    return [*overrides, override("out", path.parent), *name]
 
 
 def _photo(config: Config) -> Path:

@@ -133,6 +133,10 @@ def _as_file(image: Picture, path: Path) -> Path:
         ):
             raise ValueError(f"an image is uint8 RGB (H, W, 3), RGBA or gray (H, W), found {image.dtype}{image.shape}")
         image = Image.fromarray(image.reshape(shape))
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"an image is a path, a PIL image or a uint8 array, found {type(image).__name__}")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"an image has 8 or 16 bits a channel, found a PIL image of mode {image.mode} (32 bits)")
     Image.fromarray(upright(image)).save(path, "PNG", compress_level=1)
     return path
 

@@ -220,10 +220,11 @@ def line_of(id_: str, image: Path) -> str:
 
     Raises UserError for a name that a line cannot hold.
     """
-    if id_.splitlines() != [id_] or id_ != id_.strip() or "\\" in id_:
+    is_text = id_ == id_.encode(errors="replace").decode()
+    if not is_text or id_.splitlines() != [id_] or id_ != id_.strip() or "\\" in id_:
         raise UserError(
-            f"{str(image)!r}: a list cannot hold a name with a line break, a backslash, or a space at an end: "
-            "rename the image"
+            f"{str(image)!r}: a list holds UTF-8 names without a line break, a backslash, or a space at an end: rename "
+            "the image"
         )
     return image.as_posix() if _PATHS.fullmatch(id_) else id_
 

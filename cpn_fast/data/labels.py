@@ -125,9 +125,8 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
         elif path.suffix.lower() == ".json":
             tags = _read_json(path, images)[0]
         else:
-            header, row = _first_rows(path, Ids(images))
-            columns = [name for name, cell in zip(header, row, strict=False) if name and cell.lower() in _TICKS]
-            if columns and len(columns) == sum(map(bool, row)):
+            columns = _ticked_columns(path, Ids(images))
+            if columns:
                 return columns
             tags = _read_csv(path, images, ())
     except (OSError, UnicodeDecodeError) as error:
@@ -135,17 +134,30 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
     return sorted({name for names in tags.values() for name, _ in names})
 
 
-def _first_rows(path: Path, match: Ids) -> tuple[list[str], list[str]]:
-    """Return the cells after the first one, of the header and of the first row of an image."""
+def _ticked_columns(path: Path, match: Ids) -> list[str]:
+    """Return the columns of a table that only 0 and 1 fill; none if the CSV is no such table."""
     for separator in (",", ";", "\t"):
         with _csv_text(path) as file:
             header: list[str] = []
-            for number, row in enumerate(csv.reader(file, delimiter=separator, skipinitialspace=True)):
-                cells = [cell.strip() for cell in row]
-                if cells and match(cells[0]) is not None:
-                    return header, cells[1:]
-                header = cells[1:] if number == 0 else header
-    return [], []
+            rows = []
+            reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
+            try:
+                for number, row in enumerate(reader):
+                    cells = [cell.strip() for cell in row]
+                    if cells and match(cells[0]) is not None:
+                        rows.append(cells[1:])
+                    elif number == 0:
+                        header = cells[1:]
+            except csv.Error as error:
+                raise UserError(f"{path} line {reader.line_num}: not readable as CSV: {error}") from None
+        if rows:
+            columns = itertools.zip_longest(*rows, fillvalue="")
+            return [
+                name
+                for name, cells in zip(header, columns, strict=False)
+                if name and any(cells) and all(cell.lower() in _TICKS for cell in cells)
+            ]
+    return []
 
 
 def _first_cells(path: Path, separator: str) -> list[str]:
@@ -255,7 +267,7 @@ def _read_csv(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names
 
 def _read_separated(path: Path, separator: str, ids: Collection[str], classes: Sequence[str]) -> Names:
     match = Ids(ids)
-    entries: list[tuple[str, str, list[str]]] = []  # id, location, cells
+    entries: list[tuple[str, str, str, list[str]]] = []  # key, id, location, cells
     header: list[str] = []
     with _csv_text(path) as file:
         rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
@@ -263,14 +275,17 @@ def _read_separated(path: Path, separator: str, ids: Collection[str], classes: S
             for number, (key, *cells) in enumerate(filter(None, rows)):
                 cells = [cell.strip() for cell in cells]
                 if (id_ := match(key)) is not None:
-                    entries.append((id_, f"line {rows.line_num}", cells))
+                    entries.append((key.strip(), id_, f"line {rows.line_num}", cells))
                 elif number == 0:
                     header = cells
         except csv.Error as error:
             raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
-    is_table = bool(entries) and _is_table(header, entries[0][2], classes)
+    is_table = bool(entries) and _is_table(header, entries[0][3], classes)
     tags: dict[str, list[tuple[str, str]]] = {}
-    for id_, location, cells in entries:
+    keys: dict[str, str] = {}
+    for key, id_, location, cells in entries:
+        if keys.setdefault(id_, key) != key:
+            raise UserError(f"{path} {location}: {key!r} stands for {id_}, and so does {keys[id_]!r}: keep one of them")
         if is_table:
             names = _ticked(header, cells, classes, f"{path} {location}")
         else:

@@ -53,7 +53,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
 def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     device = rank.device
     network = to_device(load_network(config, weights), device)
-    origin = claim_once(rank, folder, lambda: _provenance(config, weights), OWN)
+    origin = claim_once(rank, folder, lambda: provenance(config, weights), OWN)
     share = rank.share(samples)
     missing, undrawn = [], []
     sources = seed_sources(share, origin)
@@ -136,11 +136,12 @@ def _drawn(folder: Path, sample: Sample, source: str, config: Config) -> bool:
     return can_be_kept(mask, _mask_source(source, config)) and overlay.exists()
 
 
-def _provenance(config: Config, weights: Path) -> dict[str, Any]:
+def provenance(config: Config, weights: Path) -> dict[str, Any]:
+    """Return what seeds are made from, beside images and tags. ``cam.pixels`` may lower the scale of an image."""
     return {
         "version": VERSION,
         "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
         "classes": list(config.classes),
         "model": config.model.model_dump(mode="json", exclude={"weights"}),  # those that the training started from
-        "cam": config.cam.model_dump(mode="json", exclude={"batch", "pixels", "mask_threshold"}),
+        "cam": config.cam.model_dump(mode="json", exclude={"batch", "mask_threshold"}),
     }

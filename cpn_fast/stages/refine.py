@@ -14,6 +14,7 @@ AffinityNet's training are inputs too. An interrupted part continues where it st
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -35,7 +36,7 @@ from cpn_fast.methods.affinity import Affinity
 from cpn_fast.models.affinity_net import AffinityNet
 from cpn_fast.models.backbone import to_device
 from cpn_fast.models.inference import images_for, load_affinity_net
-from cpn_fast.models.weights import require_finite
+from cpn_fast.models.weights import require_finite, weights_of
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.refinement.affinity import combined_labels, fitting_radius, pair_affinities
 from cpn_fast.refinement.crf import (
@@ -56,7 +57,7 @@ from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress, track
 from cpn_fast.stages import train
-from cpn_fast.stages.cam import seed_sources
+from cpn_fast.stages.cam import provenance, seed_sources
 from cpn_fast.stages.results import claim_once, require_results
 from cpn_fast.training import run_folder
 
@@ -125,6 +126,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
             "version": VERSION,
             "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
             "radius": config.affinity.radius,
+            "pixels": config.cam.pixels,  # may lower the scale of an image
             **config.walk.model_dump(mode="json"),
         },
     )
@@ -254,6 +256,16 @@ def _seeds(config: Config, samples: Sequence[Sample]) -> Path:
             f"{folder / 'seeds'}: {len(outdated)} seeds were made from images or tags that have changed "
             f"({some(outdated, 3)}). Make them again first: {again}"
         )
+    weights = weights_of(config.run, config)
+    if weights.exists() and distributed.join().first:
+        made_by, now = read_note(manifest) or {}, provenance(config, weights)
+        changed = [key for key in now if made_by.get(key) != now[key]]
+        if changed:
+            print(
+                f"Warning: the seeds in {folder} were made with other settings or weights than the run has now "
+                f"({', '.join(changed)}). To make them again: {again}",
+                file=sys.stderr,
+            )
     return folder / "seeds"
 
 

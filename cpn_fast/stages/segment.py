@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,7 @@ def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: P
         return {
             "version": VERSION,
             "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
+            "pixels": config.cam.pixels,  # may lower the scale of an image
             **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
         }
 
@@ -231,6 +233,6 @@ def _digest(samples: Sequence[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         assert sample.mask is not None
-        digest.update(sample.id.encode())
+        digest.update(os.fsencode(sample.id))
         digest.update(reading.read_bytes(sample.mask, reading.MASK))
     return digest.hexdigest()

@@ -7,6 +7,7 @@ learning rate, which had fallen to 0, rises again.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def remember(run: Path, note: dict[str, Any]) -> None:
 def _digest(samples: Sequence[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(sample.id.encode() + b"\0")
+        digest.update(os.fsencode(sample.id) + b"\0")
         digest.update(b"" if sample.label is None else np.packbits(sample.label).tobytes())
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_few_classes_count_a_larger_share_of_the_errors(classes: int, share: flo
     assert init.hard_share(classes) == share
 
 
+@pytest.mark.parametrize("more", ["train", "640"])
+def test_a_table_may_have_columns_that_are_no_classes(more: str, photos: Path, monkeypatch) -> None:
+    rows = (f"p{k},{int(k % 3 == 0)},{int(k % 3 == 1)},{more}\n" for k in range(20))
+    (photos / "tags.csv").write_text("image,red,dark blue,more\n" + "".join(rows))
+    config, _ = started(photos, monkeypatch)
+    assert sorted(config.classes) == ["dark blue", "red"]
+
+
+def test_a_quote_that_is_not_closed_is_said(photos: Path) -> None:
+    (photos / "tags.csv").write_text('image,"tags\n' + "".join(f"p{k}.jpg,red\n" for k in range(20_000)))
+    assert "not readable as CSV" in message_of(photos, None, None, None)
+
+
+def test_tags_of_other_photos_are_said(photos: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "cls_labels.npy", np.array({"q0": np.zeros(20)}), allow_pickle=True)
+    message = message_of(photos, tmp_path / "cls_labels.npy", None, None)
+    assert "cls_labels.npy: it tags none of the 20 photos" in message
+
+
 def test_folders_of_classes_are_tags(photos: Path, monkeypatch) -> None:
     shutil.rmtree(photos / "more")
     for k, path in enumerate(sorted(photos.glob("p*.jpg"))):
@@ -150,11 +170,11 @@ def test_a_name_that_looks_like_a_path_is_found_again(name: str, photos: Path, m
     assert any(name.removesuffix(".jpg") in ids for ids in lists(config))
 
 
-@pytest.mark.parametrize("name", ["a\nb.jpg", "a\u2028b.jpg", " a.jpg", "a\\b.jpg"])
+@pytest.mark.parametrize("name", ["a\nb.jpg", "a\u2028b.jpg", " a.jpg", "a\\b.jpg", os.fsdecode(b"caf\xe9.jpg")])
 def test_a_name_that_a_list_cannot_hold_is_refused(name: str, photos: Path) -> None:
     shutil.copy(photos / "p0.jpg", photos / name)
     (photos / "tags.csv").write_text(TAGS["tags.csv"])
-    assert f"{name!r}: a list cannot hold a name with" in message_of(photos, None, None, None)
+    assert f"{name!r}: a list holds UTF-8 names without" in message_of(photos, None, None, None)
 
 
 def test_linked_folders_are_read_once(photos: Path, tmp_path: Path, monkeypatch) -> None:

@@ -73,6 +73,10 @@ def test_an_array_is_predicted_as_its_file_is(small_run: Path, samples, tmp_path
     for wrong in (image.astype(np.float32), image[None], image[..., :2], image[:0]):
         with pytest.raises(ValueError, match=r"uint8 RGB"):
             model.predict(wrong)
+    others: list[Any] = [Image.fromarray(image).convert("I"), None, b"jpeg", torch.from_numpy(image)]
+    for other_kind in others:
+        with pytest.raises(ValueError, match=r"^an image (is|has) "):
+            model.predict(other_kind)
 
 
 def test_pictures_of_every_kind_and_lists_of_them_are_predicted(small_run: Path, samples) -> None:
@@ -360,6 +364,14 @@ def test_a_list_of_classes_is_not_taken_for_a_path(small_run: Path, samples, tmp
     assert "no home folder of ~no-such-user" in str(
         invoke(image, "--model", small_run, "--tags", "~no-such-user/x.csv").exception
     )
+
+
+def test_its_own_results_are_no_photos(small_run: Path, samples, tmp_path: Path) -> None:
+    for sample in samples[:2]:
+        shutil.copy(sample.image, tmp_path)
+    for _ in range(2):
+        assert predict.run(small_run, [tmp_path], tmp_path, None).images == 2
+    assert predict.run(small_run, [tmp_path], tmp_path / "out", None).images == 2
 
 
 @pytest.mark.parametrize("foreign", ["{}.json", "{}_mask.png", "own photo"])

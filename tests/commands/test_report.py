@@ -179,6 +179,17 @@ def test_seeds_that_are_gone_are_named_and_the_old_page_stays(run: Path) -> None
     assert page.read_bytes() == before
 
 
+def test_scores_of_an_older_list_or_ground_truth_are_named(run: Path, small_voc: Path, tmp_path: Path) -> None:
+    path = next(run.glob("evaluation/*/*/evaluation.json"))
+    before = read_json(path)
+    path.write_text(json.dumps(before | {"ids": [*before["ids"], "gone"]}))
+    with pytest.raises(UserError, match=r"no longer has gone\n.*Evaluate again, or delete this folder"):
+        report.run(run)
+    path.write_text(json.dumps(before | {"list": str(tmp_path / "none.txt")}))
+    with pytest.raises(UserError, match=r"none\.txt: no such list(.|\n)*Evaluate again, or delete this folder"):
+        report.run(run)
+
+
 def test_images_that_moved_are_found_where_they_are_said_to_lie(
     small_run: Path, small_voc: Path, tmp_path: Path
 ) -> None:

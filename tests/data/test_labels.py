@@ -168,6 +168,12 @@ def test_csv_in_another_encoding_is_refused(tmp_path):
     assert "its text is not UTF-8 (byte 0xe8 at 4): save it as CSV UTF-8" in refused(path)
 
 
+def test_two_names_of_one_image_in_a_csv_are_refused(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("cats/1.jpg,cat\ndogs/1.jpg,dog\n")
+    assert "line 2: 'dogs/1.jpg' stands for 1, and so does 'cats/1.jpg'" in refused(path, ["1"])
+
+
 def test_endings_may_be_capitals(tmp_path):
     (tmp_path / "TAGS.CSV").write_text("a,cat\n")
     (tmp_path / "Tags.Json").write_text('{"a": ["cat"]}')

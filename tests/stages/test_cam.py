@@ -64,12 +64,13 @@ def test_seeds_do_not_depend_on_where_the_pretrained_weights_were(trained) -> No
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-def test_other_weights_or_settings_make_new_seeds(trained, tiny_config) -> None:
+@pytest.mark.parametrize("other", [{"scales": (1.5,)}, {"pixels": 4096}], ids=str)
+def test_other_settings_make_new_seeds(trained, other: dict[str, Any]) -> None:
     settings, weights = trained
     folder = cam.run(settings, weights)
     path = min((folder / "seeds").iterdir())
     before = read_seed(path).cam
-    cam.run(settings.model_copy(update={"cam": settings.cam.model_copy(update={"scales": (1.5,)})}), weights)
+    cam.run(settings.model_copy(update={"cam": settings.cam.model_copy(update=other)}), weights)
     assert not np.array_equal(before, read_seed(path).cam)
 
 

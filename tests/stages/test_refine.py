@@ -174,6 +174,18 @@ def test_a_finished_affinity_net_is_kept_until_another_can_be_trained(seeded) ->
     assert weights.read_bytes() == before
 
 
+def test_seeds_of_other_weights_or_settings_are_said(seeded, capsys) -> None:
+    refine.run(seeded)
+    assert "Warning" not in capsys.readouterr().err
+    longer = seeded.model_copy(update={"train": seeded.train.model_copy(update={"steps": 2})})
+    train.run(longer)
+    raw = longer.model_copy(update={"cam": longer.cam.model_copy(update={"map": "raw"})})
+    refine.run(raw)
+    said = capsys.readouterr().err
+    assert "were made with other settings or weights than the run has now (weights_sha256, cam)" in said
+    assert "cpn-fast cam CONFIG --list" in said
+
+
 def test_missing_seeds_name_the_command(seeded) -> None:
     seeds = seeded.run / "cams" / "train" / "seeds"
     path = min(seeds.iterdir())

@@ -205,7 +205,7 @@ def test_timm_s_own_weights_without_a_network_are_an_error_that_says_so(
 def test_doctor_finds_timm_s_own_weights(small_voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "pretrained_by_timm", lambda name: timm.create_model(name).state_dict())
     finding = doctor.weights(settings(small_voc, tmp_path / "runs", Path("timm")))
-    assert finding == ("ok", "timm fits timm:resnet18; new layers: f8_3, f8_4, f9, classifier", "")
+    assert finding == ("ok", "timm fits timm:resnet18; new layers: fc8, f8_3, f8_4, f9, f10", "")
 
 
 def test_the_config_of_resnet_50_builds() -> None:

@@ -135,7 +135,10 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
 
 
 def _ticked_columns(path: Path, match: Ids) -> list[str]:
-    """Return the columns of a table that only 0 and 1 fill; none if the CSV is no such table."""
+    """Return the columns of a table that only 0 and 1 fill; none if the CSV is no such table.
+
+    Raises UserError if the only such column stands beside text: it may be the class, or a remark beside tags.
+    """
     for separator in (",", ";", "\t"):
         with _csv_text(path) as file:
             header: list[str] = []
@@ -152,11 +155,15 @@ def _ticked_columns(path: Path, match: Ids) -> list[str]:
                 raise UserError(f"{path} line {reader.line_num}: not readable as CSV: {error}") from None
         if rows:
             columns = itertools.zip_longest(*rows, fillvalue="")
-            return [
-                name
-                for name, cells in zip(header, columns, strict=False)
-                if name and any(cells) and all(cell.lower() in _TICKS for cell in cells)
-            ]
+            filled = {name: cells for name, cells in zip(header, columns, strict=False) if name and any(cells)}
+            ticked = [name for name, cells in filled.items() if all(cell.lower() in _TICKS for cell in cells)]
+            if len(ticked) == 1 < len(filled):
+                others = some([name for name in filled if name not in ticked])
+                raise UserError(
+                    f"{path}: column {ticked[0]} holds 0 and 1, and {others} holds text. Keep the columns of the "
+                    "classes alone, or the tags alone"
+                )
+            return ticked
     return []
 
 

@@ -114,6 +114,11 @@ def test_a_table_may_have_columns_that_are_no_classes(more: str, photos: Path, m
     assert sorted(config.classes) == ["dark blue", "red"]
 
 
+def test_one_column_of_0_and_1_beside_text_is_refused(photos: Path) -> None:
+    (photos / "tags.csv").write_text("image,tags,checked\n" + "".join(f"p{k},red,{k % 2}\n" for k in range(20)))
+    assert "column checked holds 0 and 1, and tags holds text" in message_of(photos, None, None, None)
+
+
 def test_a_quote_that_is_not_closed_is_said(photos: Path) -> None:
     (photos / "tags.csv").write_text('image,"tags\n' + "".join(f"p{k}.jpg,red\n" for k in range(20_000)))
     assert "not readable as CSV" in message_of(photos, None, None, None)

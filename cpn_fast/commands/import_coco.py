@@ -28,7 +28,7 @@ import yaml
 from pydantic import Field
 
 from cpn_fast.config_file import load
-from cpn_fast.data.dataset import raise_problems
+from cpn_fast.data.dataset import line_of, raise_problems
 from cpn_fast.data.images import MAX_PIXELS
 from cpn_fast.data.labels import IMAGE_SUFFIXES
 from cpn_fast.data.masks import IGNORE, write_mask
@@ -284,8 +284,10 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
             problems["annotations of an image that is not among images"].append(unknown)
     for image in tree.images:
         name = PurePosixPath(image.file_name)
-        if name.is_absolute() or ".." in name.parts or image.file_name.splitlines() != [image.file_name]:
+        if name.is_absolute() or ".." in name.parts:
             problems["images outside their folder"].append(image.file_name)
+        elif not _is_one_name(name):
+            problems["images with names that a list cannot hold (as x.png.jpg)"].append(image.file_name)
         elif name.suffix.lower() not in IMAGE_SUFFIXES:
             problems[f"images that end in none of {', '.join(IMAGE_SUFFIXES)}"].append(image.file_name)
         elif not (folder / name).is_file():
@@ -293,6 +295,15 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
         if image.width * image.height > MAX_PIXELS:
             problems["images too large to be decoded"].append(image.file_name)
     raise_problems(f"{path} has {len(tree.images)} images", problems)
+
+
+def _is_one_name(file: PurePosixPath) -> bool:
+    """Return whether a line of a list can name an image by its id, the name without its ending."""
+    id_ = str(file.with_suffix(""))
+    try:
+        return line_of(id_, Path(file)) == id_
+    except UserError:
+        return False
 
 
 def _agree(root: Path, masks: Path, classes: tuple[str, ...]) -> None:

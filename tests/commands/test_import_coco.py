@@ -202,6 +202,8 @@ def broken(tree: dict[str, Any], kind: str) -> Any:
             objects[0]["image_id"] = 5
         case "outside":
             images[0]["file_name"] = "../photos/9.jpg"
+        case "two endings":
+            images[0]["file_name"] = "9.png.jpg"
         case "no list":
             return objects
         case "no width":
@@ -233,6 +235,7 @@ def broken(tree: dict[str, Any], kind: str) -> Any:
         ("unknown category", r"category that is not among categories: annotation 100 \(91\)"),
         ("unknown image", r"image that is not among images: annotation 100 \(5\)"),
         ("outside", r"1 images outside their folder: \.\./photos/9\.jpg"),
+        ("two endings", r"1 images with names that a list cannot hold .*: 9\.png\.jpg"),
         ("no list", r"expected COCO's instances, with images, annotations and categories"),
         ("no width", r"images\.1\.width: Field required"),
         ("no objects", r"no object is annotated in its 5 images"),

@@ -26,6 +26,7 @@ import json
 import pickle
 import pickletools
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -380,8 +381,16 @@ class Ids:
         """Return the id, or None for an unknown name.
 
         A path stands for its longest tail that is an id. Without such a tail it stands for the only id that ends with
-        this path. ``dogs/1`` is never ``cats/1``.
+        this path. ``dogs/1`` is never ``cats/1``. A letter with an accent may be one character or two, as in names of
+        files from macOS.
         """
+        found = self._find(name)
+        if found is None and isinstance(name, str) and not name.isascii():
+            composed = self._composed._find(unicodedata.normalize("NFC", name))
+            found = None if composed is None else self._originals[composed]
+        return found
+
+    def _find(self, name: object) -> str | None:
         if isinstance(name, (int, np.integer)) and not isinstance(name, bool):
             return str(name) if str(name) in self.known else self.numbers.get(str(name))
         if not isinstance(name, str):
@@ -400,6 +409,15 @@ class Ids:
         """Return possible names of an id's file: the id, and the id without its folders if that is unambiguous."""
         name = id_.rpartition("/")[2]
         return [id_, name] if self.ends.get(name) == id_ else [id_]
+
+    @functools.cached_property
+    def _originals(self) -> dict[str, str | None]:
+        """Id with composed accents -> id, or None if several ids differ only in this."""
+        return _unambiguous((unicodedata.normalize("NFC", id_), id_) for id_ in self.known)
+
+    @functools.cached_property
+    def _composed(self) -> Ids:
+        return Ids(self._originals)
 
     @functools.cached_property
     def depth(self) -> int:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -172,6 +173,15 @@ def test_two_names_of_one_image_in_a_csv_are_refused(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("cats/1.jpg,cat\ndogs/1.jpg,dog\n")
     assert "line 2: 'dogs/1.jpg' stands for 1, and so does 'cats/1.jpg'" in refused(path, ["1"])
+
+
+@pytest.mark.parametrize("key", ["rosé", "more/rosé.jpg"])
+@pytest.mark.parametrize(("of_file", "of_tag"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_accents_may_be_composed_or_not(tmp_path, key, of_file, of_tag):
+    id_ = unicodedata.normalize(of_file, "rosé")
+    path = tmp_path / "labels.csv"
+    path.write_text(f"{unicodedata.normalize(of_tag, key)},cat\n", encoding="utf-8")
+    assert names(read_labels(path, [id_], CLASSES)) == {id_: ["cat"]}
 
 
 def test_endings_may_be_capitals(tmp_path):

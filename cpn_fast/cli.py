@@ -367,7 +367,9 @@ def import_coco(
         print(f"{imported.negatives} of them show no object and are negatives")
     then = None
     if imported.classes == import_coco.coco_classes():
-        then = command_line("doctor", "configs/coco.yaml", overrides=[f"data.root={destination}"])
+        from cpn_fast.config_file import override
+
+        then = command_line("doctor", "configs/coco.yaml", overrides=[override("data.root", destination)])
     else:
         lines = import_coco.config_lines(imported, destination)
         print(f"A config for this data set needs these keys, and a section train:\n\n{lines}")

@@ -41,7 +41,7 @@ def _read(path: Path, parents: tuple[str, ...] = ()) -> dict[str, Any]:
         hint = f"Did you mean {stems[near[0]]}? " if near else ""
         names = ", ".join(dict.fromkeys(configs)) or "none in that folder"
         raise UserError(f"{path}: no such config. {hint}There are: {names}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
@@ -67,7 +67,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    """Return the content of YAML. Raises ValueError for text that is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (RecursionError, yaml.YAMLError) as error:
+        raise ValueError(error) from None
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def read(text: str, source: str) -> Config:
     """Return the config of YAML as ``dump`` writes it. Raises UserError, which names ``source``, for other text."""
     try:
         tree = _yaml(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise UserError(f"{source}: not readable as YAML: {error}") from None
     return parse(tree, source)
 
@@ -105,7 +109,7 @@ def override(key: str, value: Path) -> str:
     """Return KEY=VALUE as ``load`` takes it, quoted if YAML would read another value."""
     try:
         plain = _yaml(str(value)) == str(value)
-    except yaml.YAMLError:
+    except ValueError:
         plain = False
     return f"{key}={value if plain else json.dumps(str(value))}"
 
@@ -122,7 +126,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         tree[name] = tree = dict(section)  # a copy, because a YAML alias may use the same section elsewhere
     try:
         tree[last] = _yaml(value)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise UserError(f"--set {text!r}: the value is not YAML: {error}") from None
 
 

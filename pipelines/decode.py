@@ -18,7 +18,7 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from cpn_fast.data.images import UnreadableImage, opened, upright
+from cpn_fast.data.images import UnreadableImage, opened, orientation, upright, upright_size
 from cpn_fast.runtime import reading
 
 APP1, START_OF_SCAN = b"\xff\xe1", b"\xff\xda"
@@ -49,8 +49,8 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
         raise UnreadableImage(path, str(error)) from None
     with opened(path, io.BytesIO(content)) as image:
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
-            jpeg = _with_orientation(content, _orientation(image))
-            return Encoded(np.frombuffer(jpeg, np.uint8), *_upright_size(image))
+            jpeg = _with_orientation(content, orientation(image))
+            return Encoded(np.frombuffer(jpeg, np.uint8), *upright_size(image))
         pixels = upright(image)
     height, width, _ = pixels.shape
     ppm = b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
@@ -60,7 +60,7 @@ def read_encoded(path: Path, content: bytes | None = None) -> Encoded:
 def image_size(path: Path) -> tuple[int, int]:
     """Read height and width after EXIF rotation from an image's header. Raises UserError as ``read_encoded``."""
     with opened(path) as image:
-        return _upright_size(image)
+        return upright_size(image)
 
 
 def decode(encoded: Any, device: torch.device) -> Any:
@@ -145,29 +145,19 @@ def _is_decoded(jpeg: np.ndarray) -> bool:
     return True
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+def _with_orientation(jpeg: bytes, wanted: int) -> bytes:
+    """Return a JPEG whose only APP1 segment (EXIF, XMP) gives the wanted orientation; without one for 1.
 
-
-def _orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation as ``ImageOps.exif_transpose`` understands it: 2 to 8 if it turns the image, else 1."""
-    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-    return int(orientation) if orientation in range(2, 9) else 1
-
-
-def _with_orientation(jpeg: bytes, orientation: int) -> bytes:
-    """Return a JPEG whose only APP1 segment (EXIF, XMP) gives this orientation; without one for orientation 1.
-
-    A file with other bytes between the segments of its header is damaged. It stays as it is, for DALI to refuse.
+    A file without such segments stays as it is, and so does a damaged one, with other bytes between the segments of its
+    header: DALI refuses it.
     """
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    content = exif.tobytes()
     parts = [jpeg[:2]]
-    if orientation != 1:
+    if wanted != 1:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = wanted
+        content = exif.tobytes()
         parts.append(APP1 + struct.pack(">H", 2 + len(content)) + content)
-    at = 2
+    at, found = 2, False
     while (marker := jpeg[at : at + 2]) != START_OF_SCAN:
         if marker == b"\xff\xff":  # a byte that fills the space before a marker
             at += 1
@@ -175,7 +165,9 @@ def _with_orientation(jpeg: bytes, orientation: int) -> bytes:
         if len(jpeg) < at + 4 or marker[0] != 0xFF:
             return jpeg
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-        if marker != APP1:
+        if marker == APP1:
+            found = True
+        else:
             parts.append(jpeg[at:end])
         at = end
-    return b"".join([*parts, jpeg[at:]])
+    return b"".join([*parts, jpeg[at:]]) if found else jpeg

@@ -279,7 +279,9 @@ def test_an_override_changes_no_section_that_shares_an_alias(write) -> None:
     assert (loaded.affinity.train.batch, loaded.segment.train.batch) == (4, 2)
 
 
-@pytest.mark.parametrize("folder", ["runs/demo #2", "2024", "a: b", "no", "[x", "plain/name", "naïve 'q' \"r\""])
+@pytest.mark.parametrize(
+    "folder", ["runs/demo #2", "2024", "2024-13-45", "a: b", "no", "[x", "plain/name", "naïve 'q' \"r\""]
+)
 def test_a_path_is_taken_as_it_stands(folder: str, write) -> None:
     settings = config_file.load(write(MINIMAL), [config_file.override("out", Path(folder))])
     assert settings.out == Path(folder)

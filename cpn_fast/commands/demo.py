@@ -41,8 +41,8 @@ def run(out: Path) -> None:
     folders: dict[str, Path] = {}
     for row, (name, *overrides) in ROWS.items():
         row_started = time.perf_counter()
-        weights = train.run(_config(name, out, f"model.weights={pretrained}"))
-        config = _config(name, out, f"model.weights={pretrained}", *overrides)
+        weights = train.run(_config(name, out, override("model.weights", pretrained)))
+        config = _config(name, out, override("model.weights", pretrained), *overrides)
         scores = []
         threshold = None
         for list_name in ("train", "val"):
@@ -62,7 +62,7 @@ def run(out: Path) -> None:
         )
     console.print(table)
     console.print("The other stages: CRF, AffinityNet and random walk, then a segmenter that needs no tags")
-    config = _config("demo", out, f"model.weights={pretrained}")
+    config = _config("demo", out, override("model.weights", pretrained))
     chain.run(config)
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=True)
     picture = out / "demo.jpg"

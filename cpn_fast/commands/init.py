@@ -83,14 +83,14 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
     if not tagged:
         raise UserError(f"{source}: it tags none of the {len(photos)} photos in {folder} ({some(photos, 3)})")
     config = out / "config.yaml"
-    kept = config.exists()
-    held_out = _still_held_out(out, lines) if kept else _held_out({id_: labels[id_] for id_ in tagged})
-    trained_on = [id_ for id_ in tagged if id_ not in held_out]
-    for name, ids in (("train.txt", trained_on), ("held_out.txt", sorted(held_out or tagged))):
-        files[name] = "".join(f"{lines[id_]}\n" for id_ in ids)
-    tree, remarks = _config(folder, images, source, out, names, len(trained_on), weights)
     with owned(out):
         remove_partials(out)
+        kept = config.exists()
+        held_out = _still_held_out(out, lines) if kept else _held_out({id_: labels[id_] for id_ in tagged})
+        trained_on = [id_ for id_ in tagged if id_ not in held_out]
+        for name, ids in (("train.txt", trained_on), ("held_out.txt", sorted(held_out or tagged))):
+            files[name] = "".join(f"{lines[id_]}\n" for id_ in ids)
+        tree, remarks = _config(folder, images, source, out, names, len(trained_on), weights)
         if not kept:
             remarks.append(_set_steps(tree, len(trained_on)))
             files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -175,8 +175,7 @@ def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
         overlay_path, mask_path, summary = (out / f"{id_}{ending}" for ending in ("_overlay.png", "_mask.png", ".json"))
         lost += [path.name for path in (overlay_path, mask_path) if path.resolve() in inputs]
         if summary.exists():
-            note = read_note(summary)
-            foreign += [] if isinstance(note, dict) and "made_of" in note else [summary.name]
+            foreign += [] if _is_summary(summary) else [summary.name]
         elif mask_path.exists() and mask_source(mask_path) is None:
             foreign.append(mask_path.name)
     if lost or foreign:
@@ -188,9 +187,13 @@ def _is_ours(file: Path) -> bool:
     """Return whether a file is an overlay, a mask or a summary of an earlier call."""
     for ending in ("_overlay.png", "_mask.png", ".json"):
         if file.name.endswith(ending):
-            note = read_note(file.with_name(file.name.removesuffix(ending) + ".json"))
-            return isinstance(note, dict) and "made_of" in note
+            return _is_summary(file.with_name(file.name.removesuffix(ending) + ".json"))
     return False
+
+
+def _is_summary(path: Path) -> bool:
+    note = read_note(path)
+    return isinstance(note, dict) and "made_of" in note
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:

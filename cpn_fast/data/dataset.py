@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import ExifTags
 
 from cpn_fast.config import Data
-from cpn_fast.data.images import UnreadableImage, opened
+from cpn_fast.data.images import UnreadableImage, opened, upright_size
 from cpn_fast.data.labels import IMAGE_SUFFIXES, LabelError, listed_in, read_labels
 from cpn_fast.data.masks import IGNORE, read_mask
 from cpn_fast.runtime import reading
@@ -308,10 +307,12 @@ def visible_files(folder: Path) -> list[Path]:
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        # A folder that links lead to twice, or back to, is read once.
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if real not in seen and not name.startswith(".")]
+        if real in seen:  # links lead here twice, or back to a folder above
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 
@@ -346,8 +347,7 @@ def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
     """Return (kind of problem, name) for every problem of one image and its mask."""
     try:
         with opened(sample.image) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            size = image.size[::-1] if turned else image.size
+            size = upright_size(image)
             image.draft("RGB", (1, 1))  # reads every byte of a JPEG, but decodes at an eighth of its resolution
             image.load()
     except UnreadableImage as error:
@@ -359,8 +359,8 @@ def _check(sample: Sample, classes: int) -> list[tuple[str, str]]:
     except UserError as error:
         return [("masks that cannot be used", str(error))]
     faults = []
-    if mask.shape[::-1] != size:
-        sizes = "{}x{}, image {}x{}".format(*mask.shape[::-1], *size)
+    if mask.shape != size:
+        sizes = "{}x{}, image {}x{}".format(*mask.shape[::-1], *size[::-1])
         faults.append(("masks of another size than their image", f"{sample.mask} ({sizes})"))
     counts = np.bincount(mask.ravel(), minlength=256)
     wrong = [str(value) for value in range(classes + 1, IGNORE) if counts[value]]

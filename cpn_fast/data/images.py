@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from cpn_fast.runtime import reading
@@ -71,6 +71,18 @@ def upright(image: Image.Image) -> np.ndarray:
     if turned.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
     return np.array(turned.convert("RGB"))
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return height and width of an opened image after ``upright``, from its header."""
+    width, height = image.size
+    return (width, height) if orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation as ``ImageOps.exif_transpose`` understands it: 2 to 8 if it turns the image, else 1."""
+    value: Any = image.getexif().get(ExifTags.Base.Orientation)
+    return int(value) if value in range(2, 9) else 1
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -28,7 +28,7 @@ import pickletools
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.parsers import expat
@@ -141,19 +141,13 @@ def _ticked_columns(path: Path, match: Ids) -> list[str]:
     Raises UserError if the only such column stands beside text: it may be the class, or a remark beside tags.
     """
     for separator in (",", ";", "\t"):
-        with _csv_text(path) as file:
-            header: list[str] = []
-            rows = []
-            reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
-            try:
-                for number, row in enumerate(reader):
-                    cells = [cell.strip() for cell in row]
-                    if cells and match(cells[0]) is not None:
-                        rows.append(cells[1:])
-                    elif number == 0:
-                        header = cells[1:]
-            except csv.Error as error:
-                raise UserError(f"{path} line {reader.line_num}: not readable as CSV: {error}") from None
+        header: list[str] = []
+        rows = []
+        for number, (_, key, *cells) in enumerate(_csv_rows(path, separator)):
+            if match(key) is not None:
+                rows.append(cells)
+            elif number == 0:
+                header = cells
         if rows:
             columns = itertools.zip_longest(*rows, fillvalue="")
             filled = {name: cells for name, cells in zip(header, columns, strict=False) if name and any(cells)}
@@ -169,22 +163,24 @@ def _ticked_columns(path: Path, match: Ids) -> list[str]:
 
 
 def _first_cells(path: Path, separator: str) -> list[str]:
-    with _csv_text(path) as file:
-        rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
-        try:
-            return [row[0].strip() for row in rows if row and row[0].strip()]
-        except csv.Error as error:
-            raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
+    return [key for _, key, *_ in _csv_rows(path, separator) if key]
+
+
+def _csv_rows(path: Path, separator: str) -> Iterator[tuple[str, ...]]:
+    """Yield the place of each row that is not empty, as in ``line 2``, and its cells without spaces around them."""
+    text = reading.read_bytes(path, reading.LABELS).decode("utf-8-sig")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    try:
+        for row in filter(None, rows):
+            yield f"line {rows.line_num}", *(cell.strip() for cell in row)
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:
     if isinstance(error, OSError):
         return str(error)
     return f"its text is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): save it as CSV UTF-8"
-
-
-def _csv_text(path: Path) -> io.StringIO:
-    return io.StringIO(reading.read_bytes(path, reading.LABELS).decode("utf-8-sig"), newline="")
 
 
 def _encode(path: Path, tags: Names, problems: Sequence[str], classes: Sequence[str]) -> dict[str, np.ndarray]:
@@ -277,17 +273,11 @@ def _read_separated(path: Path, separator: str, ids: Collection[str], classes: S
     match = Ids(ids)
     entries: list[tuple[str, str, str, list[str]]] = []  # key, id, location, cells
     header: list[str] = []
-    with _csv_text(path) as file:
-        rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
-        try:
-            for number, (key, *cells) in enumerate(filter(None, rows)):
-                cells = [cell.strip() for cell in cells]
-                if (id_ := match(key)) is not None:
-                    entries.append((key.strip(), id_, f"line {rows.line_num}", cells))
-                elif number == 0:
-                    header = cells
-        except csv.Error as error:
-            raise UserError(f"{path} line {rows.line_num}: not readable as CSV: {error}") from None
+    for number, (location, key, *cells) in enumerate(_csv_rows(path, separator)):
+        if (id_ := match(key)) is not None:
+            entries.append((key, id_, location, cells))
+        elif number == 0:
+            header = cells
     is_table = bool(entries) and _is_table(header, entries[0][3], classes)
     tags: dict[str, list[tuple[str, str]]] = {}
     keys: dict[str, str] = {}

@@ -106,23 +106,27 @@ def test_image_and_superpixels_stay_aligned(tmp_path: Path, dtype: type, orienta
 
 def test_a_mask_gives_its_values_in_every_form(tmp_path: Path) -> None:
     sample = save(tmp_path / "a.jpg", noise(60, 80))
-    values = np.random.default_rng(2).choice(np.array([0, 1, 9, 15], np.uint8), (60, 80))
+    values = np.random.default_rng(2).choice(np.array([0, 1, 20, 255], np.uint8), (60, 80))
     write_mask(tmp_path / "palette.png", values)
     upside_down = Image.Exif()
     upside_down[ORIENTATION] = 3
-    Image.fromarray(values).save(tmp_path / "gray.png", exif=upside_down)  # a mask has no upright
-    small = Image.fromarray(values)
-    small.putpalette(PALETTE[:16].tobytes())
-    small.save(tmp_path / "4 bits.png", bits=4)
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    Image.fromarray(values).save(tmp_path / "gray with EXIF.png", exif=upside_down)  # a mask has no upright
     Image.fromarray(PALETTE[values]).save(tmp_path / "colours.png")
+    low = Image.fromarray(values % 16)
+    low.save(tmp_path / "low.png")
+    low.putpalette(PALETTE[:16].tobytes())
+    low.save(tmp_path / "4 bits.png", bits=4)
     crops = {**PLAIN, "flip": 0.5, "long_side": (40, 120), "crop": 64}
-    palette, *others = (
-        take(make([sample], crops, map_path=lambda s, kind=kind: tmp_path / f"{kind}.png"), 6)
-        for kind in ("palette", "gray", "4 bits", "colours")
-    )
-    for other in others:
-        assert all(same(a, b) for a, b in zip(palette, other, strict=True))
-    assert {int(v) for batch in palette for v in batch.pixel_map.unique()} == {-1, 0, 1, 9, 15}
+
+    def batches(kind: str) -> list[Batch]:
+        return take(make([sample], crops, map_path=lambda s: tmp_path / f"{kind}.png"), 6)
+
+    palette = batches("palette")
+    for other in ("gray", "gray with EXIF", "colours"):
+        assert all(same(a, b) for a, b in zip(palette, batches(other), strict=True))
+    assert all(same(a, b) for a, b in zip(batches("low"), batches("4 bits"), strict=True))
+    assert {int(v) for batch in palette for v in batch.pixel_map.unique()} == {-1, 0, 1, 20, 255}
 
 
 def test_scale_draws_a_factor_of_the_images_own_size(tmp_path: Path) -> None:

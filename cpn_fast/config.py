@@ -12,10 +12,18 @@ import hashlib
 import os
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from cpn_fast.runtime.errors import UserError
@@ -81,8 +89,22 @@ def _known_backbone(name: str) -> str:
 Images = Annotated[Group | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
+def _holds_numbers(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_holds_numbers(inner) for inner in get_args(annotation))
+
+
 class Section(pydantic.BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_switch_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true, yes and on (and false) for a number: pydantic takes them as 1 and 0."""
+        switches = [item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, bool)]
+        assert info.field_name is not None
+        if switches and _holds_numbers(cls.model_fields[info.field_name].annotation):
+            raise ValueError(f"expected a number, found {str(switches[0]).lower()}")
+        return value
 
     @field_validator("*", mode="after")
     @classmethod

@@ -216,6 +216,16 @@ def test_every_number_has_both_bounds() -> None:
         assert {"maximum", "exclusiveMaximum"} & node.keys(), path
 
 
+def test_a_switch_is_not_taken_as_the_number_one(write) -> None:
+    schema = config.Config.model_json_schema()
+    keys = {path.removeprefix(".") for path, _ in numbers(schema, schema["$defs"])}
+    file = write(MINIMAL)
+    for override in [*(f"{key}=true" for key in keys), "cam.scales=[on]", "model.mean=[1, 2, yes]", "augment.flip=no"]:
+        with pytest.raises(UserError, match=re.escape(override.partition("=")[0])):
+            config_file.load(file, [override])
+    assert config_file.load(file, ["model.pcm=false"]).model.pcm is False
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -251,11 +251,11 @@ def data(config: Config) -> Finding:
 
 def weights(config: Config) -> Finding:
     from cpn_fast.models.network import build_network
-    from cpn_fast.models.pretrained import start_from
+    from cpn_fast.models.pretrained import load_pretrained
 
+    new_layers = load_pretrained(build_network(config), config.model)
     if config.model.weights is None:
         return Finding("ok", "none (model.weights is null)")
-    new_layers = start_from(build_network(config), config.model.weights)
     found = f"{config.model.weights} fits {config.model.backbone}"
     return Finding("ok", f"{found}; new layers: {', '.join(new_layers) or 'none'}")
 

@@ -10,11 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpn_fast.config import TIMM_WEIGHTS
+from cpn_fast.config import TIMM_WEIGHTS, Model
 from cpn_fast.models.backbone import Headed
 from cpn_fast.models.network import HEADS
 from cpn_fast.models.timm_backbone import TimmBackbone, pretrained_by_timm
 from cpn_fast.models.weights import load_into, read_weights, to_network_keys
+from cpn_fast.runtime.errors import UserError
+
+
+def load_pretrained(network: Headed, model: Model) -> list[str]:
+    """Load the weights that the config names, if any. Returns the heads that stay random.
+
+    Raises UserError as ``start_from`` does, and for a network with frozen layers if the config names no weights.
+    """
+    if model.weights is not None:
+        return start_from(network, model.weights)
+    if network.backbone.frozen:
+        raise UserError(
+            f"model.weights is null, but {model.backbone} does not train its first layers and its batch statistics, so "
+            "it cannot start from random weights. Name a file of pretrained weights; docs/voc.md says where to get one"
+        )
+    return []
 
 
 def start_from(network: Headed, path: Path) -> list[str]:

@@ -17,10 +17,10 @@ from cpn_fast.data.dataset import Sample, cannot_be_learned
 from cpn_fast.data.images import read_image
 from cpn_fast.methods.known import METHODS
 from cpn_fast.methods.method import Method
-from cpn_fast.models.backbone import Headed, to_device
+from cpn_fast.models.backbone import to_device
 from cpn_fast.models.dropout import SharedDropout
 from cpn_fast.models.network import Network
-from cpn_fast.models.pretrained import measure_features, start_from
+from cpn_fast.models.pretrained import load_pretrained, measure_features
 from cpn_fast.models.timm_backbone import TimmBackbone
 from cpn_fast.models.weights import FINAL, is_whole, to_released_keys, weights_of, write_weights
 from cpn_fast.pipelines.shards import Shards, training_list
@@ -181,20 +181,7 @@ def check_start(config: Config, build: Callable[[Config], Method]) -> None:
     """Raise UserError if a new training could not begin: for the hook, and for the pretrained weights."""
     if config.hook is not None:
         load_hook(config.hook)
-    _load_pretrained(build(config).network, config)
-
-
-def _load_pretrained(network: Headed, config: Config) -> list[str]:
-    """Load the pretrained weights, if the config names any. Returns the heads that stay random."""
-    if config.model.weights is not None:
-        return start_from(network, config.model.weights)
-    if network.backbone.frozen:
-        raise UserError(
-            f"model.weights is null, but {config.model.backbone} does not train its first layers and its batch "
-            "statistics, so it cannot start from random weights. Name a file of pretrained weights; docs/voc.md says "
-            "where to get one"
-        )
-    return []
+    load_pretrained(build(config).network, config.model)
 
 
 def _method(
@@ -211,7 +198,7 @@ def _method(
     method = build(config)
     network = method.network
     if pretrained:
-        fresh = _load_pretrained(network, config)
+        fresh = load_pretrained(network, config.model)
         if rank.first and config.model.weights is not None:
             print(f"Starting from {config.model.weights}" + (f" with new layers {', '.join(fresh)}" if fresh else ""))
     if pretrained and isinstance(network.backbone, TimmBackbone):

@@ -48,6 +48,13 @@ def test_weights_of_another_backbone_are_broken(tiny_config, tmp_path: Path) -> 
     assert f"{weights}: the weights do not fit the model" in result.output
 
 
+def test_no_weights_for_a_frozen_backbone_are_broken(tiny_config) -> None:
+    path = tiny_config(model={"backbone": "mobilenet_v2"})
+    result = CliRunner().invoke(app, ["doctor", str(path)], catch_exceptions=False, env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert "model.weights is null, but mobilenet_v2 does not train its first layers" in result.output
+
+
 def pretended_gpu(monkeypatch, **version: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(name="Some GPU", total_memory=16 * 2**30, major=9, minor=0)

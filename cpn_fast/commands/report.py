@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -168,8 +168,16 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 
 def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
     tree = _json(path)
+    threshold = tree["results"][0]["threshold"]
+
+    def predicted(sample: Sample) -> np.ndarray:
+        file = _result_file(source, sample, threshold)
+        return read_mask(file) if threshold is None else read_seed(file).mask(threshold)
+
     try:
-        galleries = _galleries(tree, config, model)
+        source = _scored_folder(path, tree, config)
+        counts = _counts(tree, source, predicted, config)
+        galleries = _galleries(counts, predicted, config, model)
     except UserError as error:
         raise UserError(
             f"{error}\n{path.parent} has the scores of what was there. Evaluate again, or delete this folder"
@@ -195,33 +203,51 @@ def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, An
         ],
         "plots": plots,
         "galleries": galleries,
+        "outdated": bool(np.any(sum(count for _, count in counts) != np.array(tree["results"][0]["confusion"]))),
     }
 
 
-def _galleries(tree: dict[str, Any], config: Config, model: Model | None) -> list[dict[str, Any]]:
-    """Return the images with the highest and lowest mean IoU over their true and predicted classes."""
-    source, threshold = Path(tree["source"]), tree["results"][0]["threshold"]
+def _scored_folder(path: Path, tree: dict[str, Any], config: Config) -> Path:
+    """Return the folder of the scored seeds or masks, also if the run's folder has another name or place now."""
+    source, run = Path(tree["source"]).absolute(), config.run.absolute()
+    return path.parents[3] / source.relative_to(run) if source.is_relative_to(run) else source
+
+
+def _result_file(source: Path, sample: Sample, threshold: float | None) -> Path:
+    return source / f"{sample.id}{'.png' if threshold is None else '.npz'}"
+
+
+def _counts(
+    tree: dict[str, Any], source: Path, predicted: Callable[[Sample], np.ndarray], config: Config
+) -> list[tuple[Sample, np.ndarray]]:
+    """Return each scored image with its ``scores.confusion``, of its result and its ground truth as they are now."""
     by_id = {sample.id: sample for sample in listed(config, Path(tree["list"]), masks=True)}
     if gone := [id_ for id_ in tree["ids"] if id_ not in by_id]:
         raise UserError(f"{tree['list']} no longer has {some(gone, 3)}")
-    ending = ".png" if threshold is None else ".npz"
-    results = of_these_images([(by_id[id_], source / f"{id_}{ending}") for id_ in tree["ids"]])
-    samples = [sample for sample, _ in results]
+    threshold = tree["results"][0]["threshold"]
+    results = [(by_id[id_], _result_file(source, by_id[id_], threshold)) for id_ in tree["ids"]]
+    samples = [sample for sample, _ in of_these_images(results)]
 
-    def predicted(sample: Sample) -> np.ndarray:
-        if threshold is None:
-            return read_mask(source / f"{sample.id}{ending}")
-        return read_seed(source / f"{sample.id}{ending}").mask(threshold)
-
-    def score(sample: Sample) -> float:
+    def count(sample: Sample) -> np.ndarray:
         assert sample.mask is not None
         prediction, truth = predicted(sample), read_mask(sample.mask)
         if prediction.shape != truth.shape:
             raise UserError(f"{sample.mask} has another size than {sample.id}'s result")
-        return float(Scores(confusion(prediction, truth, len(config.classes))).mean_iou)
+        return confusion(prediction, truth, len(config.classes))
 
     with ThreadPoolExecutor() as pool:
-        scores = list(track(pool.map(score, samples), f"Scoring each of {source.name}", total=len(samples)))
+        counted = pool.map(count, samples)
+        return list(zip(samples, track(counted, f"Scoring each of {source.name}", total=len(samples)), strict=True))
+
+
+def _galleries(
+    counts: Sequence[tuple[Sample, np.ndarray]],
+    predicted: Callable[[Sample], np.ndarray],
+    config: Config,
+    model: Model | None,
+) -> list[dict[str, Any]]:
+    """Return the images with the highest and lowest mean IoU over their true and predicted classes."""
+    samples, scores = [sample for sample, _ in counts], [float(Scores(count).mean_iou) for _, count in counts]
     ordered = [(samples[index], scores[index]) for index in np.argsort(scores, kind="stable")[::-1].tolist()]
     galleries = dict(zip(("Best images", "Worst images"), _both_ends(ordered), strict=True))
     return [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -171,12 +172,29 @@ def test_seeds_that_are_gone_are_named_and_the_old_page_stays(run: Path) -> None
     page = report.run(run).page
     before = page.read_bytes()
     seed = next((run / "cams/val/seeds").glob("*.npz"))
-    path = run / "evaluation/val/cams-val-seeds/evaluation.json"
-    path.write_text(json.dumps(read_json(path) | {"source": str(seed.parent)}))
     seed.unlink()
     with pytest.raises(UserError, match=seed.name):
         report.run(run)
     assert page.read_bytes() == before
+
+
+def test_a_run_that_was_moved_has_its_own_seeds_on_its_page(small_run: Path, run: Path) -> None:
+    for path in (run / "cams/val/seeds").glob("*.npz"):
+        seed = read_seed(path)
+        write_seed(path, dataclasses.replace(seed, cam=np.zeros_like(seed.cam)))
+    changed = "These results or their ground truth have changed since they were scored"
+    assert changed in report.run(run).page.read_text()
+    shutil.rmtree(run)
+    assert changed not in report.run(shutil.copytree(small_run, run)).page.read_text()
+
+
+def test_other_ground_truth_than_was_scored_is_said(run: Path, small_voc: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(small_voc, tmp_path / "voc")
+    changed = "These results or their ground truth have changed since they were scored"
+    assert changed not in report.run(run, [f"data.root={other}"]).page.read_text()
+    for path in (other / "SegmentationClass").glob("*.png"):
+        write_mask(path, np.roll(read_mask(path), 5, 0))
+    assert changed in report.run(run, [f"data.root={other}"]).page.read_text()
 
 
 def test_scores_of_an_older_list_or_ground_truth_are_named(run: Path, small_voc: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpn_fast.config import BACKBONES, PACKAGE, Config, Model
+from cpn_fast.config import BACKBONES, PACKAGE, TIMM_WEIGHTS, Config, Model
 from cpn_fast.models import build_backbone
 from cpn_fast.models.mxnet import Content, read_params
 from cpn_fast.models.network import HEADS
@@ -170,6 +170,16 @@ def in_package(path: Path) -> Path:
         names = ", ".join(file.name for file in matches) or "none"
         raise UserError(f"{path}: expected one file of weights in that package, found {names}; name the file itself")
     return matches[0]
+
+
+def content_of(path: Path | None) -> str | None:
+    """Return the SHA-256 of a file of weights; None without one, for timm's download, and if it cannot be read."""
+    if path is None or path == TIMM_WEIGHTS:
+        return None
+    try:
+        return reading.sha256(in_package(path), reading.WEIGHTS)
+    except (OSError, UserError):
+        return None
 
 
 def to_network_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from cpn_fast import config_file
 from cpn_fast.config import Config, Train
 from cpn_fast.data.dataset import Sample
 from cpn_fast.data.provenance import image_digests
-from cpn_fast.models.weights import training_of
+from cpn_fast.models.weights import content_of, training_of
+from cpn_fast.pipelines.shards import Shards
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import read_note, with_checksum, write_json
 from cpn_fast.training.run_folder import own_config
@@ -54,17 +55,23 @@ def number_of_steps(train: Train, images: int) -> int:
 
 
 def compare(
-    config: Config, samples: Sequence[Sample], state: dict[str, Any] | None, final: Path | None, section: str
+    config: Config,
+    samples: Sequence[Sample],
+    shards: Shards | None,
+    state: dict[str, Any] | None,
+    final: Path | None,
+    section: str,
 ) -> Continuation:
     """Compare a run with the config: its newest checkpoint (``state``), its intact final weights, or both.
 
     Warns on stderr about changes of the list that the run does not learn. Raises UserError if the run has made more
-    steps than the config asks for, if it needs a checkpoint to continue and has none, and for another training list
-    under another name.
+    steps than the config asks for, if it needs a checkpoint to continue and has none, for another training list under
+    another name, and for other pretrained weights under the same name.
     """
     text = state["config"] if state is not None else own_config(final) if final is not None else None
     last = config_file.read(text or "", f"{config.run}: its newest checkpoint")
-    note = described(samples)
+    note = described(config, samples, shards)
+    _require_same_start(config, note)
     change = _changed(config.run, samples, note)
     grown = change is not None and change.added > 0
     if config.data.train_list.name != last.data.train_list.name and (change is None or change.others):
@@ -121,14 +128,17 @@ def _length(train: Train) -> tuple[int | None, int | None]:
 # The training list
 
 
-def described(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return a list's digests of images and tags, for list.json in the run's folder.
-
-    Images in shards are left out: shards record what they were packed from.
-    """
+def described(config: Config, samples: Sequence[Sample], shards: Shards | None) -> dict[str, Any]:
+    """Return digests of what a run learns from, for list.json in its folder: images, tags and pretrained weights."""
     loose = [sample for sample in samples if sample.image.is_file()]
     contents = dict(zip((s.id for s in loose), image_digests([s.image for s in loose]), strict=True))
-    return {"images": len(samples), "sha256": _digest(samples), "contents": contents}
+    return {
+        "images": len(samples),
+        "sha256": _digest(samples),
+        "contents": contents,
+        "shards": None if shards is None else shards.images,
+        "pretrained": content_of(config.model.weights),
+    }
 
 
 def remember(run: Path, note: dict[str, Any]) -> None:
@@ -145,7 +155,7 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 
 def _changed(run: Path, samples: Sequence[Sample], now: dict[str, Any]) -> Change | None:
-    """Compare the list with list.json; None if the run has none, as with earlier versions."""
+    """Compare the list with list.json; None if the run has none, or that of an earlier version."""
     before = read_note(run / "list.json")
     if not isinstance(before, dict) or not isinstance(before.get("images"), int):
         return None
@@ -160,7 +170,24 @@ def _changed(run: Path, samples: Sequence[Sample], now: dict[str, Any]) -> Chang
     replaced = [id_ for id_, digest in now["contents"].items() if known.get(id_, digest) != digest]
     if replaced:
         others.append(f"{len(replaced)} other images under the same names ({some(replaced)})")
+    if None not in (before.get("shards"), now["shards"]) and before["shards"] != now["shards"]:
+        others.append("shards that were packed from other images")
     return Change(before["images"], added, others)
+
+
+def _require_same_start(config: Config, now: dict[str, Any]) -> None:
+    """Raise UserError if the file of pretrained weights has another content than at the run's start.
+
+    If it is gone, ``now`` keeps what is known of it.
+    """
+    before = read_note(config.run / "list.json")
+    known = before.get("pretrained") if isinstance(before, dict) else None
+    now["pretrained"] = now["pretrained"] or known
+    if known is not None and known != now["pretrained"]:
+        raise UserError(
+            f"model.weights: {config.model.weights} has another content than the file of this name from which "
+            f"{config.run} was trained. Give the run another name to start from the new file, or delete that folder"
+        )
 
 
 def _warn(run: Path, change: Change | None, finished: int | None, section: str) -> None:

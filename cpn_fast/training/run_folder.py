@@ -116,7 +116,7 @@ def decisive(config: Config) -> dict[str, Any]:
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Return the ``decisive`` keys that differ. Keys that ``resume`` compares are left out."""
     before, now = decisive(one), decisive(other)
-    keys = (before.keys() | now.keys()) - {*LENGTH, "data.train_list"}
+    keys = (before.keys() | now.keys()) - {*LENGTH, "data.train_list", "name"}  # a folder may be renamed
     return sorted(key for key in keys if before.get(key) != now.get(key))
 
 

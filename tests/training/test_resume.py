@@ -119,6 +119,36 @@ def test_without_checkpoints_nothing_goes_on(tiny_config) -> None:
         typed("train", path, "--set", "train.steps=8")
 
 
+def test_other_pretrained_weights_of_the_same_name_are_refused(tiny_config, tmp_path: Path) -> None:
+    weights: dict[str, Path] = {}
+    for name in ("a", "b"):
+        config = config_file.load(tiny_config(**PLAIN, name=name), [f"train.seed={len(weights)}", "train.steps=1"])
+        weights[name] = train.run(config)
+    path = tiny_config(**PLAIN)
+    first, second = (f"model.weights={file}" for file in weights.values())
+    typed("train", path, "--set", first)
+    run = config_file.load(path).run
+    before = {file: file.read_bytes() for file in (run / "config.yaml", run / "model.safetensors", run / "list.json")}
+    for more in ((), ("--set", "train.steps=8")):
+        with pytest.raises(UserError, match=r"b/model\.safetensors has another content than the file of this name"):
+            typed("train", path, "--set", second, *more)
+        assert all(file.read_bytes() == content for file, content in before.items())
+    moved = shutil.copy(weights["a"], tmp_path)
+    typed("train", path, "--set", f"model.weights={moved}")  # the same file elsewhere
+    Path(moved).unlink()
+    typed("train", path, "--set", f"model.weights={moved}", "--set", "train.steps=8")  # a continued run needs no file
+
+
+def test_a_renamed_run_goes_on_under_its_new_name(tiny_config) -> None:
+    path = tiny_config(**PLAIN)
+    typed("train", path)
+    run = config_file.load(path).run
+    renamed = run.rename(run.with_name("renamed"))
+    said = typed("train", renamed / "config.yaml", "--set", "name=renamed", "--set", "train.steps=8")
+    assert "Going on after step 6" in said
+    assert config_file.load(renamed / "config.yaml").name == "renamed"
+
+
 @pytest.fixture
 def growing(tiny_config, small_voc: Path, tmp_path: Path):
     """Return a config, and a function that sets its list to this many images."""

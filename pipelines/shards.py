@@ -65,6 +65,8 @@ class Shards:
     """Samples of every shard except the last."""
     superpixels: dict[str, Any] | None
     """Settings of the superpixels; None if the shards have none."""
+    images: str
+    """Digest of the images that were packed."""
     bits: int | None = None
     """Bits per pixel of the superpixels that ``read`` also returns; None returns no superpixels."""
 
@@ -182,8 +184,8 @@ def pack(
 ) -> int:
     """Pack samples with labels in random order, and their superpixels if there is a ``cache``.
 
-    Returns the number of new shards. It may be interrupted and run again: finished shards are kept. Under torchrun each
-    process packs its share of the shards. Raises UserError for damaged images, and for a folder with other files in it.
+    Returns the number of new shards. It may be interrupted and run again: finished shards are kept, after their
+    checksums have been verified. Under torchrun each process packs its share of the shards. Raises UserError for damaged images, and for a folder with other files in it.
     """
     rank = distributed.join()
     if cache is not None:
@@ -217,7 +219,8 @@ def _pack(
         _claim(folder, made_by, tags)
     rank.wait()
     numbers = range(-(-len(ordered) // size))
-    missing = [number for number in rank.share(numbers) if not _shard(folder, number).with_suffix(".idx").exists()]
+    shares = rank.share(numbers)
+    missing = [number for number in track(shares, "checking", len(shares)) if not _is_sound(_shard(folder, number))]
     for number in track(missing, "shards", len(missing)):
         first = number * size
         shard = ordered[first : first + size]
@@ -253,10 +256,10 @@ def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
     if not isinstance(made_by, dict) or made_by.get("format") != FORMAT:
         kind = made_by.get("format") if isinstance(made_by, dict) else type(made_by).__name__
         raise UserError(f"{manifest}: {expected}, found {kind}. {AGAIN}")
-    if not made_by.keys() >= {"superpixels", "tags_sha256"} or not all(
+    if not made_by.keys() >= {"superpixels", "tags_sha256", "images"} or not all(
         type(made_by.get(key)) is int and made_by[key] > 0 for key in ("samples", "size")
     ):
-        raise UserError(f"{manifest}: damaged: expected samples, size, superpixels and tags_sha256. {AGAIN}")
+        raise UserError(f"{manifest}: damaged: expected samples, size, superpixels, tags_sha256 and images. {AGAIN}")
     if made_by["tags_sha256"] != hashlib.sha256(tags).hexdigest():
         raise UserError(f"{table}: damaged: it does not have the checksum in shards.json. {AGAIN}")
     ids = [row[0] for row in csv.reader(io.StringIO(tags.decode(), newline=""))]
@@ -272,7 +275,7 @@ def open_shards(folder: Path, classes: Sequence[str]) -> Shards:
         )
     labels = read_labels(folder / "tags.csv", ids, classes)
     samples = [Sample(id_, shards[index // size] / id_, None, labels[id_]) for index, id_ in enumerate(ids)]
-    return Shards(folder, samples, size, made_by["superpixels"])
+    return Shards(folder, samples, size, made_by["superpixels"], made_by["images"])
 
 
 def training_list(config: Config, *, decode: bool = False) -> tuple[list[Sample], Shards | None]:
@@ -289,6 +292,18 @@ def training_list(config: Config, *, decode: bool = False) -> tuple[list[Sample]
         return load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None), None
     shards = open_shards(config.data.root / config.data.shards, config.classes)
     return shards.samples, shards
+
+
+def not_as_packed(shards: Shards, samples: Sequence[Sample]) -> str | None:
+    """Return how a list with labels differs from the list that was packed, in words; None if it does not."""
+    packed, now = ({s.id: np.asarray(s.label).tolist() for s in some_samples} for some_samples in (shards.samples, samples))
+    differing = sorted(id_ for id_ in packed.keys() | now.keys() if packed.get(id_) != now.get(id_))
+    if not differing:
+        return None
+    return (
+        f"data.shards: {shards.folder} was packed from another list or other tags than data.train_list and data.labels "
+        f"have now ({some(differing, 3)}), and `train` reads the shards alone: pack them anew (cpn-fast shards)"
+    )
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -356,6 +371,25 @@ def _member(index: int, column: int, ending: str, offset: str, size: str, name: 
 
 def _index(lines: Sequence[str]) -> str:
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
+
+
+def _is_sound(tar: Path) -> bool:
+    """Return whether a shard is finished, and each file in it has the checksum in its name."""
+    if not _is_whole(tar):
+        return False
+    try:
+        index = reading.read_bytes(tar.with_suffix(".idx"), reading.INDEX).decode("ascii")
+        if index != _index(_members(tar)):
+            return False
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                key, file = _KEY.match(member.name), archive.extractfile(member)
+                checksum = key and key[3 if member.name.endswith(SUPERPIXELS) else 2]
+                if file is None or _checksum(file.read()) != checksum:
+                    return False
+    except (OSError, ValueError, tarfile.TarError):
+        return False
+    return True
 
 
 def _is_whole(tar: Path) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -227,7 +228,7 @@ def dense_crf() -> Finding:
 
 def data(config: Config) -> Finding:
     from cpn_fast.data.dataset import cannot_be_learned, cannot_be_scored, load_samples
-    from cpn_fast.pipelines.shards import training_list
+    from cpn_fast.pipelines.shards import not_as_packed, training_list
 
     samples, shards = training_list(config)  # with shards, the loose files may be missing
     tags = np.stack([sample.label for sample in samples if sample.label is not None])
@@ -240,6 +241,10 @@ def data(config: Config) -> Finding:
     if shards is None:
         scored = load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=None)
         doubts += cannot_be_scored(scored, config.classes, workers=config.train.data_threads)
+    else:
+        with suppress(UserError):  # the loose files may be on another machine
+            loose = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=None)
+            doubts += filter(None, [not_as_packed(shards, loose)])
     if doubts:
         return Finding("slow", "; ".join([found, *doubts]), "correct the tags or the ground truth before you train")
     try:
@@ -270,8 +275,12 @@ def hook(config: Config) -> Finding:
 
 def disk(out: Path) -> Finding:
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
-    with tempfile.TemporaryFile(dir=folder) as file:  # raises if the folder is read-only; a kill leaves no file
-        file.write(b"0")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # a kill leaves no file
+            file.write(b"0")
+    except OSError as error:
+        mend = "allow yourself to write there, or name another folder with --set out=FOLDER"
+        return Finding("broken", f"{folder} cannot be written: {error.strerror}", mend)
     free = shutil.disk_usage(folder).free / 2**30
     # ResNet38d's two kept checkpoints take 1.7 GB. VOC's seeds take 230 kB a class, 0.5 to 4 GB together.
     if free < 8:

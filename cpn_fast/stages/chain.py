@@ -10,11 +10,13 @@ from rich.table import Table
 from cpn_fast.config import PACKAGE, TIMM_WEIGHTS, Config
 from cpn_fast.data.dataset import has_ground_truth, load_samples
 from cpn_fast.models.weights import FINAL
+from cpn_fast.pipelines.shards import not_as_packed, open_shards
 from cpn_fast.runtime import distributed, reading, terminal
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.owner import owned
 from cpn_fast.stages import cam, evaluate, refine, segment, train
 from cpn_fast.training import hook
+from cpn_fast.training.batch_size import require_gpu
 
 
 class Stage(NamedTuple):
@@ -67,23 +69,28 @@ def _run(config: Config) -> list[Stage]:
 def check(config: Config, world: int) -> None:
     """Check what every stage needs, before the first one takes hours. Raises UserError that lists all problems."""
     lists, problems = config.data, []
-    images = {}
+    images: dict[str, int] = {}
     for key, list_path, labels in (
         ("data.train_list", lists.train_list, True),
         ("data.eval_list", lists.eval_list, True),
         ("segment.eval_list", config.segment.eval_list, False),
     ):
         try:
-            images[key] = len(load_samples(lists, config.classes, list_path, labels=labels, masks=False))
+            samples = load_samples(lists, config.classes, list_path, labels=labels, masks=False)
+            images[key] = len(samples)
+            if key == "data.train_list" and lists.shards is not None:
+                difference = not_as_packed(open_shards(lists.root / lists.shards, config.classes), samples)
+                problems += [difference] if difference else []
         except UserError as error:
             problems.append(f"{key}: {error}")
-    for section, options in (
-        ("train", config.train),
-        ("affinity.train", config.affinity.train),
-        ("segment.train", config.segment.train),
+    for section, training in (
+        ("train", config),
+        ("affinity.train", refine.affinity_config(config)),
+        ("segment.train", segment.deeplab_config(config)),
     ):
         try:
-            train.check_batch(options, world, images.get("data.train_list"), section)
+            require_gpu(training, section)
+            train.check_batch(training.train, world, images.get("data.train_list"), section)
         except UserError as error:
             problems.append(str(error))
     weights, run = config.model.weights, config.run

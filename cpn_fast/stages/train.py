@@ -61,7 +61,6 @@ def fit(config: Config, build: Callable[[Config], Method], part_of: tuple[Config
     number may change between two starts.
     """
     rank = distributed.join()
-    check_batch(config.train, rank.world)
     with owned(config.run, rank):
         return _fit(config, build, rank, part_of or (config, "train"))
 
@@ -75,10 +74,12 @@ def _fit(
         hook = Hook(config.hook, config.run, {"run": whole_run.name, "stage": stage})
     if config.train.deterministic:  # before `sized` uses cuBLAS
         choose_deterministic_algorithms()
-    config = sized(config, build, rank)
+    section = stage if stage == "train" else f"{stage}.train"
+    config = sized(config, build, rank, section)
     train = config.train
+    check_batch(train, rank.world, key=section)
     assert train.batch != "auto"
-    state, continuation = _open(config, rank, stage)
+    state, continuation = _open(config, rank, section)
     if rank.gather(continuation is not None and continuation.finished)[0]:
         if hook is not None:
             hook.give(read_metrics(config.run / "metrics.jsonl"))
@@ -142,7 +143,7 @@ def _fit(
 
 
 def _open(
-    config: Config, rank: distributed.Rank, stage: str
+    config: Config, rank: distributed.Rank, section: str
 ) -> tuple[dict[str, Any] | None, resume.Continuation | None]:
     """Open the run's folder; return its newest checkpoint and, in the first process, how the run continues."""
     final = config.run / FINAL
@@ -152,8 +153,7 @@ def _open(
     state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
     continuation = None
     if rank.first and (state is not None or (whole and own_config(final) is not None)):
-        section = stage if stage == "train" else f"{stage}.train"
-        continuation = resume.compare(config, training_list(config)[0], state, final if whole else None, section)
+        continuation = resume.compare(config, *training_list(config), state, final if whole else None, section)
     if rank.first:
         open_run(config)
     return state, continuation
@@ -171,7 +171,7 @@ def _training_list(
             print(remark)
         note = {} if continuation is None else continuation.list_note
         if state is None:
-            note = resume.described(samples)
+            note = resume.described(config, samples, shards)
         if note:
             resume.remember(config.run, note)
     return samples, shards

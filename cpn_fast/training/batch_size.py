@@ -12,6 +12,7 @@ from cpn_fast import config_file
 from cpn_fast.config import Config
 from cpn_fast.methods.method import Method
 from cpn_fast.models.backbone import to_device
+from cpn_fast.pipelines.shards import training_list
 from cpn_fast.pipelines.training import Batch
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError
@@ -26,28 +27,43 @@ OTHERS = 2 << 30
 """Bytes that trials leave free: an estimate for CUDA's context, DALI's decoders and pictures of CAMs."""
 
 
-def sized(config: Config, build: Callable[[Config], Method], rank: Rank) -> Config:
+def sized(config: Config, build: Callable[[Config], Method], rank: Rank, key: str) -> Config:
     """Return the config with a number for ``auto``: from the run's folder, or the largest that fits every process.
 
-    All processes must call it. Raises UserError without a GPU, and if not even one image fits.
+    At most the images of the training list share a batch. ``key`` is the section's full name, for example
+    ``segment.train``. All processes must call it. Raises UserError without a GPU, and if not even one image fits.
     """
     if config.train.batch != "auto":
         return config
-    recorded = run_config(config.run) if rank.first else None
-    batch = rank.gather(None if recorded is None else config_file.read(recorded[1], str(recorded[0])).train.batch)[0]
+    batch = rank.gather(recorded(config) if rank.first else None)[0]
     if batch is None:
-        share = min(rank.gather(largest(lambda images: step_fits(config, build, rank, images), MOST)))
+        require_gpu(config, key)
+        most = min(MOST, max(1, len(training_list(config)[0]) // rank.world))
+        share = min(rank.gather(largest(lambda images: step_fits(config, build, rank, images), most)))
         if share == 0:
             raise UserError(
-                f"train.batch is auto, but a step of one image of {config.augment.crop} px takes more than "
-                f"{usable(rank.device):.0%} of the GPU's memory: set train.checkpoint_activations or lower augment.crop"
+                f"{key}.batch is auto, but a step of one image of {config.augment.crop} px takes more than "
+                f"{usable(rank.device):.0%} of the GPU's memory: set {key}.checkpoint_activations or lower the crop"
             )
         batch = share * rank.world
         if rank.first:
             print(
-                f"train.batch: {batch} images fit, {share} on each GPU" if rank.world > 1 else f"train.batch: {batch}"
+                f"{key}.batch: {batch} images fit, {share} on each GPU" if rank.world > 1 else f"{key}.batch: {batch}"
             )
     return config.model_copy(update={"train": config.train.model_copy(update={"batch": batch})})
+
+
+def recorded(config: Config) -> int | None:
+    """Return the batch of the run in the config's folder; None if no step was made."""
+    found = run_config(config.run)
+    batch = None if found is None else config_file.read(found[1], str(found[0])).train.batch
+    return None if batch == "auto" else batch
+
+
+def require_gpu(config: Config, key: str) -> None:
+    """Raise UserError if ``auto`` must be tried, and there is no GPU to try it on."""
+    if config.train.batch == "auto" and not torch.cuda.is_available() and recorded(config) is None:
+        raise UserError(f"{key}.batch is auto, which fills a GPU's memory, and there is no GPU: give a number")
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -74,8 +90,6 @@ def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, ima
     The trials run without ``torch.compile`` and without a CUDA graph. Neither of them needs more memory.
     """
     device = rank.device
-    if device.type != "cuda":
-        raise UserError("train.batch is auto, which fills a GPU's memory, and there is no GPU: give a number")
     torch.cuda.set_per_process_memory_fraction(usable(device), device)
     try:
         try_steps(config, build, device, images)

@@ -55,6 +55,13 @@ def test_no_weights_for_a_frozen_backbone_are_broken(tiny_config) -> None:
     assert "model.weights is null, but mobilenet_v2 does not train its first layers" in result.output
 
 
+def test_a_folder_that_cannot_be_written_is_broken(tiny_config) -> None:
+    finding = doctor.disk(Path("/proc/runs"))
+    assert finding.state == "broken"
+    assert "/proc cannot be written" in finding.found
+    assert "--set out=FOLDER" in finding.mend
+
+
 def pretended_gpu(monkeypatch, **version: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(name="Some GPU", total_memory=16 * 2**30, major=9, minor=0)
@@ -137,5 +144,3 @@ def test_a_full_disk_is_pointed_out_before_the_run(monkeypatch, tmp_path: Path) 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**30))
     assert doctor.disk(tmp_path / "not yet there").state == "slow"
-    with pytest.raises(OSError):
-        doctor.disk(Path("/proc/here"))

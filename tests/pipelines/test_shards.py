@@ -27,7 +27,7 @@ from cpn_fast.pipelines.training import Batch, TrainingPipeline
 from cpn_fast.runtime import distributed
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError
-from cpn_fast.stages import train
+from cpn_fast.stages import chain, train
 
 SLIC = Superpixels(count=30)
 SIZE = 5  # 12 samples: shards of 5, 5 and 2
@@ -232,7 +232,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_of_each_kind_is_named(kind: str, cache: SuperpixelCache, folder: Path, tmp_path: Path) -> None:
+def test_damage_of_each_kind_is_named(kind: str, loose, cache: SuperpixelCache, folder: Path, tmp_path: Path) -> None:
     name, spoil = DAMAGE[kind]
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -243,6 +243,11 @@ def test_damage_of_each_kind_is_named(kind: str, cache: SuperpixelCache, folder:
 
     with pytest.raises(UserError, match="shard-00000" if name.startswith("shard-") else name):
         read()
+    if name.startswith("shard-"):  # the same command mends it
+        assert pack(loose, DEMO_CLASSES, cache, copy, seed=0, workers=1, size=SIZE) == 1
+        read()
+        for path in folder.iterdir():
+            assert (copy / path.name).read_bytes() == path.read_bytes()
 
 
 # Reading for training
@@ -330,3 +335,35 @@ def test_trains_from_shards_alone_and_continues(tiny_config, tmp_path) -> None:
         np.testing.assert_array_equal(found[name], array, err_msg=name)
     lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines == [2, 4]
+
+
+def test_other_tags_images_or_lists_than_were_packed_are_said(tiny_config, small_voc, tmp_path, capsys) -> None:
+    root = shutil.copytree(small_voc, tmp_path / "voc")
+    path, folder = tiny_config(data={"root": str(root)}), tmp_path / "shards"
+    shards = [f"data.shards={folder}"]
+    settings = config_file.load(path, shards)
+
+    def packed() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        assert CliRunner().invoke(cli.app, ["shards", str(path), str(folder)]).exit_code == 0
+
+    packed()
+    train.run(settings)
+    chain.check(settings, 1)
+    assert doctor.data(settings).state == "ok"
+    listed = root / "ImageSets/Segmentation/train.txt"
+    ids = listed.read_text().splitlines()
+    tags = root / "Annotations" / f"{ids[0]}.xml"
+    for file, text in ((listed, "\n".join(ids[:6])), (tags, "<annotation/>")):
+        before = file.read_text()
+        file.write_text(text)
+        with pytest.raises(UserError, match="packed from another list or other tags"):
+            chain.check(settings, 1)
+        assert "packed from another list or other tags" in doctor.data(settings).found
+        file.write_text(before)
+
+    shutil.copy(root / f"JPEGImages/{ids[1]}.jpg", root / f"JPEGImages/{ids[0]}.jpg")
+    packed()
+    capsys.readouterr()
+    train.run(settings)
+    assert "was trained on shards that were packed from other images" in capsys.readouterr().err

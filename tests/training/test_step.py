@@ -23,6 +23,7 @@ from cpn_fast.methods.known import METHODS
 from cpn_fast.models import network
 from cpn_fast.models.backbone import Backbone, Features
 from cpn_fast.pipelines.training import Batch
+from cpn_fast.runtime import distributed
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import train
@@ -495,6 +496,7 @@ def test_the_largest_that_fits(limit: int, most: int) -> None:
 
 
 def test_a_run_finds_its_batch_and_keeps_it(tiny_config, monkeypatch) -> None:
+    monkeypatch.setattr(batch_size, "require_gpu", lambda config, key: None)
     monkeypatch.setattr(batch_size, "step_fits", lambda config, build, rank, images: images <= 3)
     settings = config_file.load(
         path := tiny_config(train={"batch": "auto", "steps": None, "epochs": 1, "log_every": 1})
@@ -510,10 +512,28 @@ def test_a_run_finds_its_batch_and_keeps_it(tiny_config, monkeypatch) -> None:
     assert config_file.load(settings.run / "config.yaml").train.batch == 3
 
 
+def test_no_batch_has_more_images_than_the_list(tiny_config, monkeypatch) -> None:
+    monkeypatch.setattr(batch_size, "require_gpu", lambda config, key: None)
+    monkeypatch.setattr(batch_size, "step_fits", lambda config, build, rank, images: True)
+    settings = config_file.load(tiny_config(train={"batch": "auto", "steps": 1}))
+    train.run(settings)
+    assert config_file.load(settings.run / "config.yaml").train.batch == 12
+
+
+def test_a_recorded_batch_that_the_processes_cannot_share_is_refused(tiny_config, monkeypatch) -> None:
+    settings = config_file.load(path := tiny_config(train={"batch": 3, "steps": 1}))
+    train.run(settings)
+    monkeypatch.setattr(distributed, "join", lambda: Rank(0, 2, 0))
+    monkeypatch.setattr(Rank, "gather", lambda rank, item: [item, item])
+    with pytest.raises(UserError, match=r"train\.batch is 3, expected a multiple of torchrun's 2 processes"):
+        train.run(config_file.load(path, ["train.batch=auto"]))
+
+
 def test_a_batch_that_does_not_fit_is_said(tiny_config, monkeypatch) -> None:
     settings = config_file.load(tiny_config(train={"batch": "auto"}))
     with pytest.raises(UserError, match="there is no GPU: give a number"):
         train.run(settings)
+    monkeypatch.setattr(batch_size, "require_gpu", lambda config, key: None)
     monkeypatch.setattr(batch_size, "step_fits", lambda config, build, rank, images: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
     with pytest.raises(UserError, match=r"one image of 64 px .*train\.checkpoint_activations"):

@@ -39,6 +39,8 @@ def load(name: str) -> Callable[[dict[str, Any]], object]:
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise UserError(f"hook: {source} has no function {attribute}; its functions are {', '.join(names) or 'none'}")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"hook: {name} is async, and nothing would wait for it: give a plain function")
     try:
         inspect.signature(function).bind({})
     except TypeError as error:
@@ -55,6 +57,7 @@ def _from_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -82,7 +85,7 @@ class Hook:
             line = self.waiting[0]
             try:
                 self.function({**self.context, **line})
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if not self.failing:
                     print(f"Warning: {self._failure(line['step'], error)}", file=sys.stderr)
                 self.failing = True
@@ -102,7 +105,7 @@ class Hook:
                 file=sys.stderr,
             )
 
-    def _failure(self, step: int, error: Exception) -> str:
+    def _failure(self, step: int, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)[1:]  # the first frame is ours
         where = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
         reason = f"{type(error).__name__}: {error}".rstrip(": ")

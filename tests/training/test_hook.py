@@ -118,9 +118,26 @@ def test_a_hook_that_never_works_does_not_end_the_training(tiny_config, tmp_path
     assert capsys.readouterr().out.split() == ["got", "2", "got", "4", "got", "6"]
 
 
+def test_a_hook_that_ends_the_program_does_not_end_the_training(tiny_config, tmp_path, capsys) -> None:
+    file = tmp_path / "ending.py"
+    file.write_text("import sys\ndef log(line):\n    sys.exit()\n")
+    assert train.run(config_file.load(tiny_config(**PLAIN, hook=f"{file}:log"))).is_file()
+    assert "failed at step 2: SystemExit" in capsys.readouterr().err
+
+
+def test_a_file_may_hold_dataclasses(tmp_path) -> None:
+    file = tmp_path / "with_dataclass.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Line:\n    step: int\ndef log(line):\n    return Line(line['step'])\n"
+    )
+    assert repr(hook.load(f"{file}:log")({"step": 3})) == "Line(step=3)"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("{folder}/later.py:log", "later.py:log is async, and nothing would wait for it"),
         ("no_such_module:log", "hook: no_such_module:log cannot be imported: ModuleNotFoundError"),
         ("nowhere/hook.py:log", "hook.py is no file"),
         ("logger.backend:lag", "hook: logger.backend has no function lag; its functions are log"),
@@ -133,6 +150,7 @@ def test_a_hook_that_never_works_does_not_end_the_training(tiny_config, tmp_path
 def test_a_wrong_name_is_said_before_the_first_step(name, expected, told, tiny_config, tmp_path) -> None:
     (tmp_path / "faulty.py").write_text("1 / 0\n")
     (tmp_path / "ending.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "later.py").write_text("async def log(line): ...\n")
     (tmp_path / "two.py").write_text("def log(line, step): ...\n")
     settings = config_file.load(tiny_config(**PLAIN, hook=name.format(folder=tmp_path)))
     for begin in (train.run, lambda settings: chain.check(settings, 1)):

@@ -65,7 +65,7 @@ class Validation:
         elif is_whole(path):
             self.best = training_of(path)
             if self.best.get("of") != self.digest:
-                print(f"Warning: {path} was the best on other images and is chosen anew", file=sys.stderr)
+                print(f"Warning: {path} was the best on other images or of other maps: chosen anew", file=sys.stderr)
                 self.best = {}
         words = "mIoU of their seeds" if self.measure == "mIoU" else "mAP of their tags, since masks are missing"
         which = f"{len(self.samples)} of the {len(samples)} images of {config.data.eval_list}"
@@ -119,7 +119,10 @@ class Validation:
         images = image_digests([sample.image for sample in self.samples])
         masks = image_digests([sample.mask for sample in self.samples if sample.mask is not None])
         tags_of = [(sample.id, np.flatnonzero(tags(sample)).tolist()) for sample in self.samples]
-        return combined(self.measure, tags_of, images, masks, self.config.evaluate.model_dump(mode="json"))
+        scoring = self.config.evaluate.model_dump(mode="json")
+        if self.measure == "mIoU":
+            scoring["map"] = self.config.cam.map
+        return combined(self.measure, tags_of, images, masks, scoring)
 
 
 def best_of(run: Path) -> str | None:

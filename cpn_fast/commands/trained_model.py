@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import reprlib
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from cpn_fast.commands.program import CamGraph, SegmenterGraph, write_program
 from cpn_fast.config import Config
-from cpn_fast.config_file import read
+from cpn_fast.config_file import parse, read
 from cpn_fast.data.dataset import Sample
 from cpn_fast.data.images import upright
 from cpn_fast.data.seeds import Seed, unit_scale
@@ -185,9 +186,13 @@ class CamModel(Model):
         self.network, self.device = network, device
 
     def with_map(self, kind: Literal["refined", "raw"]) -> CamModel:
-        """Return a model of the same network with another kind of map as the seed (``cam.map``)."""
-        cam = self.config.cam.model_copy(update={"map": kind})
-        return CamModel(self.config.model_copy(update={"cam": cam}), self.weights, self.network, self.device)
+        """Return a model of the same network with another kind of map as the seed (``cam.map``).
+
+        Raises UserError for a kind that the network does not have.
+        """
+        tree = self.config.model_dump(mode="json")
+        config = parse({**tree, "cam": {**tree["cam"], "map": kind}}, str(self.weights))
+        return CamModel(config, self.weights, self.network, self.device)
 
     def predict_files(
         self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
@@ -224,6 +229,8 @@ class CamModel(Model):
     def _indicator(self, tags: str | Sequence[str]) -> Tensor:
         """Return which classes are tags, bool (classes,)."""
         tags = [tags] if isinstance(tags, str) else tags
+        if not all(isinstance(name, str) for name in tags):
+            raise UserError(f"tags: expected names of classes, the same for all images, found {reprlib.repr(tags)}")
         unknown = sorted(set(tags) - set(self.classes))
         if unknown:
             all_matches = (difflib.get_close_matches(name, self.classes, n=1) for name in unknown)
@@ -254,6 +261,8 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     if path.is_dir():
         weights = weights_of(path, config)
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {torch_device} is asked for, and torch finds no GPU; `cpn-fast doctor` says why")
     tensors = to_network_keys(read_weights(weights))
 
     def loaded(network: Net) -> Net:

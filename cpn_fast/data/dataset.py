@@ -300,22 +300,6 @@ def _names_in(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """Return the files in a folder, its subfolders and linked folders, sorted. Hidden ones are left out, broken links
-    are not."""
-    files: list[Path] = []
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # links lead here twice, or back to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
 def _with_labels(
     samples: dict[str, Sample], path: Path, classes: Sequence[str], problems: dict[str, list[str]]
 ) -> dict[str, Sample]:

@@ -120,11 +120,12 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
                 f"{path}: expected VOC's {len(VOC_CLASSES)} classes; a .npy has no names of other classes: write a CSV"
             )
         return list(VOC_CLASSES)
+    problems: list[str] = []
     try:
         if path.is_dir():
-            tags: Names = _read_xml_folder(path, images)[0]
+            tags, problems = _read_xml_folder(path, images)
         elif path.suffix.lower() == ".json":
-            tags = _read_json(path, images)[0]
+            tags, problems = _read_json(path, images)
         else:
             columns = _ticked_columns(path, Ids(images))
             if columns:
@@ -132,7 +133,17 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
             tags = _read_csv(path, images, ())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable: {_reason(error)}") from None
-    return sorted({name for names in tags.values() for name, _ in names})
+    names = sorted({name for names in tags.values() for name, _ in names})
+    if problems and not names:
+        raise LabelError(path, problems, {})
+    numbers = [name for name in names if _NUMBER.fullmatch(name)]
+    is_table = not path.is_dir() and path.suffix.lower() != ".json"
+    if is_table and any(name.startswith("-") or len(numbers) < len(names) for name in numbers):
+        raise UserError(
+            f"{path}: {some(numbers)} would be classes, but look like numbers of other columns, such as corners of "
+            "boxes. Keep only the columns of the photos and of their tags"
+        )
+    return names
 
 
 def _ticked_columns(path: Path, match: Ids) -> list[str]:
@@ -302,6 +313,7 @@ def _names(cell: str, classes: Sequence[str]) -> list[str]:
     return [name for part in parts if (name := part.strip())]
 
 
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _TICKS = {"1": True, "1.0": True, "true": True, "yes": True} | dict.fromkeys(("0", "0.0", "false", "no", ""), False)
 
 

@@ -144,6 +144,40 @@ def test_folders_of_classes_are_tags(photos: Path, monkeypatch) -> None:
     )
 
 
+def test_parts_of_a_data_set_are_no_classes(photos: Path) -> None:
+    for name, source in (("train", "p*.jpg"), ("Test", "more/p*.jpg")):
+        place = photos / name / "cats"
+        place.mkdir(parents=True)
+        for path in photos.glob(source):
+            path.rename(place / path.name)
+    assert "its folders Test, train look like parts of a data set" in message_of(photos, None, None, None)
+
+
+def test_results_among_the_photos_are_no_photos(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    for folder, marks in (("run", ("config.yaml", "metrics.jsonl")), ("run/cams/train", ("made_by.json",))):
+        (photos / folder).mkdir(parents=True)
+        for name in marks:
+            (photos / folder / name).write_text("{}")
+        shutil.copy(photos / "p0.jpg", photos / folder / "x.png")
+    shutil.copy(photos / "p0.jpg", photos / "p0_mask.png")
+    (photos / "p0.json").write_text('{"made_of": {}}')
+    assert "20 of 20 photos are tagged" in started(photos, monkeypatch)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("boxes.csv", "file,width,class,xmin\np0.jpg,40,red,7\np1.jpg,40,blue,9\n", "7 and 9|40, 7|look like numbers"),
+        ("signs.csv", "image,red,blue\np0.jpg,1,-1\np1.jpg,-1,1\n", "-1 would be classes|look like numbers"),
+        ("words.json", '{"p0.jpg": "red"}', 'p0.jpg: expected a list of class names, found "red"'),
+    ],
+)
+def test_what_names_no_class_is_said(name: str, text: str, message: str, photos: Path) -> None:
+    (photos / name).write_text(text)
+    assert re.search(message, message_of(photos, None, None, None))
+
+
 def test_every_class_keeps_most_of_its_photos_to_train_on() -> None:
     labels = {f"{k}": np.array([True, k == 3, k < 5]) for k in range(50)}
     held_out = init._held_out(labels)

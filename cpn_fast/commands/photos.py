@@ -1,0 +1,44 @@
+"""The files in a user's folder of photos, without what cpn-fast wrote there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cpn_fast.runtime.files import read_note
+
+_RESULTS = ({"made_by.json"}, {"shards.json"}, {"config.yaml", "metrics.jsonl"})
+"""Names of files that a folder of results has: of a stage or a cache of superpixels, of shards, of a training."""
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files in a folder, its subfolders and linked folders, sorted.
+
+    Hidden ones, subfolders of cpn-fast's results and files of ``predict`` are left out; broken links are not.
+    """
+    files: list[Path] = []
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        # Links may lead here twice, or back to a folder above.
+        if real in seen or (Path(parent) != folder and any(marks <= {*names} for marks in _RESULTS)):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if not _is_prediction(file))
+
+
+def is_summary(path: Path) -> bool:
+    """Return whether a file is the JSON that ``predict`` writes for an image."""
+    note = read_note(path)
+    return isinstance(note, dict) and "made_of" in note
+
+
+def _is_prediction(file: Path) -> bool:
+    """Return whether a file is an overlay, a mask or a summary that ``predict`` wrote."""
+    for ending in ("_overlay.png", "_mask.png", ".json"):
+        if file.name.endswith(ending):
+            return is_summary(file.with_name(file.name.removesuffix(ending) + ".json"))
+    return False

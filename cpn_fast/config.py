@@ -251,7 +251,7 @@ class Model(Section):
 
 
 class Loss(Section):
-    """Weights and variants of the loss terms. A weight of 0 switches a term off."""
+    """Weights and variants of the loss terms. A weight of 0 takes a term out of the total; it is still logged."""
 
     tcp: Weight = 1.0
     """Weight of the triplet consistency term on raw CAMs (eq. 14)."""
@@ -365,7 +365,8 @@ class Train(Section):
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of train.epochs and train.steps")
+            found = "neither" if self.steps is None else f"steps {self.steps} and epochs {self.epochs}"
+            raise ValueError(f"give exactly one of epochs and steps, and set the other to null; found {found}")
         return self
 
     @model_validator(mode="after")

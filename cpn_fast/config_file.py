@@ -47,7 +47,10 @@ def _read(path: Path, parents: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
     if "base" not in tree:
         return tree
-    base = path.parent / str(tree.pop("base"))
+    named = tree.pop("base")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{path}: base: expected the path of another config, found {named!r}")
+    base = path.parent / reading.expanded(Path(named))
     if os.path.realpath(base) in parents:
         raise UserError(f"{path}: base {base} leads back to itself")
     return _merged(_read(base, (*parents, os.path.realpath(base))), tree)

@@ -112,8 +112,11 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: x\ndata: {root: a}\ntrain: {}\n", "exactly one of train.epochs and train.steps"),
-        ("name: x\ndata: {root: a}\ntrain: {epochs: 1, steps: 1}\n", "exactly one of train.epochs and train.steps"),
+        (
+            "name: x\ndata: {root: a}\ntrain: {}\n",
+            "set the other to null; found neither",
+        ),
+        ("name: x\ndata: {root: a}\ntrain: {epochs: 1, steps: 2}\n", "found steps 2 and epochs 1"),
         (MINIMAL + "classes: [a, b, a]\n", "classes has a more than once"),
         (MINIMAL + "augment: {long_side: [9, 8]}\n", "long_side goes from 9 down to 8"),
         (MINIMAL + "model: {pcm: false, prcm: false}\n", "cam.map is refined"),
@@ -138,6 +141,8 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
         ("a: [\n", "not readable as YAML"),
         ("base: nowhere.yaml\n", "no such config"),
         ("base: x.yaml\n", "leads back to itself"),
+        ("base:\n", "base: expected the path of another config, found None"),
+        ("base: ~nobody-of-this-name/x.yaml\n", "no home folder of ~nobody-of-this-name is known"),
     ],
 )
 def test_what_is_wrong_is_said(text: str, message: str, write) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cpn_fast.config import Config
 from cpn_fast.kernels import background_suppression, complementary_losses, pooled_logits
-from cpn_fast.methods.method import Losses, Views
+from cpn_fast.methods.method import Losses, Views, weighted
 from cpn_fast.methods.patches import complementary_pair, normalised_fill
 from cpn_fast.models.network import Cams, build_network
 from cpn_fast.pipelines.training import Batch
@@ -74,5 +74,4 @@ class Cpn:
         )._asdict()
         if cams.refined is not None and options.background_suppression:
             parts["background_suppression"] = background_suppression(cams.refined, labels, size=size)
-        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
-        return Losses(total, {name: part.detach() for name, part in parts.items()}, logits.detach().chunk(3)[0])
+        return weighted(parts, self.weights, logits.chunk(3)[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -34,6 +34,15 @@ class Losses(NamedTuple):
     """Name of a weight in the config -> its unweighted term, detached."""
     logits: Tensor | None = None
     """Logits (B, classes) of the whole images, detached; None if the method does not classify."""
+
+
+def weighted(parts: dict[str, Tensor], weights: Mapping[str, float], logits: Tensor) -> Losses:
+    """Return the losses with the sum of the ``parts``, scalars, times their ``weights``.
+
+    A part of weight 0 has no gradient, and a NaN in it does not spread.
+    """
+    counted = [weights[name] * part for name, part in parts.items() if weights[name]]
+    return Losses(torch.stack(counted).sum(), {name: part.detach() for name, part in parts.items()}, logits.detach())
 
 
 class Method(Protocol):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cpn_fast.config import Config
 from cpn_fast.kernels import background_suppression, pooled_logits
 from cpn_fast.kernels.eager import full_precision, mean_of_largest, normalise, statistics_dtype, upsample
-from cpn_fast.methods.method import Losses, Views
+from cpn_fast.methods.method import Losses, Views, weighted
 from cpn_fast.models.network import Cams, build_network
 from cpn_fast.pipelines.training import Batch
 
@@ -49,8 +49,7 @@ class Seam:
             how=self.general.normalise,
             hard_share=self.general.hard_share,
         )
-        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
-        return Losses(total, {name: part.detach() for name, part in parts.items()}, logits[0].detach())
+        return weighted(parts, self.weights, logits[0])
 
 
 def equivariance_losses(

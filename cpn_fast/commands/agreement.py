@@ -6,6 +6,7 @@ Outlines cannot be judged without masks. Classes can, because the network does n
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,7 @@ def all_found(folder: Path, config: Config) -> list[Found]:
 
     A warning on stderr names each list that can no longer be read. Raises UserError for damaged seeds and masks.
     """
-    weights = {"cams": weights_of(folder, config), "segment": folder / "segment/deeplab" / FINAL}
-    digests = {kind: reading.sha256(path, reading.WEIGHTS) for kind, path in weights.items() if path.exists()}
+    digests = weights_digests(folder, config)
     results = []
     for result_folder in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):
         list_path = _list(result_folder, config)
@@ -91,11 +91,22 @@ def all_found(folder: Path, config: Config) -> list[Found]:
             continue
         kind = result_folder.parent.name
         photos, counts = (_of_seeds if kind == "cams" else _of_masks)(result_folder, samples, config)
-        note = read_note(result_folder / "made_by.json")
-        outdated = isinstance(note, dict) and kind in digests and note.get("weights_sha256") != digests[kind]
         if photos:
+            outdated = has_other_weights(result_folder, digests)
             results.append(Found(kind, list_path, result_folder, photos, counts, outdated))
     return results
+
+
+def weights_digests(folder: Path, config: Config) -> dict[str, str]:
+    """Return the SHA-256 of a run's weights that make seeds (``cams``), and of those that make masks (``segment``)."""
+    weights = {"cams": weights_of(folder, config), "segment": folder / "segment/deeplab" / FINAL}
+    return {kind: reading.sha256(path, reading.WEIGHTS) for kind, path in weights.items() if path.exists()}
+
+
+def has_other_weights(results: Path, digests: Mapping[str, str]) -> bool:
+    """Return whether a folder ``cams/LIST`` or ``segment/LIST`` was made with other weights than ``digests`` has."""
+    kind, note = results.parent.name, read_note(results / "made_by.json")
+    return isinstance(note, dict) and kind in digests and note.get("weights_sha256") != digests[kind]
 
 
 def _list(folder: Path, config: Config) -> Path | None:

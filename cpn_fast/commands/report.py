@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,18 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from jinja2 import Environment
 
-from cpn_fast.commands.agreement import LEAST, SURE, Found, Photo, all_found, listed, mask_path, of_these_images
+from cpn_fast.commands.agreement import (
+    LEAST,
+    SURE,
+    Found,
+    Photo,
+    all_found,
+    has_other_weights,
+    listed,
+    mask_path,
+    of_these_images,
+    weights_digests,
+)
 from cpn_fast.commands.report_next import next_step, scoring_command
 from cpn_fast.commands.report_pictures import (
     captioned,
@@ -66,7 +77,8 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
     environment = folder / "environment.json"
     model = load_model(folder) if (folder / FINAL).exists() else None
     evaluation_paths = sorted(folder.glob("evaluation/*/*/evaluation.json"))
-    evaluations = [_evaluation(path, config, model) for path in evaluation_paths]
+    digests = weights_digests(folder, config)
+    evaluations = [_evaluation(path, config, model, digests) for path in evaluation_paths]
     trained = "segmenter" if isinstance(model, Segmenter) else config.method
     page = Environment(autoescape=True, trim_blocks=True).from_string(
         files("cpn_fast.commands").joinpath("report.html").read_text()
@@ -166,7 +178,7 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 # Evaluations
 
 
-def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, Any]:
+def _evaluation(path: Path, config: Config, model: Model | None, digests: Mapping[str, str]) -> dict[str, Any]:
     tree = _json(path)
     threshold = tree["results"][0]["threshold"]
 
@@ -203,6 +215,7 @@ def _evaluation(path: Path, config: Config, model: Model | None) -> dict[str, An
         ],
         "plots": plots,
         "galleries": galleries,
+        "other_weights": has_other_weights(source.parent, digests),
         "outdated": bool(np.any(sum(count for _, count in counts) != np.array(tree["results"][0]["confusion"]))),
     }
 

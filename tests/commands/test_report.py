@@ -188,6 +188,14 @@ def test_a_run_that_was_moved_has_its_own_seeds_on_its_page(small_run: Path, run
     assert changed not in report.run(shutil.copytree(small_run, run)).page.read_text()
 
 
+def test_scores_of_other_weights_than_the_run_has_are_said(run: Path) -> None:
+    other = "Made with other weights than this run has now"
+    assert other not in report.run(run).page.read_text()
+    note = run / "cams/val/made_by.json"
+    note.write_text(note.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    assert other in report.run(run).page.read_text()
+
+
 def test_other_ground_truth_than_was_scored_is_said(run: Path, small_voc: Path, tmp_path: Path) -> None:
     other = shutil.copytree(small_voc, tmp_path / "voc")
     changed = "These results or their ground truth have changed since they were scored"

@@ -37,7 +37,8 @@ ListFile = Annotated[
     Path | None, typer.Option("--list", help="A list of images instead of data.eval_list.", show_default=False)
 ]
 
-# Commands import their stages after they read CONFIG, so neither --help nor a misspelt key waits for torch.
+# Commands import what they run when they are called, most of them after they read CONFIG. So neither --help nor a
+# misspelt key waits for torch.
 
 
 def _settings(config: Path, overrides: list[str]) -> Config:

@@ -104,9 +104,7 @@ def segment_batch(
 def _by_kernel(images: torch.Tensor, config: Superpixels) -> torch.Tensor:
     from cpn_fast import kernels
 
-    return kernels.slic(
-        images, count=config.count, compactness=config.compactness, iterations=config.iterations
-    )  # fmt: skip
+    return kernels.slic(images, count=config.count, compactness=config.compactness, iterations=config.iterations)
 
 
 def _device() -> torch.device:

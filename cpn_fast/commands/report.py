@@ -317,8 +317,8 @@ def _result(result: Found, folder: Path, config: Config) -> dict[str, Any]:
 
     def row(photo: Photo) -> dict[str, Any]:
         notes = [] if photo.agreement is None else [f"agreement {photo.agreement:.0%}", photo.doubt]
-        make_pictures = _seed_pictures if result.kind == "cams" else _mask_pictures
-        pictures = make_pictures(photo, result, folder, config)
+        is_seed = result.kind == "cams"
+        pictures = _seed_pictures(photo, result, folder, config) if is_seed else _mask_pictures(photo, result, config)
         return {"title": photo.sample.id, "note": "; ".join(filter(None, notes)), "pictures": pictures}
 
     return {
@@ -350,7 +350,7 @@ def _seed_pictures(photo: Photo, result: Found, folder: Path, config: Config) ->
     return pictures
 
 
-def _mask_pictures(photo: Photo, result: Found, folder: Path, config: Config) -> list[dict[str, Any]]:
+def _mask_pictures(photo: Photo, result: Found, config: Config) -> list[dict[str, Any]]:
     image = read_image(photo.sample.image)
     mask = read_mask(mask_path(result.folder, photo.sample))
     return [captioned(image, "photo"), masked(image, mask, "mask", config)]

@@ -15,6 +15,8 @@ of up to 2.4e-4 near 1. 500 x 375 pixels take about 230 kB a class.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,13 +96,8 @@ def write_seed(path: Path, seed: Seed, source: str = "", probabilities: np.ndarr
 
 def read_seed(path: Path) -> Seed:
     """Read a seed that ``write_seed`` wrote. Raises UserError for a missing, damaged or foreign file."""
-    try:
-        with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
-            classes, cam = _member(archive, "classes"), _member(archive, "cam")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes seeds") from None
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise UserError(_not_a_seed(path, str(error))) from None
+    with _explained(path), reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
+        classes, cam = _member(archive, "classes"), _member(archive, "cam")
     kinds = [classes.dtype, cam.dtype]
     if kinds != [np.uint8, np.uint16] or cam.ndim != 3 or classes.shape != cam.shape[:1]:
         raise UserError(_not_a_seed(path, f"types {kinds}, expected uint8 (k,) and uint16 (k, H, W)"))
@@ -124,15 +121,10 @@ def seed_probabilities(path: Path) -> np.ndarray | None:
 
     Raises UserError for a missing or damaged file.
     """
-    try:
-        with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
-            if "probabilities.npy" not in archive.namelist():
-                return None
-            probabilities = _member(archive, "probabilities")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such seed; `cpn-fast cam` writes seeds") from None
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise UserError(_not_a_seed(path, str(error))) from None
+    with _explained(path), reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
+        if "probabilities.npy" not in archive.namelist():
+            return None
+        probabilities = _member(archive, "probabilities")
     if probabilities.dtype != np.float32 or probabilities.ndim != 1:
         kind = f"{probabilities.dtype}{probabilities.shape}"
         raise UserError(_not_a_seed(path, f"probabilities {kind}, expected float32 (classes,)"))
@@ -141,11 +133,18 @@ def seed_probabilities(path: Path) -> np.ndarray | None:
 
 def seed_digest(path: Path) -> str:
     """Return a digest of a seed's content without reading it. Raises UserError for a missing or damaged file."""
-    try:
+    with _explained(path):
         return archive_digest(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn any error of reading a seed into a UserError."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such seed; `cpn-fast cam` writes seeds") from None
-    except Exception as error:
+    except Exception as error:  # a damaged archive can raise almost anything
         raise UserError(_not_a_seed(path, str(error))) from None
 
 

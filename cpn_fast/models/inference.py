@@ -78,7 +78,7 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
     labels = labels.to(device, non_blocking=True)
     classified = nearest_scale(batch)
     for index, images in enumerate(batch.scales):
-        passes = views(images, flip=options.flip, pixels=options.pixels)
+        passes = forward_batches(images, flip=options.flip, pixels=options.pixels)
         outputs = [_foreground(network, batch_of_views, labels, options.map) for batch_of_views in passes]
         maps = torch.cat([cams for cams, _ in outputs])
         if index == classified:
@@ -93,7 +93,7 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
     return Summed(sums, probabilities)
 
 
-def views(images: Tensor, *, flip: bool, pixels: int) -> list[Tensor]:
+def forward_batches(images: Tensor, *, flip: bool, pixels: int) -> list[Tensor]:
     """Return the inputs of forward passes: images (B, 3, H, W), with ``flip`` also their mirror images.
 
     Both are one batch (2B, 3, H, W), or two batches if one would have more than ``pixels`` pixels.
@@ -109,13 +109,13 @@ def nearest_scale(batch: ScaledBatch) -> int:
     return min(range(len(batch.scales)), key=lambda i: abs(batch.scales[i].shape[2] - batch.size[0]))
 
 
-def _foreground(network: Network, views: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _foreground(network: Network, images: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Return the maps of ``kind`` and the raw logits, which the classifier pools; both float32 (V, classes, h, w).
 
-    views (V, 3, H, W): one or more views of the labelled images.
+    images (V, 3, H, W): the labelled images once, or again mirrored.
     """
-    labels = labels.repeat(len(views) // len(labels), 1)
-    cams = network(views.contiguous(memory_format=torch.channels_last), labels)
+    labels = labels.repeat(len(images) // len(labels), 1)
+    cams = network(images.contiguous(memory_format=torch.channels_last), labels)
     raw = cams.raw[:, 1:].float()
     return cams.refined[:, 1:].float() if kind == "refined" else F.relu(raw), raw
 

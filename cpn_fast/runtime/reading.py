@@ -1,4 +1,4 @@
-"""All files are read through this module. It reads only regular files up to a size limit for their kind.
+"""Files are opened here, or ``require_regular`` checks them first: only regular files up to a limit for their kind.
 
 A FIFO waits for a writer, a device has no end, and a file of terabytes fills the memory. This module refuses them, with
 an OSError that names the file. The system's errors are OSError too. Each reader turns them into its own message.

@@ -33,7 +33,7 @@ from cpn_fast.data.provenance import VERSION, combined, image_digests, mark
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.backbone import to_device
 from cpn_fast.models.deeplab import DeepLab, build_deeplab
-from cpn_fast.models.inference import images_for, trained, views
+from cpn_fast.models.inference import forward_batches, images_for, trained
 from cpn_fast.models.weights import require_finite
 from cpn_fast.pipelines.inference import ScaledBatch
 from cpn_fast.refinement.crf import PARAMETERS, Room, dense_crf, process_pool
@@ -171,7 +171,7 @@ def mean_logits(network: DeepLab, batch: ScaledBatch, *, flip: bool, pixels: int
     """Return the mean of the logits over scales and flips, at the original size: float32 (B, 1 + classes, H, W)."""
     total: Tensor | None = None
     for images in batch.scales:
-        passes = views(images, flip=flip, pixels=pixels)
+        passes = forward_batches(images, flip=flip, pixels=pixels)
         logits = torch.cat([network(x.contiguous(memory_format=torch.channels_last)).float() for x in passes])
         if flip:
             straight, mirrored = logits.chunk(2)

@@ -91,7 +91,7 @@ def _fit(
     samples, shards = _training_list(config, rank, state, continuation)
     steps = resume.number_of_steps(train, len(samples))
     if steps == 0:
-        raise UserError(f"train.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
+        raise UserError(f"{section}.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
     method = _method(config, build, rank, samples, shards, pretrained=state is None)
     network = method.network
     optimizer = make_optimizer(network, train, rank.device)
@@ -307,7 +307,7 @@ def _previews(
 
 
 def _first_images(samples: Sequence[Sample], shards: Shards | None) -> list[np.ndarray]:
-    """Read the images of the previews, uint8 RGB (H, W, 3)."""
+    """Read the first images of the list, uint8 RGB (H, W, 3)."""
     first = samples[:COUNT]
     contents = [None] * len(first) if shards is None else [content for content, *_ in shards.read(range(len(first)))]
     return [read_image(sample.image, content) for sample, content in zip(first, contents, strict=True)]

@@ -106,7 +106,8 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     """Measure every size of patches on a list, print a table, write ``information/LIST.json`` and ``.png``.
 
     Patches follow the config, except for their kind and size. The table counts seeds at ``cam.mask_threshold``, the
-    file at 100 thresholds. Returns the picture's path.
+    file at 100 thresholds. Returns the picture's path. Raises UserError for weights that do not fit and for
+    damaged images or masks.
     """
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=None)

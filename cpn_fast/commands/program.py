@@ -70,6 +70,7 @@ class CamGraph(_Normalised):
         self.kind = kind
 
     def forward(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W), RGB from 0 to 255, tags (N, C), 0 or 1 -> probabilities (N, C), maps (N, C, H, W)."""
         size = images.shape[2], images.shape[3]
         cams = self.network(self.normalised(images), tags)
         probabilities = pooled_logits(cams.raw[:, 1:], size=size).sigmoid()
@@ -82,6 +83,7 @@ class SegmenterGraph(_Normalised):
     """The module that ``Model.export`` writes for a ``Segmenter``."""
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W), RGB from 0 to 255 -> probabilities of background and classes (N, 1 + C, H, W)."""
         logits = self.network(self.normalised(images))
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True).softmax(1)
 

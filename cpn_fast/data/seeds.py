@@ -163,7 +163,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def export_seeds(folder: Path, destination: Path, form: str) -> int:
     """Write every seed of ``folder`` to ``destination/<id>.npy`` in the ``form`` of another code base.
 
-    Returns the number of seeds.
+    Returns the number of seeds. Raises UserError for an unknown form and for missing or damaged seeds.
 
     - ``cpn``: dict of class index -> float32 (H, W), halved as CPN's ``infer_cam.py`` saves it;
     - ``seam``: dict of class index -> float32 (H, W) on the unit scale;

@@ -51,6 +51,7 @@ class Backbone(nn.Module):
     1.2 GB instead of 2.4 in fp32, and takes 7.95 TFLOP instead of 6.67."""
 
     def forward(self, images: Tensor) -> Features:
+        """Return the features of normalised images (N, 3, H, W)."""
         raise NotImplementedError
 
     def through(self, block: nn.Module, *inputs: Tensor) -> Any:

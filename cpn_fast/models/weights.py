@@ -188,7 +188,7 @@ def to_network_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_released_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename ``Network``'s names to released ones. Released names stay."""
+    """Rename ``Network``'s names to released ones. Released names stay. Raises UserError if two become the same."""
     released = {key.removeprefix("backbone."): tensor for key, tensor in tensors.items()}
     if len(released) < len(tensors):
         twice = next(key for key in tensors if key.startswith("backbone.") and key.removeprefix("backbone.") in tensors)

@@ -128,7 +128,8 @@ def run(
 ) -> Evaluation:
     """Score a folder of seeds or of masks on a list (default ``data.eval_list``); print and write the scores.
 
-    threshold_from: the evaluation.json of other images; its oracle threshold is scored here too.
+    threshold_from: the evaluation.json of other images; its oracle threshold is scored here too. Raises UserError for
+    results or ground truth that are missing or damaged, and if no ground truth has a pixel of any class.
     """
     source = cams or masks
     if source is None or (cams and masks):

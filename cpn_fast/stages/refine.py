@@ -136,6 +136,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
 
 
 def label_digest(folder: Path, sample: Sample) -> str:
+    """Return the SHA-256 of an image's label map for AffinityNet."""
     return reading.sha256(folder / "labels" / f"{sample.id}.png", reading.MASK)
 
 

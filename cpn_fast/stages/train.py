@@ -61,23 +61,28 @@ def fit(config: Config, build: Callable[[Config], Method], part_of: tuple[Config
     number may change between two starts.
     """
     rank = distributed.join()
+    whole_run, stage = part_of or (config, "train")
+    section = stage if stage == "train" else f"{stage}.train"
+    check_batch(config.train, rank.world, key=section)
     with owned(config.run, rank):
-        return _fit(config, build, rank, part_of or (config, "train"))
+        return _fit(config, build, rank, {"run": whole_run.name, "stage": stage}, section)
 
 
 def _fit(
-    config: Config, build: Callable[[Config], Method], rank: distributed.Rank, part_of: tuple[Config, str]
+    config: Config,
+    build: Callable[[Config], Method],
+    rank: distributed.Rank,
+    context: dict[str, Any],
+    section: str,
 ) -> Path:
-    whole_run, stage = part_of
     hook = None
     if rank.first and config.hook is not None:
-        hook = Hook(config.hook, config.run, {"run": whole_run.name, "stage": stage})
+        hook = Hook(config.hook, config.run, context)
     if config.train.deterministic:  # before `sized` uses cuBLAS
         choose_deterministic_algorithms()
-    section = stage if stage == "train" else f"{stage}.train"
     config = sized(config, build, rank, section)
     train = config.train
-    check_batch(train, rank.world, key=section)
+    check_batch(train, rank.world, key=section)  # auto takes the number of an earlier start
     assert train.batch != "auto"
     state, continuation = _open(config, rank, section)
     if rank.gather(continuation is not None and continuation.finished)[0]:

@@ -152,7 +152,7 @@ def test_run_takes_the_best_weights(tiny_config, monkeypatch) -> None:
 
 
 def test_other_maps_choose_the_best_anew(tiny_config, capsys) -> None:
-    path = tiny_config(**VALIDATED)
+    path = tiny_config(data={"eval_list": VAL}, train={"validate_every": 2, "checkpoint_every": 1})
     train.run(config_file.load(path))
     train.run(config_file.load(path, ["train.steps=8", "cam.map=raw"]))
     assert "was the best on other images or of other maps: chosen anew" in capsys.readouterr().err

@@ -180,15 +180,19 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 
 def _evaluation(path: Path, config: Config, model: Model | None, digests: Mapping[str, str]) -> dict[str, Any]:
     tree = _json(path)
-    threshold = tree["results"][0]["threshold"]
+    source, threshold = _scored_folder(path, tree, config), tree["results"][0]["threshold"]
+    ending = ".png" if threshold is None else ".npz"
 
     def predicted(sample: Sample) -> np.ndarray:
-        file = _result_file(source, sample, threshold)
+        file = source / f"{sample.id}{ending}"
         return read_mask(file) if threshold is None else read_seed(file).mask(threshold)
 
     try:
-        source = _scored_folder(path, tree, config)
-        counts = _counts(tree, source, predicted, config)
+        by_id = {sample.id: sample for sample in listed(config, Path(tree["list"]), masks=True)}
+        if gone := [id_ for id_ in tree["ids"] if id_ not in by_id]:
+            raise UserError(f"{tree['list']} no longer has {some(gone, 3)}")
+        results = of_these_images([(by_id[id_], source / f"{id_}{ending}") for id_ in tree["ids"]])
+        counts = _counts([sample for sample, _ in results], predicted, config, f"Scoring each of {source.name}")
         galleries = _galleries(counts, predicted, config, model)
     except UserError as error:
         raise UserError(
@@ -226,20 +230,10 @@ def _scored_folder(path: Path, tree: dict[str, Any], config: Config) -> Path:
     return path.parents[3] / source.relative_to(run) if source.is_relative_to(run) else source
 
 
-def _result_file(source: Path, sample: Sample, threshold: float | None) -> Path:
-    return source / f"{sample.id}{'.png' if threshold is None else '.npz'}"
-
-
 def _counts(
-    tree: dict[str, Any], source: Path, predicted: Callable[[Sample], np.ndarray], config: Config
+    samples: Sequence[Sample], predicted: Callable[[Sample], np.ndarray], config: Config, stage: str
 ) -> list[tuple[Sample, np.ndarray]]:
-    """Return each scored image with its ``scores.confusion``, of its result and its ground truth as they are now."""
-    by_id = {sample.id: sample for sample in listed(config, Path(tree["list"]), masks=True)}
-    if gone := [id_ for id_ in tree["ids"] if id_ not in by_id]:
-        raise UserError(f"{tree['list']} no longer has {some(gone, 3)}")
-    threshold = tree["results"][0]["threshold"]
-    results = [(by_id[id_], _result_file(source, by_id[id_], threshold)) for id_ in tree["ids"]]
-    samples = [sample for sample, _ in of_these_images(results)]
+    """Return each image with its ``scores.confusion``, of its result and its ground truth as they are now."""
 
     def count(sample: Sample) -> np.ndarray:
         assert sample.mask is not None
@@ -250,7 +244,7 @@ def _counts(
 
     with ThreadPoolExecutor() as pool:
         counted = pool.map(count, samples)
-        return list(zip(samples, track(counted, f"Scoring each of {source.name}", total=len(samples)), strict=True))
+        return list(zip(samples, track(counted, stage, total=len(samples)), strict=True))
 
 
 def _galleries(

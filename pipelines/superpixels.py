@@ -16,9 +16,9 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,29 +207,38 @@ class SuperpixelCache:
         write_json(self.folder / "manifest.json", self.made_by, indent=2)
 
     def _make(self, samples: Sequence[Sample], count: int) -> int:
-        distinct = {self.path(sample): sample for sample in samples}.values()  # copies of an image share an entry
-        pool, fast = ThreadPoolExecutor(count), self.engine == "fast-slic"
-        stage = f"superpixels, fast-slic {_version()}" if fast else f"superpixels, {described(self.config)}"
-        with Workers(min(count, len(distinct) or 1)) if fast else nullcontext() as self._workers:
+        distinct = {self.path(sample): sample.image for sample in samples}  # copies of an image share an entry
+        bits = 8 * self.dtype.itemsize
+        with ExitStack() as stack:
+            if self.engine == "fast-slic":
+                stage = f"superpixels, fast-slic {_version()}"
+                workers = stack.enter_context(Workers(min(count, len(distinct) or 1)))
+                settings = _settings(self.config)
+
+                def png(image: Path) -> bytes:
+                    return workers.call(image, slic.png_of_file, image, settings, bits, image_digest(image))
+            else:
+                stage = f"superpixels, {described(self.config)}"
+
+                def png(image: Path) -> bytes:
+                    return slic.png(segment(read_image(image), self.config), bits, image_digest(image))
+
+            pool = ThreadPoolExecutor(count)
             try:
-                futures = [pool.submit(self._make_one, sample) for sample in distinct]
+                futures = [pool.submit(_write, path, image, png) for path, image in distinct.items()]
                 for future in track(as_completed(futures), stage, total=len(futures)):
                     future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
         return len(distinct)
 
-    def _make_one(self, sample: Sample) -> None:
-        path, digest = self.path(sample), image_digest(sample.image)
-        if path.exists():
-            print(f"Warning: {path} is damaged and made again", file=sys.stderr)
-        bits = 8 * self.dtype.itemsize
-        if self._workers is not None:
-            png = self._workers.call(sample.image, slic.png_of_file, sample.image, _settings(self.config), bits, digest)
-        else:
-            png = slic.png(segment(read_image(sample.image), self.config), bits, digest)
-        with replacing(path) as file:
-            file.write(png)
+
+def _write(path: Path, image: Path, png: Callable[[Path], bytes]) -> None:
+    if path.exists():
+        print(f"Warning: {path} is damaged and made again", file=sys.stderr)
+    content = png(image)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _is_intact(path: Path, image: Path) -> bool:

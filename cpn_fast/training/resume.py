@@ -82,36 +82,22 @@ def compare(
     steps = number_of_steps(config.train, len(samples))
     final_step = training_of(final).get("step") if final is not None else None
     done = max(final_step or 0, state["step"] if state is not None else 0)
-    finished = False
-    if final is not None:
-        final_train = config_file.read(own_config(final) or text or "", str(final)).train
-        same_length = _length(final_train) == _length(config.train)
-        if final_step is None:  # earlier versions did not write it
-            finished = same_length and not grown
-        else:
-            other_list = change is None or bool(change.others)
-            finished = final_step == steps or (same_length and other_list and final_step == done)
+    finished = final is not None and _is_finished(config, final, last, steps, done, change)
     _warn(config.run, change, steps if finished else None, section)
     if finished:
         return Continuation(True, [], note)
     if steps < done:
-        key, value = ("steps", config.train.steps) if config.train.steps else ("epochs", config.train.epochs)
-        meaning = "" if key == "steps" else f", which means {steps:,} steps with {len(samples)} images"
-        remedy = f"Set it to {done} to stop there, or higher to continue" if key == "steps" else "Raise it to continue"
-        raise UserError(
-            f"{section}.{key} is {value}{meaning}, but {config.run} has made {done:,} steps, which cannot be taken "
-            f"back. {remedy}, or give the run another name to train anew"
-        )
+        raise _fewer_steps(config, steps, done, len(samples), section)
     if state is None:
         raise UserError(
             f"{config.run} has made {done:,} steps of {steps:,}, but its checkpoints are gone, so it cannot continue. "
             "Set its length back to the old value, or start another run from its weights: give another name and "
             f"model.weights={final}"
         )
-    before = number_of_steps(last.train, change.before if change is not None else len(samples))
     remarks = []
     if grown and change is not None:
         remarks.append(f"The list has {change.added} more images than before: the run trains on them from now on")
+    before = number_of_steps(last.train, change.before if change is not None else len(samples))
     if before != steps:
         rate, was = (config.train.lr * rate_factor(state["step"], end, config.train) for end in (steps, before))
         remarks.append(
@@ -119,6 +105,30 @@ def compare(
             f"learning rate is now {rate:.3g}, before it was {was:.3g}, and it falls to 0 at step {steps:,}"
         )
     return Continuation(False, remarks, note if grown else {})
+
+
+def _is_finished(config: Config, final: Path, last: Config, steps: int, done: int, change: Change | None) -> bool:
+    """Return whether the final weights end the training that the config asks for, on the list as it was.
+
+    ``last`` is their config if they have none.
+    """
+    text = own_config(final)
+    final_train = (last if text is None else config_file.read(text, str(final))).train
+    same_length, final_step = _length(final_train) == _length(config.train), training_of(final).get("step")
+    if final_step is None:  # earlier versions did not write it
+        return same_length and (change is None or not change.added)
+    other_list = change is None or bool(change.others)
+    return bool(final_step == steps or (same_length and other_list and final_step == done))
+
+
+def _fewer_steps(config: Config, steps: int, done: int, images: int, section: str) -> UserError:
+    key, value = ("steps", config.train.steps) if config.train.steps else ("epochs", config.train.epochs)
+    meaning = "" if key == "steps" else f", which means {steps:,} steps with {images} images"
+    remedy = f"Set it to {done} to stop there, or higher to continue" if key == "steps" else "Raise it to continue"
+    return UserError(
+        f"{section}.{key} is {value}{meaning}, but {config.run} has made {done:,} steps, which cannot be taken "
+        f"back. {remedy}, or give the run another name to train anew"
+    )
 
 
 def _length(train: Train) -> tuple[int | None, int | None]:

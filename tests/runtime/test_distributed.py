@@ -28,6 +28,7 @@ from cpn_fast.data.masks import read_mask
 from cpn_fast.data.seeds import Seed, read_seed, write_seed
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.models.weights import to_released_keys
+from cpn_fast.pipelines import superpixels
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.refinement import crf
 from cpn_fast.runtime import distributed, interrupts
@@ -94,7 +95,7 @@ def stages(path: Path, weights: Path, deeplab: Path) -> dict[str, list[str]]:
 
         setattr(owner, name, recorded)  # no undo: the process ends
 
-    record("superpixels", SuperpixelCache, "_make_one", lambda _, sample: [sample.id])
+    record("superpixels", superpixels, "_write", lambda _, image, *__: [image.stem])
     record("seeds", cam, "_write", lambda _, sample, *__: [sample.id])
     record("CRFs", refine, "write_label_maps", lambda samples, *_: [sample.id for sample in samples])
     record("labels", refine, "write_mask", lambda path, *_: [path.stem] if path.parent.name == "labels" else [])

@@ -105,10 +105,10 @@ def ours(net: network.Network, samples: Sequence[Sample], device: torch.device, 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=Path, help="a folder of JPEGs (default: generated ones)")
-    parser.add_argument("--count", type=int, help="how many images (default 2, on a GPU 16)")
+    parser.add_argument("--count", type=int, help="how many images (default 4, on a GPU 16)")
     options = parser.parse_args()
     device, gpu = options.device, options.device.type == "cuda"
-    count = options.count or (16 if gpu else 2)
+    count = options.count or (16 if gpu else 4)
     torch.set_num_threads(1)
     net = built(device, 8)
     with tempfile.TemporaryDirectory() as temporary:

@@ -185,7 +185,8 @@ def pack(
     """Pack samples with labels in random order, and their superpixels if there is a ``cache``.
 
     Returns the number of new shards. It may be interrupted and run again: finished shards are kept, after their
-    checksums have been verified. Under torchrun each process packs its share of the shards. Raises UserError for damaged images, and for a folder with other files in it.
+    checksums have been verified. Under torchrun each process packs its share of the shards. Raises UserError for
+    damaged images, and for a folder with other files in it.
     """
     rank = distributed.join()
     if cache is not None:
@@ -296,7 +297,7 @@ def training_list(config: Config, *, decode: bool = False) -> tuple[list[Sample]
 
 def not_as_packed(shards: Shards, samples: Sequence[Sample]) -> str | None:
     """Return how a list with labels differs from the list that was packed, in words; None if it does not."""
-    packed, now = ({s.id: np.asarray(s.label).tolist() for s in some_samples} for some_samples in (shards.samples, samples))
+    packed, now = ({s.id: np.asarray(s.label).tolist() for s in each} for each in (shards.samples, samples))
     differing = sorted(id_ for id_ in packed.keys() | now.keys() if packed.get(id_) != now.get(id_))
     if not differing:
         return None

@@ -53,11 +53,12 @@ def load(name: str) -> Callable[[dict[str, Any]], object]:
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"{path.absolute()} is no file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Under its own name a file wandb.py would stand in the way of the package that it imports.
+    spec = importlib.util.spec_from_file_location(f"cpn_fast_hook_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 

@@ -125,6 +125,13 @@ def test_a_hook_that_ends_the_program_does_not_end_the_training(tiny_config, tmp
     assert "failed at step 2: SystemExit" in capsys.readouterr().err
 
 
+def test_a_file_may_have_the_name_of_a_package_that_it_imports(tmp_path) -> None:
+    file = tmp_path / "colorsys.py"
+    file.write_text("import colorsys\ndef log(line):\n    return colorsys.rgb_to_hsv(1, 0, 0)\n")
+    sys.modules.pop("colorsys", None)
+    assert hook.load(f"{file}:log")({}) == (0.0, 1.0, 1)
+
+
 def test_a_file_may_hold_dataclasses(tmp_path) -> None:
     file = tmp_path / "with_dataclass.py"
     file.write_text(

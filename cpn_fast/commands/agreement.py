@@ -73,12 +73,11 @@ class Found:
     """Whether the run now has other weights than made the results."""
 
 
-def all_found(folder: Path, config: Config) -> list[Found]:
-    """Return the results of ``cam`` and ``segment`` for each list in a run's folder.
+def all_found(folder: Path, config: Config, digests: Mapping[str, str]) -> list[Found]:
+    """Return the results of ``cam`` and ``segment`` for each list in a run's folder. ``digests``: ``weights_digests``.
 
     A warning on stderr names each list that can no longer be read. Raises UserError for damaged seeds and masks.
     """
-    digests = weights_digests(folder, config)
     results = []
     for result_folder in sorted([*folder.glob("cams/*"), *folder.glob("segment/*")]):
         list_path = _list(result_folder, config)

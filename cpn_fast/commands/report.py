@@ -88,7 +88,9 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
     else:
         images = len(training_list(config)[0])
     scored = {path.parent.name for path in evaluation_paths}
-    results = [result for result in all_found(folder, config) if not any(_is_of(name, result) for name in scored)]
+    results = [
+        result for result in all_found(folder, config, digests) if not any(_is_of(name, result) for name in scored)
+    ]
     why, then = next_step(folder, config, model, overrides or [])
     html = page.render(
         name=config.name,

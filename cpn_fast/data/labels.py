@@ -131,19 +131,24 @@ def class_names(path: Path, images: Collection[str]) -> list[str]:
             if columns:
                 return columns
             tags = _read_csv(path, images, ())
+            _refuse_numbers(path, tags)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable: {_reason(error)}") from None
     names = sorted({name for names in tags.values() for name, _ in names})
     if problems and not names:
         raise LabelError(path, problems, {})
-    numbers = [name for name in names if _NUMBER.fullmatch(name)]
-    is_table = not path.is_dir() and path.suffix.lower() != ".json"
-    if is_table and any(name.startswith("-") or len(numbers) < len(names) for name in numbers):
+    return names
+
+
+def _refuse_numbers(path: Path, tags: Names) -> None:
+    """Raise UserError if negative numbers, or numbers beside words, would be classes."""
+    names = {name for names in tags.values() for name, _ in names}
+    numbers = sorted(filter(_NUMBER.fullmatch, names))
+    if any(name.startswith("-") or len(numbers) < len(names) for name in numbers):
         raise UserError(
             f"{path}: {some(numbers)} would be classes, but look like numbers of other columns, such as corners of "
             "boxes. Keep only the columns of the photos and of their tags"
         )
-    return names
 
 
 def _ticked_columns(path: Path, match: Ids) -> list[str]:

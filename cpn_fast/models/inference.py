@@ -79,7 +79,7 @@ def summed_cams(network: Network, batch: ScaledBatch, labels: Tensor, options: C
     classified = nearest_scale(batch)
     for index, images in enumerate(batch.scales):
         passes = forward_batches(images, flip=options.flip, pixels=options.pixels)
-        outputs = [_foreground(network, batch_of_views, labels, options.map) for batch_of_views in passes]
+        outputs = [_foreground(network, inputs, labels, options.map) for inputs in passes]
         maps = torch.cat([cams for cams, _ in outputs])
         if index == classified:
             size = images.shape[2], images.shape[3]

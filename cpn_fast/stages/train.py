@@ -94,9 +94,8 @@ def _fit(
     if rank.first:
         write_environment(config, rank.device)
     samples, shards = _training_list(config, rank, state, continuation)
+    check_batch(train, rank.world, len(samples), section)
     steps = resume.number_of_steps(train, len(samples))
-    if steps == 0:
-        raise UserError(f"{section}.accumulate is {train.accumulate}, more than the batches of all epochs: lower it")
     method = _method(config, build, rank, samples, shards, pretrained=state is None)
     network = method.network
     optimizer = make_optimizer(network, train, rank.device)
@@ -158,7 +157,8 @@ def _open(
     state = checkpoint.newest(config.run / "checkpoints", torch.device("cpu"))
     continuation = None
     if rank.first and (state is not None or (whole and own_config(final) is not None)):
-        continuation = resume.compare(config, *training_list(config), state, final if whole else None, section)
+        samples, shards = training_list(config)
+        continuation = resume.compare(config, samples, shards, state, final if whole else None, section)
     if rank.first:
         open_run(config)
     return state, continuation

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cpn_fast.cli import app
 from cpn_fast.commands import report, report_pictures
-from cpn_fast.commands.agreement import all_found
+from cpn_fast.commands.agreement import all_found, weights_digests
 from cpn_fast.config_file import dump, load
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.data.masks import read_mask, write_mask
@@ -240,7 +240,7 @@ def test_photos_without_scores_are_ordered_by_how_their_tags_and_the_network_agr
     absent = int(np.flatnonzero(~samples[0].label)[0])  # of the photo with the most certain tags
     path = run / f"cams/val/seeds/{samples[0].id}.npz"
     write_seed(path, read_seed(path), "", np.where(np.arange(5) == absent, 0.8, np.where(samples[0].label, 0.9, 0)))
-    (found,) = all_found(run, settings)
+    (found,) = all_found(run, settings, weights_digests(run, settings))
     assert [photo.sample.id for photo in found.photos] == [samples[k].id for k in (2, 3, 1, 0)]
     assert found.photos[0].agreement == pytest.approx(0.7)
     assert found.photos[-1].doubt == f"{settings.classes[absent]} is not a tag; the network gives it 80%"
@@ -272,7 +272,7 @@ def test_masks_of_a_segmenter_are_compared_with_tags(run: Path) -> None:
         if sample == samples[2]:
             mask[:] = 0
         write_mask(run / f"segment/val/masks/{sample.id}.png", mask)
-    (found,) = (own for own in all_found(run, settings) if own.kind == "segment")
+    (found,) = (own for own in all_found(run, settings, weights_digests(run, settings)) if own.kind == "segment")
     assert [(photo.sample.id, photo.agreement) for photo in found.photos] == [
         (samples[1].id, 1),
         (samples[3].id, 1),

@@ -19,6 +19,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU")
     if item.get_closest_marker("fast_slic") and importlib.util.find_spec("fast_slic") is None:
         pytest.skip("needs fast-slic")
+    torch.manual_seed(0)  # the same random numbers in every run, whatever ran before
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ BENCHES = {  # in the order in which they run; the limits down to schedule add u
         190,
         ("images/s",),
         "step",
-        ("+ whole step in a CUDA graph", "+ compiled network and losses", "+ bf16 autocast"),
+        ("the trainer's step", "+ whole step in a CUDA graph", "+ compiled network and losses", "+ bf16 autocast"),
         ("as released",),
         what="CPN's step, {backbone} at {side} px, {batch} images",
         headline=("CPN's step.*", "{what}"),

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,6 +30,7 @@ from cpn_fast.config import Augment, Rgb, Superpixels
 from cpn_fast.data.dataset import Sample
 from cpn_fast.data.masks import read_mask
 from cpn_fast.data.png import is_whole_png
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.pipelines.decode import build, decode, device_id, read_encoded, run
 from cpn_fast.pipelines.shards import Shards
 from cpn_fast.pipelines.superpixels import segment_batch
@@ -41,28 +42,6 @@ PREFETCH = 2  # batches
 WINDOW = 4096  # samples of shards that are shuffled together; all processes together hold as many in memory
 GRAYSCALE, PALETTE = 0, 3  # PNG's colour types
 GRAY = np.tile([0.299, 0.587, 0.114], (3, 1))  # RGB -> luma in every channel
-
-
-class Batch(NamedTuple):
-    """One rank's part of a step, on the pipeline's device."""
-
-    images: Tensor
-    """float32 (B, 3, crop, crop), normalised; padding is 0."""
-    pixel_map: Tensor | None
-    """int32 (B, crop, crop), labels of pixels (superpixels, classes). Padding is -1 in maps from files; ``online``
-    superpixels cover the padding too."""
-    labels: Tensor
-    """float32 (B, classes), 0 or 1."""
-    indices: Tensor
-    """int64 (B,), indices of the samples."""
-    place: tuple[int, int] = (0, 1)
-    """This rank and the number of ranks: the part of the step's images."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        height, width = self.images.shape[2:]
-        return height, width
 
 
 class TrainingPipeline:

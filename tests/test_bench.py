@@ -136,7 +136,7 @@ def test_a_variant_of_the_step_is_no_figure_of_ours() -> None:
     result = {"rows": steps, "backbone": "resnet38d", "side": 448, "batch": 4}
     ((what, _, own, _, _),) = run_all.compared("train_step", result)
     assert what == "CPN's step, resnet38d at 448 px, 4 images"
-    assert own["step"] == "+ whole step in a CUDA graph"
+    assert own["step"] == "the trainer's step"
 
 
 def test_the_steps_that_decide_are_measured_first() -> None:
@@ -144,9 +144,9 @@ def test_the_steps_that_decide_are_measured_first() -> None:
 
     ladder = train_step.cases(True, 4)
     order = train_step.decisive_first(ladder)
-    assert [case.name for case in order[:2]] == ["as released", "+ whole step in a CUDA graph"]
-    assert order[2].times == 4
-    assert {case.name for case in order[3:6]} == train_step.VARIANTS.keys()
+    assert [case.name for case in order[:3]] == ["as released", "the trainer's step", "+ whole step in a CUDA graph"]
+    assert order[3].times == 4
+    assert {case.name for case in order[4:7]} == train_step.VARIANTS.keys()
     assert {case.name for case in order} == {case.name for case in ladder}
     assert len(order) == len(ladder)
     on_a_cpu = train_step.cases(False, 4)

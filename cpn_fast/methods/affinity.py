@@ -12,7 +12,7 @@ from cpn_fast.config import Config
 from cpn_fast.data.dataset import Sample
 from cpn_fast.methods.method import Losses, Views
 from cpn_fast.models.affinity_net import build_affinity_net
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.refinement.affinity import affinity_losses, cell_labels, fitting_radius, pair_affinities
 
 

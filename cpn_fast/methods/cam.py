@@ -11,7 +11,7 @@ from cpn_fast.config import Config
 from cpn_fast.kernels import pooled_logits
 from cpn_fast.methods.method import Losses, Views
 from cpn_fast.models.network import Cams, build_network
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 
 
 class PlainCam:

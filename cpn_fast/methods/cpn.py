@@ -13,7 +13,7 @@ from cpn_fast.kernels import background_suppression, complementary_losses, poole
 from cpn_fast.methods.method import Losses, Views, weighted
 from cpn_fast.methods.patches import complementary_pair, normalised_fill
 from cpn_fast.models.network import Cams, build_network
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 
 
 class Cpn:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpn_fast.data.dataset import Sample
 from cpn_fast.models.backbone import Headed
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 
 
 class Views(NamedTuple):

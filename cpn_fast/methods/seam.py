@@ -13,7 +13,7 @@ from cpn_fast.kernels import background_suppression, pooled_logits
 from cpn_fast.kernels.eager import full_precision, mean_of_largest, normalise, statistics_dtype, upsample
 from cpn_fast.methods.method import Losses, Views, weighted
 from cpn_fast.models.network import Cams, build_network
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 
 
 class Seam:

@@ -15,7 +15,7 @@ from cpn_fast.data.masks import IGNORE
 from cpn_fast.kernels.eager import upsample
 from cpn_fast.methods.method import Losses, Views
 from cpn_fast.models.deeplab import build_deeplab
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 
 
 class Segmentation:

@@ -12,8 +12,8 @@ from cpn_fast import config_file
 from cpn_fast.config import Config
 from cpn_fast.methods.method import Method
 from cpn_fast.models.backbone import to_device
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.pipelines.shards import training_list
-from cpn_fast.pipelines.training import Batch
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.training.run_folder import run_config

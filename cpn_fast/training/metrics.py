@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from cpn_fast.config import Config
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.runtime.files import read_metrics, replacing
 from cpn_fast.training.hook import Hook
 from cpn_fast.training.nonfinite import GradientGuard

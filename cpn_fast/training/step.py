@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cpn_fast.config import Train
 from cpn_fast.methods.method import Method
 from cpn_fast.models.backbone import Headed
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError, is_out_of_memory
 from cpn_fast.runtime.precision import autocast

@@ -16,7 +16,7 @@ from cpn_fast.data.masks import read_mask, write_mask
 from cpn_fast.data.seeds import read_seed
 from cpn_fast.methods.known import METHODS
 from cpn_fast.methods.method import Losses, Method
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.stages import cam, evaluate, train
 
 PAPER = {

@@ -21,7 +21,7 @@ from cpn_fast.methods.affinity import Affinity
 from cpn_fast.methods.known import METHODS
 from cpn_fast.methods.method import Method
 from cpn_fast.methods.segmentation import Segmentation
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.training.step import Step, make_optimizer
 

@@ -10,7 +10,7 @@ from cpn_fast.config import Config
 from cpn_fast.config_file import parse
 from cpn_fast.methods.seam import Seam, equivariance_losses
 from cpn_fast.models.network import Cams
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 
 
 def settings(**changes: dict) -> Config:

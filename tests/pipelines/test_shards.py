@@ -21,9 +21,10 @@ from cpn_fast.commands.demo_data import DEMO_CLASSES
 from cpn_fast.config import Augment, Data, Superpixels
 from cpn_fast.data.dataset import Sample, load_samples
 from cpn_fast.pipelines import training
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.pipelines.shards import Shards, open_shards, pack
 from cpn_fast.pipelines.superpixels import SuperpixelCache
-from cpn_fast.pipelines.training import Batch, TrainingPipeline
+from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.runtime import distributed
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError

@@ -16,8 +16,9 @@ from cpn_fast.data.dataset import Sample
 from cpn_fast.data.images import read_image
 from cpn_fast.data.masks import PALETTE, write_mask
 from cpn_fast.pipelines import training
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.pipelines.superpixels import segment
-from cpn_fast.pipelines.training import Batch, TrainingPipeline
+from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.runtime.errors import UserError
 
 PLAIN = {"flip": 0, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}

@@ -22,8 +22,8 @@ from cpn_fast.data.masks import PALETTE, read_mask
 from cpn_fast.methods.segmentation import Segmentation
 from cpn_fast.models.backbone import Features
 from cpn_fast.models.deeplab import build_deeplab
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.pipelines.inference import ScaledBatch
-from cpn_fast.pipelines.training import Batch
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import evaluate, segment
 from cpn_fast.training.step import make_optimizer

@@ -22,7 +22,7 @@ from cpn_fast.methods.cam import PlainCam
 from cpn_fast.methods.known import METHODS
 from cpn_fast.models import network
 from cpn_fast.models.backbone import Backbone, Features
-from cpn_fast.pipelines.training import Batch
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.runtime import distributed
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError

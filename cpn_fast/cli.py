@@ -37,6 +37,9 @@ ListFile = Annotated[
     Path | None, typer.Option("--list", help="A list of images instead of data.eval_list.", show_default=False)
 ]
 
+SHARED = {"doctor", "superpixels", "shards", "train", "cam", "evaluate", "refine", "segment", "run", "reproduce"}
+"""Commands that torchrun may start. ``doctor`` only reads, the others share their work among the processes."""
+
 # Commands import what they run when they are called, most of them after they read CONFIG. So neither --help nor a
 # misspelt key waits for torch.
 
@@ -55,6 +58,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Show no progress, only errors, results and their paths.")
     ] = False,
@@ -68,6 +72,12 @@ def options(
     """Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds."""
     if quiet and json:
         raise UserError("--quiet and --json exclude each other: give only one of them")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1" and context.invoked_subcommand not in SHARED:
+        raise UserError(
+            f"{context.invoked_subcommand} works in one process, but WORLD_SIZE is {world}: start it without torchrun, "
+            "or unset WORLD_SIZE"
+        )
     progress.use("json" if json else "quiet" if quiet else "text")
 
 

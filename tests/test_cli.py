@@ -147,3 +147,10 @@ def test_shells_complete_commands_and_options() -> None:
 
     assert complete("cpn-fast ev") == ["evaluate"]
     assert complete("cpn-fast cam x.yaml --ch") == ["--checkpoint"]
+
+
+def test_a_command_that_shares_no_work_is_refused_under_torchrun(tmp_path: Path, entered, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = entered("predict", tmp_path, "--model", tmp_path, code=1)
+    assert "predict works in one process, but WORLD_SIZE is 2: start it without torchrun" in said
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} > cli.SHARED

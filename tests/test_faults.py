@@ -450,7 +450,7 @@ ROWS = [
         "train again",
         1,
         "model.safetensors: damaged",
-        "delete it: the same command writes it again from the last checkpoint",
+        "delete it: its stage (`cpn-fast train`) makes it again from a checkpoint",
     ),
     row("weights that are not finite", "cam", 1, "model.safetensors:", "numbers of fc8.weight are not finite"),
     row("weights that are not finite", "predict", 1, "model.safetensors:", "numbers of fc8.weight are not finite"),

@@ -341,7 +341,7 @@ def _read_safetensors(path: Path) -> Content:
             note = (file.metadata() or {}).get(_NOTE)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dict)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a readable .safetensors file: {error}") from None
+        raise UserError(f"{path}: not a readable .safetensors file: {error}. {_remedy(path)}") from None
     if note is not None:  # only files of cpn-fast have one
         try:
             written = json.loads(note)
@@ -349,11 +349,14 @@ def _read_safetensors(path: Path) -> Content:
         except (ValueError, LookupError, TypeError, AttributeError):
             whole = False
         if not whole:
-            raise UserError(
-                f"{path}: damaged: its content does not match its checksum. Copy it again. If a run wrote it, "
-                "delete it: the same command writes it again from the last checkpoint"
-            )
+            raise UserError(f"{path}: damaged: its content does not match its checksum. {_remedy(path)}")
     return Content(tensors, [])
+
+
+def _remedy(path: Path) -> str:
+    if path.name == BEST:
+        return "Copy it again. If it is lost, delete it, and set train.use_weights to last or raise train.steps"
+    return "Copy it again. If a run wrote it, delete it: its stage (`cpn-fast train`) makes it again from a checkpoint"
 
 
 def _read_torch(path: Path) -> Content:

@@ -131,6 +131,9 @@ def test_later_stages_take_the_weights_that_the_config_names(tiny_config) -> Non
     assert cpn_fast.load(settings.run).weights == best  # the run's config.yaml now names them
     assert train.run(settings) == last
     assert cpn_fast.load(settings.run).weights == last
+    best.write_bytes(best.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"best\.safetensors: not .* delete it, and set train\.use_weights to last"):
+        cam.run(chosen, best)
     best.unlink()
     with pytest.raises(UserError, match=r"no \S+best\.safetensors: .* Set train\.use_weights to last"):
         train.run(chosen)

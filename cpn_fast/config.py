@@ -229,7 +229,8 @@ class Model(Section):
     """Pretrained weights: a file (.safetensors, .pth or MXNet .params), ``package:NAME`` for the only file of weights
     in an installed Python package, or ``timm`` for timm's download for ``timm:NAME``. Null: random weights."""
     mean: Rgb | None = None
-    """RGB (0 to 255) subtracted from the input. Null: the mean that the backbone's usual weights were trained with."""
+    """RGB (0 to 255) subtracted from the input. Null: the mean that the backbone's usual weights were trained with
+    (mobilenet_v2: TensorFlow's). ``init`` and an error give the values for torchvision's."""
     std: tuple[Spread, Spread, Spread] | None = None
     """RGB (0 to 255) that divides the input. Null: as for ``mean``."""
     pcm: bool = True

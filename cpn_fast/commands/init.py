@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from cpn_fast.commands.photos import visible_files
-from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss
+from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss, Model
 from cpn_fast.config_file import parse
 from cpn_fast.data.dataset import TABLES, line_of
 from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
@@ -196,6 +196,7 @@ def _config(
     """Return the config with all numbers of steps 1, and remarks."""
     import torch
 
+    from cpn_fast.models import build_backbone
     from cpn_fast.models.weights import read_weights
 
     on_gpu = torch.cuda.is_available()
@@ -203,9 +204,9 @@ def _config(
     model: dict[str, Any] = {"backbone": "narrow"}
     crop = 448 if on_gpu else 225
     if weights is not None:
-        keys = read_weights(weights).keys()
+        tensors = read_weights(weights)
         known = {"conv1a.weight": "resnet38d", "features.0.0.weight": "mobilenet_v2"}
-        backbone = next((name for key, name in known.items() if key in keys), None)
+        backbone = next((name for key, name in known.items() if key in tensors), None)
         if backbone is None:
             raise UserError(f"{weights}: expected weights of MobileNetV2 (torchvision's names) or ResNet38d")
         model = {
@@ -213,6 +214,11 @@ def _config(
             "stride": 8 if backbone == "resnet38d" else 16,
             "weights": str(weights.absolute()),
         }
+        with torch.device("meta"):
+            usual = build_backbone(Model(backbone=backbone))
+        mean, std = usual.normalisation(tensors)
+        if (mean, std) != (usual.mean, usual.std):
+            model |= {"mean": list(mean), "std": list(std)}
     elif all(importlib.util.find_spec(name) for name in ("timm", LITE.replace("-", "_"))):
         model = {"backbone": f"{TIMM}tf_efficientnet_lite0", "stride": 16, "weights": PACKAGE + LITE}
     else:

@@ -64,6 +64,10 @@ class Backbone(nn.Module):
         """Return the side (pixels) nearest to ``size`` that suits the backbone."""
         return size
 
+    def normalisation(self, tensors: Mapping[str, Tensor]) -> tuple[Rgb, Rgb]:
+        """Return ``mean`` and ``std`` with which a file of pretrained weights was trained."""
+        return self.mean, self.std
+
     def pretrained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename the tensors of a file of pretrained weights to the backbone's names."""
         return dict(tensors)

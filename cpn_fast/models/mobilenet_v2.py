@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpn_fast.config import Rgb
 from cpn_fast.models.backbone import Backbone, Features
 
 # (expansion, channels, stride) of the blocks features.1 to features.17
@@ -23,10 +25,11 @@ _BLOCKS = (
 _LOW, _MIDDLE = 6, 13  # the last blocks of 32 and 96 channels
 # Scales both maps to the rms of the image (0.57). They are sums without normalisation: rms 5.3 and 3.5 (ImageNet).
 _INNER_SCALE = 0.1
+_TORCHVISION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # 255 times its mean and std
 
 
 class MobileNetV2(Backbone):
-    """The small backbone, 2,223,872 parameters. Its pretrained weights take RGB from -1 to 1."""
+    """The small backbone, 2,223,872 parameters. TensorFlow's weights take RGB from -1 to 1, torchvision's do not."""
 
     channels = (32, 96, 1280)
     mean = (127.5, 127.5, 127.5)
@@ -59,6 +62,12 @@ class MobileNetV2(Backbone):
         # At output stride 16 the low features have a larger size than the others.
         low, middle = (F.interpolate(f, x.shape[2:], mode="bilinear", align_corners=True) for f in inner)
         return Features(_INNER_SCALE * low, _INNER_SCALE * middle, x)
+
+    def normalisation(self, tensors: Mapping[str, Tensor]) -> tuple[Rgb, Rgb]:
+        classifier = tensors.get("classifier.1.weight")
+        if classifier is not None and len(classifier) == 1000:  # TensorFlow's has a class more, for background
+            return _TORCHVISION
+        return self.mean, self.std
 
     def fit(self, size: int) -> int:
         """Return the nearest 32k + 1. All sides are then odd, and symmetric padding is TensorFlow's 'same' padding."""

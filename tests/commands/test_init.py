@@ -101,6 +101,15 @@ def test_seeds_and_background_scores_fit_the_network(photos: Path, monkeypatch) 
     assert (large.cam.map, large.crf, large.walk) == ("refined", Crf(), Walk())
 
 
+def test_torchvision_s_weights_come_with_their_normalisation(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    weights = {"features.0.0.weight": torch.zeros(1), "classifier.1.weight": torch.zeros(1000, 2)}
+    save_file(weights, photos.parent / "mobilenet_v2.safetensors")
+    config, _ = started(photos, monkeypatch, "--weights", photos.parent / "mobilenet_v2.safetensors")
+    assert config.model.mean == (123.675, 116.28, 103.53)
+    assert config.model.std == (58.395, 57.12, 57.375)
+
+
 @pytest.mark.parametrize(("classes", "share"), [(1, 1), (2, 1), (4, 0.84), (20, 0.2), (80, 0.2)])
 def test_few_classes_count_a_larger_share_of_the_errors(classes: int, share: float) -> None:
     assert init.hard_share(classes) == share

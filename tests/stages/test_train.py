@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -23,7 +24,8 @@ from cpn_fast.models import pretrained
 from cpn_fast.models.affinity_net import build_affinity_net
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.models.dropout import SharedDropout2d
-from cpn_fast.models.weights import FINAL
+from cpn_fast.models.network import build_network
+from cpn_fast.models.weights import FINAL, to_released_keys, write_weights
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import train
@@ -359,6 +361,30 @@ def test_training_starts_from_any_of_our_networks(tiny_config, capsys) -> None:
     resnet = start.model.model_copy(update={"backbone": "mobilenet_v2"})
     with pytest.raises(UserError, match="the weights do not fit the model"):
         pretrained.start_from(build_affinity_net(resnet), first)
+
+
+def test_weights_of_another_normalisation_are_refused(tiny_config, tmp_path) -> None:
+    """torchvision's MobileNetV2 and TensorFlow's have the same names and shapes, and other means."""
+    model = {"backbone": "mobilenet_v2"}
+    network = build_network(config_file.load(tiny_config(model=model)))
+    tensors = to_released_keys(network.backbone.state_dict())
+    path = tmp_path / "mobilenet_v2.safetensors"
+    write_weights(path, {**tensors, "classifier.1.weight": torch.zeros(1001, 1280)})
+    pretrained.start_from(network, path)
+    write_weights(path, {**tensors, "classifier.1.weight": torch.zeros(1000, 1280)})
+    remedy = r"set model\.mean=(\[123\.675, .+\]) and model\.std=(\[58\.395, .+\])$"
+    with pytest.raises(UserError, match=remedy) as refused:
+        pretrained.start_from(network, path)
+    mean, std = (json.loads(found) for found in re.search(remedy, str(refused.value)).groups())
+    pretrained.start_from(build_network(config_file.load(tiny_config(model={**model, "mean": mean, "std": std}))), path)
+
+
+def test_the_next_run_has_the_normalisation_of_the_weights_that_it_starts_from(tiny_config) -> None:
+    model = {"mean": [100.0, 110.0, 120.0]}
+    first = train.run(config_file.load(tiny_config(model=model, train={"steps": 1})))
+    with pytest.raises(UserError, match=r"set model\.mean=\[100\.0, 110\.0, 120\.0\] and model\.std="):
+        train.run(config_file.load(tiny_config(name="next", model={"weights": str(first)})))
+    train.run(config_file.load(tiny_config(name="next", model={**model, "weights": str(first)}, train={"steps": 1})))
 
 
 def test_a_frozen_stem_is_not_left_with_random_weights(tiny_config) -> None:

@@ -69,7 +69,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Train CPN (Complementary Patch Network) from image-level tags and make segmentation seeds."""
+    """Train semantic segmentation from image-level tags with CPN, the Complementary Patch Network."""
     if quiet and json:
         raise UserError("--quiet and --json exclude each other: give only one of them")
     world = os.environ.get("WORLD_SIZE", "1")
@@ -81,7 +81,36 @@ def options(
     progress.use("json" if json else "quiet" if quiet else "text")
 
 
-@app.command()
+@app.command(rich_help_panel="Start")
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Also check this config's data, weights and disk.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006 (typer reads it as "none given")
+) -> None:
+    """Check this machine and, with CONFIG, its data and weights. Says how to fix what does not work."""
+    from cpn_fast.commands import doctor
+
+    sound = doctor.run(None if config is None else _settings(config, overrides))
+    then = command_line("demo") if config is None else command_line("run", config, overrides=overrides)
+    _done("doctor", then=then if sound else None, sound=sound)
+    if not sound:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Start")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the generated data set and the runs.")] = Path("runs/demo"),
+) -> None:
+    """Generate a small data set, train CPN and a plain CAM on it, and score both."""
+    from cpn_fast.commands import demo
+
+    with owned(out):
+        demo.run(out)
+    _done("demo", then=command_line("report", out / "demo"), folder=out)
+
+
+@app.command(rich_help_panel="Start")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Your photos.", show_default=False)],
     tags: Annotated[
@@ -92,7 +121,7 @@ def init(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Pretrained weights of MobileNetV2 or ResNet38d.")] = None,
 ) -> None:
-    """Write a config for a folder of tagged photos that trains on this machine in about an hour."""
+    """Write a config for a folder of tagged photos that trains on this machine in at most an hour."""
     from cpn_fast.commands import init
 
     started = init.run(expanded(folder), tags and expanded(tags), out, weights)
@@ -102,138 +131,32 @@ def init(
     _done("init", then=command_line("doctor", started.config), config=started.config)
 
 
-@app.command()
-def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
-    """Fill the superpixel cache for the training list. Finished superpixels are kept."""
-    from cpn_fast.data.dataset import load_samples
-    from cpn_fast.pipelines.superpixels import SuperpixelCache
+@app.command(rich_help_panel="The whole chain")
+def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run all stages with scores: train, cam, refine, segment. Skips finished work and continues interrupted work."""
 
     settings = _settings(config, overrides)
-    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
-    cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
-    cache.build(samples)
-    print(f"Superpixels of {len(samples)} images are in {cache.folder}")
-    _done("superpixels", then=command_line("train", config, overrides=overrides), superpixels=cache.folder)
+    from cpn_fast.stages import chain
+
+    stages = chain.run(settings)
+    results = [{"name": name, "list": path, "mean_iou": miou} for name, path, miou in stages]
+    _done("run", then=command_line("report", settings.run), results=results)
 
 
-@app.command()
-def shards(
-    config: ConfigFile,
-    destination: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+@app.command(rich_help_panel="The whole chain")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, for example runs/voc.")],
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Pack the training list (images, tags, superpixels) into WebDataset shards. train reads them with data.shards."""
+    """Write a run's report: one HTML page with curves, scores and pictures. Moved images: --set data.root=FOLDER."""
+    from cpn_fast.commands import report
 
-    settings = _settings(config, overrides)
-    from cpn_fast.config_file import override
-    from cpn_fast.data.dataset import load_samples
-    from cpn_fast.pipelines.shards import pack
-    from cpn_fast.pipelines.superpixels import SuperpixelCache
-
-    train = settings.train
-    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
-    cached = settings.superpixels.mode == "cached"
-    cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels) if cached else None
-    packed = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
-    print(f"{len(samples)} samples are in {destination}, {packed} shards were made")
-    with_shards = [*overrides, override("data.shards", destination.absolute())]
-    _done("shards", then=command_line("train", config, overrides=with_shards), shards=destination)
+    page, then = report.run(run, overrides)
+    print(f"The report is {page}: open it in a browser")
+    _done("report", then=then, page=page)
 
 
-@app.command()
-def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Train, or continue an interrupted run."""
-
-    settings = _settings(config, overrides)
-    from cpn_fast.stages import train
-
-    weights = train.run(settings)
-    from cpn_fast.training.validation import best_of
-
-    metrics = weights.parent / "metrics.jsonl"
-    print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
-    if best := best_of(settings.run):
-        used = f"the {settings.train.use_weights} weights (train.use_weights)"
-        print(f"The best validation: {best}. Later stages use {used}")
-    then = command_line("cam", config, "--checkpoint", weights, overrides=overrides)
-    _done("train", then=then, weights=weights, metrics=metrics)
-
-
-@app.command()
-def cam(
-    config: ConfigFile,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Other trained weights than the run's: a file or another run's folder.")
-    ] = None,
-    list_file: ListFile = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Make CAM seeds, masks and overlays for a list of tagged images."""
-
-    settings = _settings(config, overrides)
-    from cpn_fast.models.weights import FINAL, weights_of
-    from cpn_fast.stages import cam
-
-    if checkpoint is None and not (final := settings.run / FINAL).exists():
-        raise UserError(f"{final}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
-
-    weights = checkpoint or settings.run
-    if weights.is_dir():
-        weights = weights_of(weights, settings)
-    folder = cam.run(settings, weights, list_file)
-    print(f"Seeds, masks and overlays are in {folder}")
-    print("  overlays: each image under its mask, with the names of its classes. Look at these first")
-    print("  masks: PNGs. 0 is background, and 1, 2, ... are the classes in the config's order")
-    print("  seeds: scores of the tagged classes, for refine and evaluate")
-    list_option = ("--list", list_file) if list_file else ()
-    then = _scored(settings, list_file or settings.data.eval_list) and command_line(
-        "evaluate", config, "--cams", folder / "seeds", *list_option, overrides=overrides
-    )
-    _done("cam", then=then or _reported(settings), **{name: folder / name for name in ("seeds", "masks", "overlays")})
-
-
-@app.command()
-def evaluate(
-    config: ConfigFile,
-    cams: Annotated[Path | None, typer.Option(help="A folder of seeds (.npz).", show_default=False)] = None,
-    masks: Annotated[Path | None, typer.Option(help="A folder of mask PNGs.", show_default=False)] = None,
-    list_file: ListFile = None,
-    threshold_from: Annotated[
-        Path | None, typer.Option(help="Use the best threshold of this evaluation.json.", show_default=False)
-    ] = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Score seeds (at every background threshold) or masks against the ground truth."""
-
-    settings = _settings(config, overrides)
-    from cpn_fast.stages import evaluate
-
-    evaluation = evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
-    figures = [
-        {"kind": result.kind, "threshold": result.threshold, "mean_iou": float(result.scores.mean_iou)}
-        for result in evaluation.results
-    ]
-    _done("evaluate", then=command_line("report", settings.run), evaluation=evaluation.path, results=figures)
-
-
-@app.command()
-def information(
-    config: ConfigFile,
-    checkpoint: Annotated[Path, typer.Option(help="Trained weights: .safetensors, .pt or .pth.", show_default=False)],
-    list_file: ListFile = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Count the seeds that the sum of a pair's CAMs adds over the plain CAM, for several sizes of patches."""
-
-    settings = _settings(config, overrides)
-    from cpn_fast.commands import information
-
-    picture = information.run(settings, checkpoint, list_file)
-    print(f"Curves are in {picture}, figures in the .json beside it")
-    _done("information", picture=picture, figures=picture.with_suffix(".json"))
-
-
-@app.command()
+@app.command(rich_help_panel="The whole chain")
 def predict(
     images: Annotated[
         list[Path],
@@ -270,7 +193,99 @@ def predict(
     _done("predict", folder=out, images=predicted.images, annotations=predicted.annotations)
 
 
-@app.command()
+@app.command(rich_help_panel="Its stages")
+def superpixels(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads it as "none given")
+    """Fill the superpixel cache for the training list. Finished superpixels are kept."""
+    from cpn_fast.data.dataset import load_samples
+    from cpn_fast.pipelines.superpixels import SuperpixelCache
+
+    settings = _settings(config, overrides)
+    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=False, masks=False)
+    cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels)
+    cache.build(samples)
+    print(f"Superpixels of {len(samples)} images are in {cache.folder}")
+    _done("superpixels", then=command_line("train", config, overrides=overrides), superpixels=cache.folder)
+
+
+@app.command(rich_help_panel="Its stages")
+def train(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Train, or continue an interrupted run. Writes RUN/model.safetensors."""
+
+    settings = _settings(config, overrides)
+    from cpn_fast.stages import train
+
+    weights = train.run(settings)
+    from cpn_fast.training.validation import best_of
+
+    metrics = weights.parent / "metrics.jsonl"
+    print(f"Weights are in {weights}, curves in {metrics} (and for TensorBoard)")
+    if best := best_of(settings.run):
+        used = f"the {settings.train.use_weights} weights (train.use_weights)"
+        print(f"The best validation: {best}. Later stages use {used}")
+    then = command_line("cam", config, "--checkpoint", weights, overrides=overrides)
+    _done("train", then=then, weights=weights, metrics=metrics)
+
+
+@app.command(rich_help_panel="Its stages")
+def cam(
+    config: ConfigFile,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Other trained weights than the run's: a file or another run's folder.")
+    ] = None,
+    list_file: ListFile = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Make CAM seeds, masks and overlays for a list of tagged images."""
+
+    settings = _settings(config, overrides)
+    from cpn_fast.models.weights import FINAL, weights_of
+    from cpn_fast.stages import cam
+
+    if checkpoint is None and not (final := settings.run / FINAL).exists():
+        raise UserError(f"{final}: no such file; `cpn-fast train {config}` writes it, --checkpoint names another")
+
+    weights = checkpoint or settings.run
+    if weights.is_dir():
+        weights = weights_of(weights, settings)
+    folder = cam.run(settings, weights, list_file)
+    print(f"Seeds, masks and overlays are in {folder}")
+    print("  overlays: each image under its mask, with the names of its classes. Look at these first")
+    print("  masks: PNGs. 0 is background, and 1, 2, ... are the classes in the config's order")
+    print("  seeds: scores of the tagged classes, for refine and evaluate")
+    list_option = ("--list", list_file) if list_file else ()
+    then = _scored(settings, list_file or settings.data.eval_list) and command_line(
+        "evaluate", config, "--cams", folder / "seeds", *list_option, overrides=overrides
+    )
+    _done("cam", then=then or _reported(settings), **{name: folder / name for name in ("seeds", "masks", "overlays")})
+
+
+@app.command(rich_help_panel="Its stages")
+def evaluate(
+    config: ConfigFile,
+    cams: Annotated[
+        Path | None, typer.Option(help="A folder of seeds (.npz). Give this or --masks.", show_default=False)
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="A folder of mask PNGs.", show_default=False)] = None,
+    list_file: ListFile = None,
+    threshold_from: Annotated[
+        Path | None, typer.Option(help="Use the best threshold of this evaluation.json.", show_default=False)
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Score seeds (at every background threshold) or masks against the ground truth."""
+
+    settings = _settings(config, overrides)
+    from cpn_fast.stages import evaluate
+
+    evaluation = evaluate.run(settings, cams=cams, masks=masks, list_path=list_file, threshold_from=threshold_from)
+    figures = [
+        {"kind": result.kind, "threshold": result.threshold, "mean_iou": float(result.scores.mean_iou)}
+        for result in evaluation.results
+    ]
+    _done("evaluate", then=command_line("report", settings.run), evaluation=evaluation.path, results=figures)
+
+
+@app.command(rich_help_panel="Its stages")
 def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Refine the training list's seeds into pseudo-masks: CRF, AffinityNet, random walk. Finished parts are kept."""
 
@@ -285,7 +300,7 @@ def refine(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     _done("refine", then=command_line(*words, overrides=overrides), masks=masks)
 
 
-@app.command()
+@app.command(rich_help_panel="Its stages")
 def segment(
     config: ConfigFile,
     masks: Annotated[
@@ -324,42 +339,31 @@ def segment(
     _done("segment", then=then or _reported(settings), weights=weights, masks=best)
 
 
-@app.command()
-def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Run all stages with scores: train, cam, refine, segment. Skips finished work and continues interrupted work."""
-
-    settings = _settings(config, overrides)
-    from cpn_fast.stages import chain
-
-    stages = chain.run(settings)
-    results = [{"name": name, "list": path, "mean_iou": miou} for name, path, miou in stages]
-    _done("run", then=command_line("report", settings.run), results=results)
-
-
-@app.command()
-def reproduce(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="table1, table2, table3, table4, table5, fig6 or fig7.")],
-    config: Annotated[Path, typer.Option(help="CPN's config. The runs change some of its keys.", show_default=False)],
-    commands: Annotated[
-        bool, typer.Option("--commands", help="Only print one command for each run, for a cluster.")
-    ] = False,
+@app.command(rich_help_panel="Data and weights")
+def shards(
+    config: ConfigFile,
+    destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="A new folder.", show_default=False)],
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Train the missing runs of a table or figure of the paper, and print the results beside the paper's."""
-    from cpn_fast.commands import reproduce
+    """Pack the training list (images, tags, superpixels) into WebDataset shards. train reads them with data.shards."""
 
-    if commands:
-        for line in reproduce.commands(name, config, overrides):
-            print(line)
-            progress.tell("command", command=line)
-        _done("reproduce")
-        return
-    picture = reproduce.run(name, config, overrides)
-    print(f"Curves are in {picture}, figures in the .json beside it")
-    _done("reproduce", picture=picture, figures=picture.with_suffix(".json"))
+    settings = _settings(config, overrides)
+    from cpn_fast.config_file import override
+    from cpn_fast.data.dataset import load_samples
+    from cpn_fast.pipelines.shards import pack
+    from cpn_fast.pipelines.superpixels import SuperpixelCache
+
+    train = settings.train
+    samples = load_samples(settings.data, settings.classes, settings.data.train_list, labels=True, masks=False)
+    cached = settings.superpixels.mode == "cached"
+    cache = SuperpixelCache(settings.superpixel_cache, settings.superpixels) if cached else None
+    packed = pack(samples, settings.classes, cache, destination, seed=train.seed, workers=train.data_threads)
+    print(f"{len(samples)} samples are in {destination}, {packed} shards were made")
+    with_shards = [*overrides, override("data.shards", destination.absolute())]
+    _done("shards", then=command_line("train", config, overrides=with_shards), shards=destination)
 
 
-@app.command()
+@app.command(rich_help_panel="Data and weights")
 def import_coco(
     instances: Annotated[
         Path, typer.Argument(metavar="JSON", help="For example instances_train2014.json.", show_default=False)
@@ -387,7 +391,7 @@ def import_coco(
     _done("import-coco", then=then, list=list_path, classes=imported.classes)
 
 
-@app.command()
+@app.command(rich_help_panel="Data and weights")
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Weights, or for .pt2 and .onnx a run's folder.")],
     destination: Annotated[
@@ -415,7 +419,7 @@ def convert(
     _done("convert", program=destination)
 
 
-@app.command()
+@app.command(rich_help_panel="Data and weights")
 def export(
     seeds: Annotated[Path, typer.Argument(metavar="SEEDS", help="A folder of seeds (.npz).")],
     destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="A folder for the .npy files.")],
@@ -428,46 +432,44 @@ def export(
     _done("export", seeds=destination)
 
 
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, for example runs/voc.")],
+@app.command(rich_help_panel="The paper")
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="table1, table2, table3, table4, table5, fig6 or fig7.")],
+    config: Annotated[Path, typer.Option(help="CPN's config. The runs change some of its keys.", show_default=False)],
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Only print one command for each run, for a cluster.")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Write a run's report: one HTML page with curves, scores and pictures. Moved images: --set data.root=FOLDER."""
-    from cpn_fast.commands import report
+    """Train the missing runs of a table or figure of the paper, and print the results beside the paper's."""
+    from cpn_fast.commands import reproduce
 
-    page, then = report.run(run, overrides)
-    print(f"The report is {page}: open it in a browser")
-    _done("report", then=then, page=page)
+    if commands:
+        for line in reproduce.commands(name, config, overrides):
+            print(line)
+            progress.tell("command", command=line)
+        _done("reproduce")
+        return
+    picture = reproduce.run(name, config, overrides)
+    print(f"Curves are in {picture}, figures in the .json beside it")
+    _done("reproduce", picture=picture, figures=picture.with_suffix(".json"))
 
 
-@app.command()
-def doctor(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="Also check this config's data, weights and disk.")
-    ] = None,
+@app.command(rich_help_panel="The paper")
+def information(
+    config: ConfigFile,
+    checkpoint: Annotated[Path, typer.Option(help="Trained weights: .safetensors, .pt or .pth.", show_default=False)],
+    list_file: ListFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Check Python, torch, the GPU, Triton, DALI and other parts, and say how to fix what does not work."""
-    from cpn_fast.commands import doctor
+    """Count the seeds that the sum of a pair's CAMs adds over the plain CAM, for several sizes of patches."""
 
-    sound = doctor.run(None if config is None else _settings(config, overrides))
-    then = command_line("demo") if config is None else command_line("run", config, overrides=overrides)
-    _done("doctor", then=then if sound else None, sound=sound)
-    if not sound:
-        raise typer.Exit(1)
+    settings = _settings(config, overrides)
+    from cpn_fast.commands import information
 
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the generated data set and the runs.")] = Path("runs/demo"),
-) -> None:
-    """Generate a small data set, train CPN and a plain CAM on it, and score both."""
-    from cpn_fast.commands import demo
-
-    with owned(out):
-        demo.run(out)
-    _done("demo", then=command_line("report", out / "demo"), folder=out)
+    picture = information.run(settings, checkpoint, list_file)
+    print(f"Curves are in {picture}, figures in the .json beside it")
+    _done("information", picture=picture, figures=picture.with_suffix(".json"))
 
 
 def _scored(settings: Config, list_path: Path) -> bool:

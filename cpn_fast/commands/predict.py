@@ -185,8 +185,8 @@ def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
 
 
 def _summary(model: Model, prediction: Prediction) -> dict[str, Any]:
-    # A segmenter has no background score: its background is a class like the others.
-    threshold = {"background_score": model.config.cam.mask_threshold} if isinstance(model, CamModel) else {}
+    # A segmenter has no background threshold: its background is a class like the others.
+    threshold = {"background_threshold": model.config.cam.mask_threshold} if isinstance(model, CamModel) else {}
     areas = np.bincount(prediction.mask.ravel(), minlength=1 + len(model.classes)) / prediction.mask.size
     return {
         "classes": {

@@ -71,7 +71,7 @@ def _require_normalisation(network: Headed, path: Path, content: Mapping[str, Te
         model = config_file.read(config, str(path)).model
         trained = model.mean or backbone.mean, model.std or backbone.std
     if trained != usual and (network.mean, network.std) == usual:
-        mean, std = (list(values) for values in trained)
+        mean, std = (str(list(values)).replace(" ", "") for values in trained)  # as a shell needs them
         raise UserError(
             f"{path}: these weights were trained on images with another normalisation: set model.mean={mean} and "
             f"model.std={std}"

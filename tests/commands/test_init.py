@@ -88,11 +88,11 @@ def test_it_says_how_long_and_what_to_type_and_the_sizes_follow(photos: Path, mo
     assert "cpn-fast run my-photos-cpn/config.yaml" in said
 
 
-def test_seeds_and_background_scores_fit_the_network(photos: Path, monkeypatch) -> None:
+def test_seeds_and_background_thresholds_fit_the_network(photos: Path, monkeypatch) -> None:
     (photos / "tags.csv").write_text(TAGS["tags.csv"])
     small, _ = started(photos, monkeypatch)
     assert small.cam.map == "raw"
-    assert (1 - small.cam.mask_threshold) ** small.walk.alpha == small.cam.mask_threshold  # both cut at one score
+    assert (1 - small.cam.mask_threshold) ** small.walk.alpha == small.cam.mask_threshold  # both cut at one threshold
     assert small.crf.low_alpha < small.walk.alpha < small.crf.high_alpha
     assert small.loss.hard_share == 1  # two classes
     save_file({"conv1a.weight": torch.zeros(1)}, "resnet38d.safetensors")

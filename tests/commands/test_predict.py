@@ -252,7 +252,7 @@ def test_the_segmenter_of_a_run_segments_photos_as_its_stage_does(small_segmente
         for entry in summary["classes"].values():
             assert entry["area"] == pytest.approx((mask == entry["mask_value"]).mean(), abs=1e-4)
         assert list(summary["probabilities"]) == list(settings.classes)
-        assert "background_score" not in summary
+        assert "background_threshold" not in summary
         prediction = model.predict(read_image(sample.image))
         assert np.array_equal(prediction.mask, mask)
         assert (prediction.seed.classes + 1).tolist() == values

@@ -5,7 +5,7 @@ without a full affinity or a full-resolution stack), ``"triton"`` (CUDA), or Non
 Triton on CUDA, unless a tensor is float64, an embedding has more than 256 channels, the GPU is older than Ampere or
 not NVIDIA's, or products are float32 while ``torch.backends.cuda.matmul.fp32_precision`` is not ``"tf32"``. Otherwise
 None is tiled, but eager for the region ops, where eager is as fast. ``torch.export`` gets eager by default, so that the
-exported program does not need this package.
+exported program does not need this package; a program with ``slic`` needs it.
 
 All operations are differentiable in every CAM, embedding, feature, key and query. They work under autocast,
 ``torch.compile(fullgraph=True)`` and on ``meta``. They raise ValueError or TypeError for wrong shapes, dtypes and
@@ -16,7 +16,8 @@ result.
 
 With every backend, eager's formula runs inside a transform of ``torch.func``, inside
 ``torch.autograd.forward_ad.dual_level`` and for an empty batch (means over nothing are NaN, as in torch). Only eager
-has second derivatives; other backends raise RuntimeError.
+has second derivatives and batched gradients (``is_grads_batched``, ``jacobian(vectorize=True)``); other backends raise
+RuntimeError.
 
 Products run in the dtype of the embedding, features or queries (autocast's dtype under autocast; tiled: always float32
 or float64). Sums, norms and softmaxes run in float32. The tests bound the error for random maps of 99 pixels, 5 classes
@@ -29,6 +30,8 @@ and 24 channels: RMS of the error over RMS of the float64 result, the worst of o
 from __future__ import annotations
 
 import importlib.util
+import math
+import numbers
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -105,6 +108,8 @@ def pixel_correlation(cam: Tensor, embedding: Tensor, *, eps: float = 1e-5, back
     """
     _check_maps("cam", cam, "embedding", embedding)
     _check_number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps: expected 0 or more, found {eps}")
     embedding = _autocast(embedding)
     module = _choose(_PIXEL, backend, cam, embedding)
     with eager.full_precision(cam):
@@ -288,8 +293,11 @@ def slic(
             raise TypeError(f"mask: expected bool, found {mask.dtype}")
         _check_device("mask", mask, "images", images)
     for name, number, limit in (("count", count, 32_000), ("iterations", iterations, 1_000)):
+        if not _is_whole(number):
+            raise TypeError(f"{name}: expected a whole number, found {number!r}")
         if not 1 <= number <= limit:
             raise ValueError(f"{name}: expected 1 to {limit:,}, found {number}")
+    _check_number("compactness", compactness)
     if not 0 < compactness <= 10_000:
         raise ValueError(f"compactness: expected above 0 and at most 10,000, found {compactness}")
     if backend is not None and backend not in _SLIC:
@@ -353,8 +361,10 @@ def _check_maps(name: str, first: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, found {tensor.dtype}")
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name}: expected a floating dtype (float64, float32, bfloat16 or float16), found {tensor.dtype}"
+        )
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -371,15 +381,26 @@ def _check_labels(labels: Tensor, maps_name: str, maps: Tensor) -> None:
 
 
 def _check_size(size: tuple[int, int]) -> None:
+    if not isinstance(size, (tuple, list)) or not all(_is_whole(side) for side in size):
+        raise TypeError(f"size: expected (H, W), two whole numbers, found {size!r}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: expected (H, W), 1 or more each, found {tuple(size)}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt, numbers.Integral))
 
 
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a number, found a tensor, which would get no gradient")
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, found {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, found {value}")
 
 
 def _check_share(name: str, share: float) -> None:
+    _check_number(name, share)
     if not 0 < share <= 1:
         raise ValueError(f"{name}: expected a share in (0, 1], found {share}")

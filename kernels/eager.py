@@ -125,7 +125,7 @@ def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int
 
 
 def counted(elements: int, share: float) -> int:
-    """Return the number of elements in a share: rounded down, but at least one."""
+    """Return the number of elements in a share, ``int`` of the product, but at least one."""
     return max(1, int(share * elements))
 
 

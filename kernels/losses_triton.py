@@ -78,7 +78,8 @@ def _position(o, small, large):
 @triton.jit
 def _first(low, small, large):
     """First pixel whose lower neighbour is at least ``low``."""
-    return tl.where(low <= 0, 0, tl.minimum(large, tl.cdiv(low * (large - 1), tl.maximum(small - 1, 1))))
+    first = tl.minimum(large, tl.cdiv(low * (large - 1), tl.maximum(small - 1, 1)))
+    return tl.where(low <= 0, 0, tl.where(large == 1, large, first))  # a single pixel has the lower neighbour 0
 
 
 @triton.jit
@@ -799,11 +800,11 @@ def _forward(
     table = torch.empty(batch, channels, dtype=torch.int32, device=device)
     present = torch.empty(batch, dtype=torch.int32, device=device)
     state = torch.empty(rows, 2, 4, dtype=torch.int32, device=device)
-    cut = torch.empty(rows, 2, 2, device=device)
-    parts = torch.empty(batch, channels, MAPS, STRIPS, 4, device=device)
-    statistics = torch.empty(batch, channels, MAPS, FIELDS, device=device)
-    partial = torch.empty(3, batch, channels, blocks, device=device)
-    moments = torch.empty(MAPS if needs_cam or needs_refined else 0, batch, channels, blocks, 2, device=device)
+    cut = cam.new_empty((rows, 2, 2))
+    parts = cam.new_empty((batch, channels, MAPS, STRIPS, 4))
+    statistics = cam.new_empty((batch, channels, MAPS, FIELDS))
+    partial = cam.new_empty((3, batch, channels, blocks))
+    moments = cam.new_empty((MAPS if needs_cam or needs_refined else 0, batch, channels, blocks, 2))
     if refined is None:
         partial[1:].zero_()
     d_cam, d_refined = empty_gradients(cam, refined, needs_cam, needs_refined)
@@ -880,9 +881,9 @@ def _forward_suppression(
     table = torch.empty(batch, channels, dtype=torch.int32, device=device)
     present = torch.empty(batch, dtype=torch.int32, device=device)
     state = torch.empty(batch, 4, dtype=torch.int32, device=device)
-    cut = torch.empty(batch, 2, device=device)
+    cut = refined.new_empty((batch, 2))
     bins = torch.zeros(len(BITS), batch, BINS, dtype=torch.int32, device=device)
-    partial = torch.empty(batch, channels, blocks, device=device)
+    partial = refined.new_empty((batch, channels, blocks))
     gradient = torch.empty_like(refined if needs_grad else refined[:0])
     with on_device(refined):
         _classes_kernel[(batch,)](

@@ -77,11 +77,22 @@ def operation(
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         fused = fuse_backward and not torch.is_grad_enabled()
-        return differentiate(ctx, grad, backward if fused else backward_in_graph)
+        return differentiated(ctx, grad, backward if fused else backward_in_graph)
+
+    def differentiated(ctx: Any, grad: Tensor, how: Function) -> Any:
+        try:
+            return differentiate(ctx, grad, how)
+        except RuntimeError as error:  # torch's words for an operation without a batching rule
+            if not _is_batched(grad):
+                raise
+            raise RuntimeError(f"{refused()} has no batched gradients: use 'eager' for these") from error
+
+    def refused() -> str:
+        op, backend = name.rsplit("_", 1)
+        return f"{op}: backend {backend!r}"
 
     def refuse(ctx: Any, *_: Any) -> None:
-        op, backend = name.rsplit("_", 1)
-        raise RuntimeError(f"{op}: backend {backend!r} is differentiable once: use 'eager' for second derivatives")
+        raise RuntimeError(f"{refused()} is differentiable once: use 'eager' for second derivatives")
 
     operator.register_autograd(through_operator, setup_context=keep)
     backward_operator.register_autograd(refuse)
@@ -98,7 +109,7 @@ def operation(
             if grad is None:
                 return (None,) * len(ctx.needs_input_grad)
             # with create_graph, call the operator, which refuses a second derivative
-            return differentiate(ctx, grad, backward_in_graph if torch.is_grad_enabled() else backward)
+            return differentiated(ctx, grad, backward_in_graph if torch.is_grad_enabled() else backward)
 
     Direct.__name__ = name  # for profilers
 
@@ -110,6 +121,11 @@ def operation(
         return forward(*inputs)[0]
 
     return call
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _is_direct(inputs: tuple[Any, ...]) -> bool:

@@ -1,4 +1,5 @@
-"""Pixel correlation on any device in blocks. It holds a (P, P) matrix only on accelerators for P up to 1,024.
+"""Pixel correlation on any device in blocks. It holds a (P, P) matrix only if that is one block: for P up to 256 on a
+CPU and 1,024 elsewhere.
 
 With A = relu(g^T g), s = column sums of A + eps and O the output, a column's gradient is
 dA[i, j] = (cam[:, i] - O[:, j]) . dO[:, j] / s[j] where A[i, j] > 0. A is symmetric, so one block also gives its mirror

@@ -95,7 +95,7 @@ def _prepare_kernel(
         b_square += tl.sum(b_e3 * b_e3, 1)
     b_norm = tl.sqrt(b_square)
     tl.store(norm + i_n * padded + o_p, b_norm)
-    b_divisor = (b_norm + eps)[:, None]
+    b_divisor = tl.where(m_p, b_norm + eps, 1.0)[:, None]  # an eps of 0 must not divide the padding's zeros by 0
     p_g = g + (i_n * padded + o_p)[:, None] * (DK * CHUNKS) + o_d[None, :]
     tl.store(p_g, (b_e0 / b_divisor).to(g.dtype.element_ty))
     if CHUNKS > 1:

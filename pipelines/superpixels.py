@@ -71,13 +71,18 @@ def described(config: Superpixels) -> str:
     return f"kernel {_definition()} ({_device().type})"
 
 
-def segment(image: np.ndarray, config: Superpixels) -> np.ndarray:
-    """Segment an image, uint8 RGB (H, W, 3), into superpixels, uint16 (H, W): 4-connected regions, from 0 on."""
+def segment(image: np.ndarray, config: Superpixels, device: torch.device | None = None) -> np.ndarray:
+    """Segment an image, uint8 RGB (H, W, 3), into superpixels, uint16 (H, W): 4-connected regions, from 0 on.
+
+    The kernel runs on ``device``, by default the process's GPU. Raises ValueError for another kind of array.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected uint8 RGB (H, W, 3), found {image.dtype} {image.shape}")
     if engine(config) == "fast-slic":
         return _shared(1).call("an image", slic.segment, image, _settings(config))
     import torch
 
-    pixels = torch.from_numpy(np.array(image)).to(_device()).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image)).to(device or _device()).permute(2, 0, 1)
     return _by_kernel(pixels[None], config)[0].cpu().numpy().astype(np.uint16)
 
 
@@ -89,7 +94,7 @@ def segment_batch(
     The kernel works on the images' device. fast-slic gets copies on the CPU, in this many ``processes``, which stay for
     the next batch; ``names`` are for its errors.
     """
-    if engine(config, images.device) == "kernel":
+    if engine(config, images.device) == "kernel" or not len(images):
         return _by_kernel(images, config)
     import torch
 
@@ -177,7 +182,7 @@ class SuperpixelCache:
                 if rank.first:
                     self._claim()
                 rank.wait()
-                made = self._make(self.missing(rank.share(samples)), workers or rank.cores)
+                made = self._make(self.missing(rank.share(samples)), workers or rank.cores, rank)
                 return sum(rank.gather(made))
         except OSError as error:
             raise UserError(f"{self.folder}: cannot write superpixels: {error}. Set superpixels.cache") from None
@@ -206,7 +211,7 @@ class SuperpixelCache:
             raise UserError(f"{self.folder}: expected manifest.json beside the PNGs, found none. Delete the folder")
         write_json(self.folder / "manifest.json", self.made_by, indent=2)
 
-    def _make(self, samples: Sequence[Sample], count: int) -> int:
+    def _make(self, samples: Sequence[Sample], count: int, rank: distributed.Rank) -> int:
         distinct = {self.path(sample): sample.image for sample in samples}  # copies of an image share an entry
         bits = 8 * self.dtype.itemsize
         with ExitStack() as stack:
@@ -219,9 +224,10 @@ class SuperpixelCache:
                     return workers.call(image, slic.png_of_file, image, settings, bits, image_digest(image))
             else:
                 stage = f"superpixels, {described(self.config)}"
+                device = rank.device  # by its number: in a new thread, CUDA's current device is GPU 0
 
                 def png(image: Path) -> bytes:
-                    return slic.png(segment(read_image(image), self.config), bits, image_digest(image))
+                    return slic.png(segment(read_image(image), self.config, device), bits, image_digest(image))
 
             pool = ThreadPoolExecutor(count)
             try:

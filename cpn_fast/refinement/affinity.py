@@ -53,7 +53,7 @@ def pair_affinities(features: Tensor, radius: int) -> Tensor:
         checkpoint(_affinity, near, far, use_reentrant=False, preserve_rng_state=False)
         for near, far in pairs(features, radius)
     ]
-    return torch.stack(planes, dim=1) if planes else features[:, :0]  # one or two cells have no pairs
+    return torch.stack(planes, dim=1) if planes else features[:, :0]  # a radius of 1 has no pairs
 
 
 def _affinity(near: Tensor, far: Tensor) -> Tensor:

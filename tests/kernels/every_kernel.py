@@ -8,6 +8,7 @@ its maximum keeps NaN, where a GPU takes the other number (conftest.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from test_compiled_graphs import LOSSES, REFINED, check_graphs
 from torch import Tensor
@@ -34,7 +35,7 @@ few = settings(
     max_examples=6,
     deadline=None,
     derandomize=True,
-    phases=[Phase.generate],  # shrinking would take minutes
+    phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -149,6 +150,12 @@ def tensors(n: int, c: int, d: int, h: int, w: int, dtype: torch.dtype, channels
 def test_pixel_correlation(**shape: Any) -> None:
     cam, _, embedding = tensors(**shape)
     assert_matches(kernels.pixel_correlation, [cam, embedding])
+
+
+def test_an_epsilon_of_0_reaches_only_what_has_no_length() -> None:
+    """The pixels of the padding have no length either."""
+    cam, embedding = random(1, 3, 5, 7).float(), random(1, 8, 5, 7).float()
+    assert_matches(functools.partial(kernels.pixel_correlation, eps=0.0), [cam, embedding])
 
 
 @few
@@ -302,6 +309,29 @@ def test_losses_over_several_blocks_of_the_small_map() -> None:
     data = maps([1], 1, 18, 17)
     for found, exact in zip(losses(data, "triton", size=(40, 19)), losses(data, "eager", size=(40, 19)), strict=True):
         assert_close("losses", found, exact, 1e-5)
+
+
+@few
+@given(st.sampled_from([(1, 1), (1, 5), (5, 1), (3, 2)]), st.integers(1, 18), st.integers(1, 18))
+@example((1, 5), 17, 3)
+@example((5, 1), 3, 17)
+def test_losses_of_other_shapes(size: tuple[int, int], h: int, w: int) -> None:
+    """Images of one row or column, and of fewer pixels than the small map, of which some count nowhere."""
+    data = maps([2, 1], 2, h, w)
+    for name, found, exact in zip(
+        ("losses", "cam", "refined"),
+        losses(data, "triton", size=size),
+        losses(data, "eager", size=size),
+        strict=True,
+    ):
+        assert_close(name, found, exact, 1e-4)
+    _, refined, _, labels = data
+    cases: tuple[tuple[Any, torch.dtype], ...] = (("triton", torch.float32), ("eager", torch.float64))
+    found, exact = (
+        kernels.background_suppression(refined[0].to(dtype), labels, size=size, share=1.0, backend=backend)
+        for backend, dtype in cases
+    )
+    assert_close("suppression", found, exact, 1e-5)
 
 
 def test_losses_where_everything_ties() -> None:

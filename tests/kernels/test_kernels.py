@@ -200,6 +200,52 @@ def test_integer_maps_and_wrong_keys_are_refused() -> None:
         kernels.region_correlation(cam, torch.zeros(1, 4, 2), torch.zeros(1, 2, 3, 4), scale=torch.ones(()))  # type: ignore[arg-type]
 
 
+OPERATIONS: Any = kernels  # calls with arguments of other types
+MAPS = torch.zeros(1, 2, 3, 4)
+LOSSES = (torch.zeros(3, 1, 2, 3, 4), None, torch.zeros(1), torch.zeros(1, 1))
+IMAGES = torch.zeros(1, 3, 4, 4)
+SLIC = {"count": 4, "compactness": 10.0, "iterations": 2}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: OPERATIONS.pixel_correlation(MAPS, MAPS.to(torch.float8_e4m3fn)),
+            "embedding: expected a floating dtype",
+        ),
+        (lambda: OPERATIONS.region_pooling(MAPS.to(torch.float8_e4m3fn), MAPS), "cam: expected a floating dtype"),
+        (lambda: OPERATIONS.pooled_logits(MAPS.to(torch.float8_e5m2), size=(3, 4)), "cam: expected a floating dtype"),
+        (lambda: OPERATIONS.pixel_correlation(MAPS, MAPS, eps="a"), "eps: expected a number, found 'a'"),
+        (lambda: OPERATIONS.pixel_correlation(MAPS, MAPS, eps=-1e-5), "eps: expected 0 or more, found -1e-05"),
+        (
+            lambda: OPERATIONS.pixel_correlation(MAPS, MAPS, eps=float("nan")),
+            "eps: expected a finite number, found nan",
+        ),
+        (lambda: OPERATIONS.region_correlation(MAPS, MAPS[:, :, 0, :2], MAPS, scale=None), "scale: expected a number"),
+        (
+            lambda: OPERATIONS.complementary_losses(*LOSSES, size=11),
+            r"size: expected \(H, W\), two whole numbers, found 11",
+        ),
+        (lambda: OPERATIONS.complementary_losses(*LOSSES, size=(11.0, 3)), r"size: .*, found \(11.0, 3\)"),
+        (
+            lambda: OPERATIONS.complementary_losses(*LOSSES, size=(11, 3), hard_share="x"),
+            "hard_share: expected a number",
+        ),
+        (lambda: OPERATIONS.background_suppression(MAPS, torch.zeros(1, 1), size=(3,)), r"size: .* found \(3,\)"),
+        (lambda: OPERATIONS.slic(IMAGES, **{**SLIC, "count": 4.0}), "count: expected a whole number, found 4.0"),
+        (
+            lambda: OPERATIONS.slic(IMAGES, **{**SLIC, "iterations": None}),
+            "iterations: expected a whole number, found None",
+        ),
+        (lambda: OPERATIONS.slic(IMAGES, **{**SLIC, "compactness": "x"}), "compactness: expected a number, found 'x'"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
 def test_triton_on_the_cpu_is_refused_with_the_way_out() -> None:
     pytest.importorskip("triton")
     from cpn_fast.kernels.launch import INTERPRETED

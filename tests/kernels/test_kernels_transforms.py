@@ -175,6 +175,41 @@ def test_functional_call_with_its_gradient(op: Op, backend: Any) -> None:
 
 @every_op
 @every_backend
+def test_batched_gradients_are_right_or_say_what_to_do(op: Op, backend: Any) -> None:
+    points = tuple(p.requires_grad_() for p in inputs(op))
+    out = op(*points, backend)
+    directions = torch.stack([out.detach().sin(), out.detach().cos()])
+    expected = [torch.autograd.grad(out, points, direction, retain_graph=True) for direction in directions]
+    found, said = None, ""
+    try:
+        found = torch.autograd.grad(out, points, directions, is_grads_batched=True)
+    except RuntimeError as error:
+        said = str(error)
+    if found is None:
+        assert chosen(op, backend) != "eager"
+        assert f"{ONCE[op]}: backend {chosen(op, backend)!r} has no batched gradients: use 'eager'" in said
+    else:
+        for each, of_each in zip(found, zip(*expected, strict=True), strict=True):
+            close(each, torch.stack(of_each))
+
+
+@every_op
+@every_backend
+def test_the_default_dtype_does_not_matter(op: Op, backend: Any) -> None:
+    points = tuple(p.requires_grad_() for p in inputs(op, dtype=torch.float32))
+    expected = [op(*points, backend), *gradients(op, points, backend)]
+    try:
+        torch.set_default_dtype(torch.float16)
+        found = [op(*points, backend), *gradients(op, points, backend)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, reference in zip(found, expected, strict=True):
+        assert mine is not None
+        assert_close(mine, reference, rtol=0, atol=0)
+
+
+@every_op
+@every_backend
 def test_a_second_derivative_is_right_or_says_what_to_do(op: Op, backend: Any) -> None:
     def first(backend: Any, *arguments: Tensor) -> Tensor:
         grads = torch.autograd.grad(op(*arguments, backend).sin().sum(), arguments, create_graph=True)

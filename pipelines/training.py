@@ -381,6 +381,11 @@ def _read_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, int, i
         data = reading.read_bytes(path, reading.MASK) if data is None else data
         if not is_whole_png(data):
             raise ValueError("empty file" if not data else "no PNG, or its checksums do not fit its content")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: this map of an image's labels is gone. The image was replaced, or the map removed, since "
+            "training began: give the same command again"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a map of labels, found: {error}. Make it again") from None
     width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)

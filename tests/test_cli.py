@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from cpn_fast import cli
@@ -147,6 +148,13 @@ def test_shells_complete_commands_and_options() -> None:
 
     assert complete("cpn-fast ev") == ["evaluate"]
     assert complete("cpn-fast cam x.yaml --ch") == ["--checkpoint"]
+
+
+def test_home_is_expanded_behind_an_equals_sign(tmp_path: Path, entered, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    said = entered("predict", tmp_path / "p.png", "--model=~/no-run", code=1)
+    assert f"{tmp_path}/no-run: no such file of weights" in said
 
 
 def test_a_command_that_shares_no_work_is_refused_under_torchrun(tmp_path: Path, entered, monkeypatch) -> None:

@@ -21,7 +21,7 @@ from cpn_fast.data.seeds import seed_probabilities
 from cpn_fast.models.weights import FINAL, weights_of
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import read_note
+from cpn_fast.runtime.files import MADE_BY, read_note
 from cpn_fast.runtime.progress import track
 from cpn_fast.stages.results import LISTED
 
@@ -104,7 +104,7 @@ def weights_digests(folder: Path, config: Config) -> dict[str, str]:
 
 def has_other_weights(results: Path, digests: Mapping[str, str]) -> bool:
     """Return whether a folder ``cams/LIST`` or ``segment/LIST`` was made with other weights than ``digests`` has."""
-    kind, note = results.parent.name, read_note(results / "made_by.json")
+    kind, note = results.parent.name, read_note(results / MADE_BY)
     return isinstance(note, dict) and kind in digests and note.get("weights_sha256") != digests[kind]
 
 

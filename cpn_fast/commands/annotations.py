@@ -18,6 +18,9 @@ import numpy as np
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import replacing
 
+DESCRIPTION = "Predictions of cpn-fast"
+"""Stands in every file, so that ``predict`` replaces only its own."""
+
 
 class Writer(Protocol):
     """Collects the masks of images and writes them into one file."""
@@ -73,7 +76,12 @@ class Coco:
             )
 
     def write(self, folder: Path) -> Path:
-        tree = {"images": self.images, "annotations": self.annotations, "categories": self.categories}
+        tree = {
+            "info": {"description": DESCRIPTION},
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": self.categories,
+        }
         return _write(folder / self.file, json.dumps(tree, ensure_ascii=False))
 
 
@@ -109,7 +117,9 @@ class LabelStudio:
                         "value": {"points": points, "closed": True, "polygonlabels": [self.classes[value - 1]]},
                     }
                 )
-        self.tasks.append({"data": {"image": image}, "predictions": [{"model_version": "cpn-fast", "result": regions}]})
+        self.tasks.append(
+            {"data": {"image": image}, "predictions": [{"model_version": DESCRIPTION, "result": regions}]}
+        )
 
     def write(self, folder: Path) -> Path:
         return _write(folder / self.file, json.dumps(self.tasks, ensure_ascii=False))
@@ -141,7 +151,9 @@ class Cvat:
         self.images.append("\n".join([*lines, "  </image>"]))
 
     def write(self, folder: Path) -> Path:
-        head = '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>'
+        head = (
+            f'<?xml version="1.0" encoding="utf-8"?>\n<!-- {DESCRIPTION} -->\n<annotations>\n  <version>1.1</version>'
+        )
         return _write(folder / self.file, "\n".join([head, *self.images, "</annotations>"]))
 
 
@@ -158,6 +170,11 @@ def writer(form: str, classes: Sequence[str]) -> Writer:
     if form == "cvat":
         return Cvat(classes)
     raise UserError(f"--annotations {form}: expected one of {', '.join(FORMS)}")
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a writer wrote the file."""
+    return DESCRIPTION.encode() in path.read_bytes()
 
 
 def outlines(pixels: np.ndarray) -> Iterator[np.ndarray]:

@@ -227,7 +227,7 @@ def dense_crf() -> Finding:
 
 
 def data(config: Config) -> Finding:
-    from cpn_fast.data.dataset import cannot_be_learned, cannot_be_scored, load_samples
+    from cpn_fast.data.dataset import cannot_be_learned, cannot_be_scored, check_files, load_samples
     from cpn_fast.pipelines.shards import not_as_packed, training_list
 
     samples, shards = training_list(config)  # with shards, the loose files may be missing
@@ -239,6 +239,7 @@ def data(config: Config) -> Finding:
     found += f", {sum(sample.mask is not None for sample in samples)} with a mask"
     doubts = cannot_be_learned(samples, config.classes)
     if shards is None:
+        check_files(samples, workers=config.train.data_threads, classes=len(config.classes))
         scored = load_samples(config.data, config.classes, config.data.eval_list, labels=True, masks=None)
         doubts += cannot_be_scored(scored, config.classes, workers=config.train.data_threads)
     else:

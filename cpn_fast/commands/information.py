@@ -35,6 +35,7 @@ from cpn_fast.runtime.files import replacing, with_checksum, write_json
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress
+from cpn_fast.training import run_folder
 
 SUPERPIXELS = (5, 50, 200, 500, 1000)
 """Superpixels asked for per image."""
@@ -113,6 +114,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
     samples = load_samples(config.data, config.classes, list_path, labels=True, masks=None)
     check_files(samples, workers=config.train.data_threads, classes=len(config.classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run_folder.require_classes(config, weights)
     network = to_device(load_network(config, weights), device).eval()
     settings = [(patches, count, Counts.none()) for patches, count in patch_sizes(config.patches)]
     generators = [torch.Generator(device).manual_seed(config.train.seed) for _ in settings]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cpn_fast.commands.annotations import writer
+from cpn_fast.commands.annotations import is_ours, writer
 from cpn_fast.commands.photos import is_summary, visible_files
 from cpn_fast.commands.trained_model import CamModel, Model, Prediction, Tags, load
 from cpn_fast.data.images import UnreadableImage, read_image
@@ -76,7 +76,7 @@ def run(model: Path, images: Sequence[Path], out: Path, tags: str | None, forms:
     blank = 0
     weights_sha256 = reading.sha256(trained.weights, reading.WEIGHTS)
     with owned(out):
-        _refuse_foreign(out, paths)
+        _refuse_foreign(out, paths, [out / form_writer.file for form_writer in writers])
         remove_partials(*{out, *((out / id_).parent for id_ in paths)})
         for image, prediction in track(_readable(trained, list(ids), tags_of, unreadable), "predict", total=len(ids)):
             stem = out / ids[image]
@@ -165,13 +165,15 @@ def _tags(text: str, classes: Sequence[str]) -> list[str] | Path:
         with suppress(OSError):  # a list of classes may be too long for a name
             if source.exists():
                 return source
+            if source.suffix in (".csv", ".json", ".npy", ".xml", ".txt"):
+                raise UserError(f"--tags {text}: no such file of tags")
     return names
 
 
-def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
+def _refuse_foreign(out: Path, paths: Mapping[str, Path], annotations: Sequence[Path]) -> None:
     """Raise UserError if results would replace an input, or a file that this command did not write."""
     inputs = {path.resolve() for path in paths.values()}
-    lost, foreign = [], []
+    lost, foreign = [], [path.name for path in annotations if path.exists() and not is_ours(path)]
     for id_ in paths:
         overlay_path, mask_path, summary = (out / f"{id_}{ending}" for ending in ("_overlay.png", "_mask.png", ".json"))
         lost += [path.name for path in (overlay_path, mask_path) if path.resolve() in inputs]
@@ -179,6 +181,8 @@ def _refuse_foreign(out: Path, paths: Mapping[str, Path]) -> None:
             foreign += [] if is_summary(summary) else [summary.name]
         elif mask_path.exists() and mask_source(mask_path) is None:
             foreign.append(mask_path.name)
+        elif overlay_path.exists() and not mask_path.exists():  # the mask is written first
+            foreign.append(overlay_path.name)
     if lost or foreign:
         reason = "of the images to segment" if lost else "that cpn-fast predict did not write"
         raise UserError(f"{out}: files {reason} would be replaced ({some(lost or foreign)}): name another --out")

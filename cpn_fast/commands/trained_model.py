@@ -31,7 +31,7 @@ from cpn_fast.models.inference import images_for, nearest_scale, summed_cams
 from cpn_fast.models.network import Network, build_network
 from cpn_fast.models.weights import FINAL, load_into, read_weights, require_finite, to_network_keys, weights_of
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.stages.segment import class_probabilities, mask_of
 from cpn_fast.training import run_folder
@@ -55,6 +55,7 @@ class Prediction(NamedTuple):
 Net = TypeVar("Net", bound=Headed)
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
 Tags: TypeAlias = "str | Sequence[str] | None"
+TagsByPath: TypeAlias = "Mapping[str, Sequence[str]] | Mapping[Path, Sequence[str]]"
 
 
 class Model:
@@ -74,27 +75,28 @@ class Model:
         return self.config.classes
 
     @overload
-    def predict(self, image: Picture, tags: Tags = None) -> Prediction: ...
+    def predict(self, image: Picture, tags: Tags | TagsByPath = None) -> Prediction: ...
     @overload
-    def predict(self, image: list[Picture], tags: Tags = None) -> list[Prediction]: ...
-    def predict(self, image: Picture | list[Picture], tags: Tags = None) -> Prediction | list[Prediction]:
+    def predict(self, image: list[Picture], tags: Tags | TagsByPath = None) -> list[Prediction]: ...
+    def predict(self, image: Picture | list[Picture], tags: Tags | TagsByPath = None) -> Prediction | list[Prediction]:
         """Segment an image or a list of images: file paths, PIL images, or uint8 RGB (H, W, 3), RGBA or gray (H, W).
 
-        ``tags``: the classes that the image shows, as in training, or one class. None takes the classes whose
-        probability is at least ``PRESENT``. A segmenter takes no tags. Raises UserError for a missing or damaged file
-        and for an unknown tag, ValueError for another kind of array.
+        ``tags``: the classes that the image shows, as in training, or one class, or path -> classes for image files.
+        None takes the classes whose probability is at least ``PRESENT``. A segmenter takes no tags. Raises UserError
+        for a missing or damaged file, for an unknown tag and for tags of other files, ValueError for another kind of
+        array.
         """
         images = image if isinstance(image, list) else [image]
         files = all(isinstance(each, (str, Path)) for each in images)
         with nullcontext("") if files else tempfile.TemporaryDirectory() as folder:
             paths = [_as_file(each, Path(folder) / f"{number}.png") for number, each in enumerate(images)]
+            if isinstance(tags, Mapping) and (others := {*map(Path, tags)} - {*paths}):
+                raise UserError(f"tags of files that are not among the images: {some(sorted(map(str, others)), 3)}")
             by_path = dict(self.predict_files(list(dict.fromkeys(paths)), tags))
         predictions = [by_path[path] for path in paths]
         return predictions if isinstance(image, list) else predictions[0]
 
-    def predict_files(
-        self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
-    ) -> Iterator[tuple[Path, Prediction]]:
+    def predict_files(self, paths: Sequence[Path], tags: Tags | TagsByPath = None) -> Iterator[tuple[Path, Prediction]]:
         """Yield the predictions of many files, the largest files first.
 
         ``tags`` is as in ``predict``, or maps paths to tags. A path that is not in the mapping has None.
@@ -158,9 +160,7 @@ class Segmenter(Model):
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return SegmenterGraph(network), ()
 
-    def predict_files(
-        self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
-    ) -> Iterator[tuple[Path, Prediction]]:
+    def predict_files(self, paths: Sequence[Path], tags: Tags | TagsByPath = None) -> Iterator[tuple[Path, Prediction]]:
         if tags is not None:
             raise UserError("the model is a segmenter, which finds the classes itself: give it no tags")
         samples = [Sample(path.stem, path, None, None) for path in paths]
@@ -194,12 +194,10 @@ class CamModel(Model):
         config = parse({**tree, "cam": {**tree["cam"], "map": kind}}, str(self.weights))
         return CamModel(config, self.weights, self.network, self.device)
 
-    def predict_files(
-        self, paths: Sequence[Path], tags: Tags | Mapping[Path, Sequence[str]] = None
-    ) -> Iterator[tuple[Path, Prediction]]:
+    def predict_files(self, paths: Sequence[Path], tags: Tags | TagsByPath = None) -> Iterator[tuple[Path, Prediction]]:
         by_path: dict[Path, Tensor] = {}
         if isinstance(tags, Mapping):
-            by_path = {path: self._indicator(image_tags) for path, image_tags in tags.items()}
+            by_path = {Path(path): self._indicator(image_tags) for path, image_tags in tags.items()}
         elif tags is not None:
             by_path = dict.fromkeys(paths, self._indicator(tags))
         samples = [Sample(path.stem, path, None, None) for path in paths]
@@ -228,7 +226,7 @@ class CamModel(Model):
 
     def _indicator(self, tags: str | Sequence[str]) -> Tensor:
         """Return which classes are tags, bool (classes,)."""
-        tags = [tags] if isinstance(tags, str) else tags
+        tags = [tags] if isinstance(tags, str) else list(tags)  # an iterator gives its names only once
         if not all(isinstance(name, str) for name in tags):
             raise UserError(f"tags: expected names of classes, the same for all images, found {reprlib.repr(tags)}")
         unknown = sorted(set(tags) - set(self.classes))
@@ -260,7 +258,10 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     config = _config_of(weights)
     if path.is_dir():
         weights = weights_of(path, config)
-    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device: expected cuda, cuda:1, ... or cpu, found {device!r}") from None
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: {torch_device} is asked for, and torch finds no GPU; `cpn-fast doctor` says why")
     tensors = to_network_keys(read_weights(weights))

@@ -26,7 +26,7 @@ import numpy as np
 from cpn_fast.data.provenance import archive_digest
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
-from cpn_fast.runtime.files import remove_partials, replacing
+from cpn_fast.runtime.files import claim, remove_partials, replacing
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.progress import track
 
@@ -178,6 +178,7 @@ def export_seeds(folder: Path, destination: Path, form: str) -> int:
     if not paths:
         raise UserError(f"{folder}: no CAM seeds (*.npz) there; `cpn-fast cam` writes seeds")
     with owned(destination):
+        claim(destination, {"form": form}, ("**/*.npy",))
         targets = [(destination / path.relative_to(folder)).with_suffix(".npy") for path in paths]
         remove_partials(*{destination, *(target.parent for target in targets)})
         for path, target in track(list(zip(paths, targets, strict=True)), f"exporting to {form}", total=len(paths)):

@@ -105,12 +105,33 @@ class Rank(NamedTuple):
         return total.numpy()
 
 
+def announced() -> Rank:
+    """Return this process's rank as the environment gives it, without a connection.
+
+    Without WORLD_SIZE, or if it is 1, RANK and LOCAL_RANK do not count: they may be left over from a job. Raises
+    UserError for values that are no ranks.
+    """
+    found = {name: os.environ.get(name, default) for name, default in _ENVIRONMENT.items()}
+    try:
+        number, world, local = map(int, found.values())
+    except ValueError:
+        number = world = local = -1
+    if world == 1:
+        return Rank(0, 1, 0)
+    if not 0 <= number < world or local < 0:
+        words = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise UserError(
+            f"the environment has {words}: expected whole numbers, and RANK from 0 to WORLD_SIZE - 1. Start with "
+            "torchrun, or unset the three"
+        )
+    return Rank(number, world, local)
+
+
 @functools.cache
 def join() -> Rank:
     """Return this process's rank. The first call connects the processes: NCCL for GPU tensors, else Gloo."""
-    number, world, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items())
-    rank = Rank(number, world, local)
-    if world > 1:
+    rank = announced()
+    if rank.world > 1:
         from torch import distributed
 
         backend = "nccl" if rank.device.type == "cuda" else "gloo"
@@ -130,7 +151,7 @@ def join() -> Rank:
 
 def lost_another(error: BaseException) -> bool:
     """Return whether the error means that another process is gone while this one waited for it."""
-    if not isinstance(error, RuntimeError) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not isinstance(error, RuntimeError) or announced().world == 1:
         return False
     from torch import distributed
 
@@ -236,7 +257,7 @@ def _store(rank: Rank) -> Any:
     return store
 
 
-_ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 @functools.cache

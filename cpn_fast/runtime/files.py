@@ -164,6 +164,10 @@ def remove_partials(*folders: Path) -> None:
                 os.close(descriptor)
 
 
+MADE_BY = "made_by.json"
+"""Names what a folder's files come from (``claim``)."""
+
+
 def claim(
     folder: Path,
     made_by: dict[str, Any],
@@ -181,7 +185,7 @@ def claim(
     (``owned``). Raises UserError if the folder has such files without ``made_by.json``.
     """
     text = (json.dumps(made_by, indent=2, sort_keys=True) + "\n").encode()
-    manifest = folder / "made_by.json"
+    manifest = folder / MADE_BY
     before, now = read_note(manifest), json.loads(text)
     folder.mkdir(parents=True, exist_ok=True)
     if before != now:

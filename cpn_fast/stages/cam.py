@@ -31,6 +31,7 @@ from cpn_fast.runtime.files import replacing
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress
 from cpn_fast.stages.results import claim_once, list_folder
+from cpn_fast.training import run_folder
 
 OWN = ("seeds", "masks", "overlays", "pictures.json")
 """What this stage writes into the folder of a list."""
@@ -52,6 +53,7 @@ def run(config: Config, weights: Path, list_path: Path | None = None) -> Path:
 
 def _make(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     device = rank.device
+    run_folder.require_classes(config, weights)
     network = to_device(load_network(config, weights), device)
     origin = claim_once(rank, folder, lambda: provenance(config, weights), OWN)
     share = rank.share(samples)

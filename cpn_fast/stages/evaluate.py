@@ -31,6 +31,7 @@ from cpn_fast.runtime.files import read_json
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.progress import track
 from cpn_fast.stages.evaluation_files import print_evaluation, write_evaluation
+from cpn_fast.stages.results import require_classes
 
 
 def evaluate_cams(
@@ -141,6 +142,7 @@ def run(
     inner = source / ("seeds" if cams else "masks")
     if inner.is_dir():
         raise UserError(f"{source}: holds all results of a stage, not only {inner.name}; did you mean {inner}?")
+    require_classes(source, config.classes)
     list_path = list_path or config.data.eval_list
     samples = load_samples(config.data, config.classes, list_path, labels=False, masks=True)
     workers = distributed.join().cores

@@ -52,13 +52,13 @@ from cpn_fast.refinement.walk import random_walk
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.backlog import Backlog
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import read_note, remove_partials, write_json
+from cpn_fast.runtime.files import MADE_BY, read_note, remove_partials, write_json
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress, track
 from cpn_fast.stages import train
 from cpn_fast.stages.cam import provenance, seed_sources
-from cpn_fast.stages.results import claim_once, require_results
+from cpn_fast.stages.results import claim_once, require_classes, require_results
 from cpn_fast.training import run_folder
 
 
@@ -125,6 +125,7 @@ def _refine(config: Config, folder: Path, samples: Sequence[Sample], rank: distr
         lambda: {
             "version": VERSION,
             "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
+            "classes": list(config.classes),
             "radius": config.affinity.radius,
             "pixels": config.cam.pixels,  # may lower the scale of an image
             **config.walk.model_dump(mode="json"),
@@ -245,9 +246,10 @@ def _seeds(config: Config, samples: Sequence[Sample]) -> Path:
     again = f"cpn-fast cam CONFIG --list {config.data.train_list}"
 
     require_results(folder / "seeds", "seed", samples, config.data.train_list, f"Make them first: {again}")
-    manifest = folder / "made_by.json"
+    manifest = folder / MADE_BY
     if not manifest.exists():
         raise UserError(f"{manifest}: not found; `cpn-fast cam` writes it beside the seeds")
+    require_classes(folder / "seeds", config.classes)
     expected = seed_sources(samples, reading.sha256(manifest, reading.NOTE))
     outdated = [
         id_ for id_, source in expected.items() if seed_source(folder / "seeds" / f"{id_}.npz") not in (None, source)

@@ -11,7 +11,7 @@ from cpn_fast.config import Config
 from cpn_fast.data.dataset import Sample
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import claim, write_json
+from cpn_fast.runtime.files import MADE_BY, claim, read_note, write_json
 from cpn_fast.runtime.owner import owned
 
 LISTED = "listed.json"
@@ -43,6 +43,21 @@ def claim_once(
     Only the first process calls ``made_by``, which may read many files, and ``check``.
     """
     return rank.gather(claim(folder, made_by(), patterns, free=free, check=check) if rank.first else "")[0]
+
+
+def require_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Raise UserError if a folder's seeds or masks, or those of its parent, are of other classes or in another order.
+
+    Folders of other programs do not say their classes.
+    """
+    for path in (folder / MADE_BY, folder.parent / MADE_BY):
+        note = read_note(path)
+        made = note.get("classes") if isinstance(note, dict) else None
+        if isinstance(made, list) and made != list(classes):
+            raise UserError(
+                f"{folder}: its files are of the classes {', '.join(map(str, made))} ({path.name}), and the config has "
+                f"{', '.join(classes)}. Set classes to the former, in this order, or make the files again"
+            )
 
 
 def require_results(

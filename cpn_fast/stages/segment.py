@@ -45,7 +45,7 @@ from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.precision import autocast
 from cpn_fast.runtime.progress import Progress
 from cpn_fast.stages import train
-from cpn_fast.stages.results import claim_once, list_folder, require_results
+from cpn_fast.stages.results import claim_once, list_folder, require_classes, require_results
 from cpn_fast.training import run_folder
 
 POSSIBLE = 0.01
@@ -65,6 +65,7 @@ def run(config: Config, masks: Path) -> Path:
     samples = [dataclasses.replace(sample, mask=masks / f"{sample.id}.png") for sample in samples]
     remedy = "`cpn-fast refine` writes pseudo-masks; --masks names another folder"
     require_results(masks, "mask", samples, config.data.train_list, remedy)
+    require_classes(masks, config.classes)
     images = image_digests([sample.image for sample in samples])
     outdated = [
         sample.id for sample in samples if sample.mask is not None and is_of_another_image(sample.mask, sample.image)
@@ -122,12 +123,14 @@ def segment(config: Config, weights: Path, list_path: Path | None = None) -> Pat
 
 def _segment(config: Config, weights: Path, samples: Sequence[Sample], folder: Path, rank: distributed.Rank) -> None:
     options = config.segment
+    run_folder.require_classes(config, weights)
     network = to_device(trained(build_deeplab(config), weights), rank.device)
 
     def provenance() -> dict[str, Any]:
         return {
             "version": VERSION,
             "weights_sha256": reading.sha256(weights, reading.WEIGHTS),
+            "classes": list(config.classes),
             "pixels": config.cam.pixels,  # may lower the scale of an image
             **options.model_dump(mode="json", include={"scales", "flip", "crf"}),
         }
@@ -198,12 +201,23 @@ def mask_of(probabilities: np.ndarray, image: Path, crf: CrfName | None) -> np.n
 
 
 def check_submission(path: Path) -> None:
-    """Raise UserError for a file name without the suffix of the archive that ``write_submission`` writes."""
+    """Raise UserError for a name without the suffix of the archive, and for another program's file."""
     if not path.name.endswith(SUBMISSION_SUFFIXES):
         raise UserError(
             f"--submission {path}: expected an archive name that ends in {' or '.join(SUBMISSION_SUFFIXES)}, "
             f"found {path.suffix or 'no ending'}"
         )
+    if path.exists() and not _is_submission(path):
+        raise UserError(f"--submission {path}: exists, and is no submission of cpn-fast: name another file")
+
+
+def _is_submission(path: Path) -> bool:
+    try:
+        with tarfile.open(path) as archive:
+            first = archive.next()
+    except (OSError, tarfile.TarError):
+        return False
+    return first is not None and first.name.startswith(f"{SUBMISSION}/")
 
 
 def write_submission(config: Config, masks: Path, path: Path, list_path: Path | None = None) -> int:

@@ -14,6 +14,7 @@ from cpn_fast import config_file, kernels
 from cpn_fast.config import Affinity, Config, Segment
 from cpn_fast.models.weights import FINAL, note_of
 from cpn_fast.runtime import precision, reading
+from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import remove_partials, replacing, write_json
 from cpn_fast.training import checkpoint
 
@@ -38,6 +39,17 @@ def run_config(run: Path) -> tuple[Path, str] | None:
     if path.exists() and (run / "metrics.jsonl").exists():  # without metrics no step was made
         return path, reading.read_bytes(path, reading.CONFIG).decode(errors="replace")
     return None
+
+
+def require_classes(config: Config, weights: Path) -> None:
+    """Raise UserError if a run's weights were trained on other classes, or on the same in another order."""
+    text = own_config(weights)
+    trained = config.classes if text is None else config_file.read(text, str(weights)).classes
+    if trained != config.classes:
+        raise UserError(
+            f"{weights} was trained on the classes {', '.join(trained)}, and the config has "
+            f"{', '.join(config.classes)}: set classes to the former, in this order"
+        )
 
 
 OWN = ("checkpoints", FINAL, "*.json", "*.jsonl", "config.yaml", "events.*")

@@ -39,6 +39,15 @@ def test_what_is_broken_is_named_and_ends_with_an_exit_code(tiny_config, tmp_pat
     assert "none.pth" in result.output
 
 
+def test_an_image_that_cannot_be_read_is_broken(tiny_config, small_voc: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(small_voc, tmp_path / "voc")
+    image = root / "JPEGImages/train_0003.jpg"
+    image.write_bytes(image.read_bytes()[:500])
+    result = CliRunner().invoke(app, ["doctor", str(tiny_config(data={"root": str(root)}))], env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert "train_0003" in result.output
+
+
 def test_weights_of_another_backbone_are_broken(tiny_config, tmp_path: Path) -> None:
     weights = tmp_path / "other.pth"
     torch.save({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, weights)

@@ -386,7 +386,7 @@ def test_its_own_results_are_no_photos(small_run: Path, samples, tmp_path: Path)
     assert predict.run(small_run, [tmp_path], tmp_path / "out", None).images == 2
 
 
-@pytest.mark.parametrize("foreign", ["{}.json", "{}_mask.png", "own photo"])
+@pytest.mark.parametrize("foreign", ["{}.json", "{}_mask.png", "{}_overlay.png", "own photo"])
 def test_files_of_other_programs_are_not_replaced(foreign: str, small_run: Path, samples, tmp_path: Path) -> None:
     image = tmp_path / "p.jpg"
     shutil.copy(samples[0].image, image)
@@ -407,6 +407,34 @@ def test_files_of_other_programs_are_not_replaced(foreign: str, small_run: Path,
     predict.run(small_run, [image], tmp_path, None)
     (tmp_path / "p.json").unlink()  # as after a kill between mask and JSON
     assert predict.run(small_run, [image], tmp_path, None).images == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_annotations_of_other_programs_are_not_replaced(form: str, small_run: Path, samples, tmp_path: Path) -> None:
+    predicted = predict.run(small_run, [samples[0].image], tmp_path, None, [form])
+    predict.run(small_run, [samples[0].image], tmp_path, None, [form])  # its own are
+    (path,) = predicted.annotations
+    path.write_text("[]")
+    with pytest.raises(UserError, match=rf"would be replaced \({path.name}\): name another --out"):
+        predict.run(small_run, [samples[0].image], tmp_path, None, [form])
+    assert path.read_text() == "[]"
+
+
+def test_a_missing_file_of_tags_is_no_class(small_run: Path, samples, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--tags nope\.csv: no such file of tags"):
+        predict.run(small_run, [samples[0].image], tmp_path, "nope.csv")
+
+
+def test_tags_may_be_any_names_of_classes(small_run: Path, samples) -> None:
+    model, image = cpn_fast.load(small_run), samples[0].image
+    name = model.classes[2]
+    every: tuple[Any, ...] = (name, [name], (each for each in [name]), {str(image): [name]}, {image: [name]})
+    for tags in every:
+        assert model.predict(image, tags).seed.classes.tolist() == [2]
+    with pytest.raises(UserError, match=r"tags of files that are not among the images: other\.jpg"):
+        model.predict(image, {"other.jpg": [name]})
+    with pytest.raises(UserError, match=r"device: expected cuda, cuda:1, .* found 'gpu'"):
+        cpn_fast.load(small_run, "gpu")
 
 
 def test_annotations_are_written_beside_the_masks(small_run: Path, samples, tmp_path: Path) -> None:

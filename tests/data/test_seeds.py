@@ -213,7 +213,16 @@ def test_export_removes_what_a_killed_one_left_half_written(tmp_path: Path) -> N
     for left in ("out/.0.npy.tmp", "out/a/.2.npy.tmp"):
         (tmp_path / left).touch()
     assert export_seeds(tmp_path / "seeds", tmp_path / "out", "cpn") == 1
-    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["1.npy"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == ["1.npy", "made_by.json"]
+
+
+def test_export_keeps_arrays_of_other_programs(tmp_path: Path) -> None:
+    write_seed(tmp_path / "seeds/1.npz", some_seed())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/1.npy").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"holds 1\.npy, but no made_by\.json"):
+        export_seeds(tmp_path / "seeds", tmp_path / "out", "cpn")
+    assert (tmp_path / "out/1.npy").read_bytes() == b"mine"
 
 
 def test_export_says_what_is_wrong(tmp_path: Path) -> None:

@@ -353,6 +353,22 @@ def test_who_ends_for_another_is_not_taken_for_the_cause(culprit: int, tmp_path,
         assert str(error).rstrip("=\n").endswith(f"process {culprit}: 5 $")
 
 
+def test_ranks_left_over_from_a_job_do_not_count(monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "LOCAL_RANK": "1"})
+    assert distributed.announced() == (0, 1, 0)
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "1"})
+    assert distributed.announced().first
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}]
+)
+def test_what_is_no_rank_is_said(environment: dict[str, str], monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(UserError, match=rf"WORLD_SIZE={environment['WORLD_SIZE']},.* Start with torchrun"):
+        distributed.announced()
+
+
 def test_a_lost_process_is_told_from_other_errors(monkeypatch) -> None:
     lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:39661")
     assert not distributed.lost_another(lost)  # a single process has no other

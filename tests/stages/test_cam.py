@@ -10,13 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from cpn_fast import config, config_file
+from cpn_fast.commands import information
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.data.masks import read_mask
 from cpn_fast.data.seeds import read_seed
 from cpn_fast.models import inference
 from cpn_fast.models.network import Cams, build_network
 from cpn_fast.pipelines.inference import ScaledBatch
-from cpn_fast.stages import cam, train
+from cpn_fast.runtime.errors import UserError
+from cpn_fast.stages import cam, evaluate, refine, segment, train
 
 
 @pytest.fixture
@@ -196,3 +198,24 @@ def test_seeds_of_images_whose_tags_changed_are_made_again(tiny_config, tmp_path
     cam.run(own, weights, val)
     assert [settings.classes[k] for k in read_seed(first).classes] == named[samples[0].id]
     assert [path.stat().st_mtime_ns for path in others] == before
+
+
+def test_classes_in_another_order_than_the_weights_are_refused(tiny_config, small_voc: Path) -> None:
+    path = tiny_config()
+    settings = config_file.load(path)
+    weights = train.run(settings)
+    seeds = cam.run(settings, weights) / "seeds"
+    before = {file: file.read_bytes() for file in seeds.iterdir()}
+    turned = settings.model_copy(update={"classes": settings.classes[::-1], "data": settings.data})
+    for stage in (cam.run, information.run):
+        with pytest.raises(UserError, match=f"trained on the classes {', '.join(settings.classes)}, and the config"):
+            stage(turned, weights)
+    for use in (
+        lambda: evaluate.run(turned, cams=seeds, masks=None, list_path=None, threshold_from=None),
+        lambda: evaluate.run(turned, cams=None, masks=seeds.parent / "masks", list_path=None, threshold_from=None),
+        lambda: segment.run(turned, seeds.parent / "masks"),
+        lambda: refine.run(turned),
+    ):
+        with pytest.raises(UserError, match=f"its files are of the classes {', '.join(settings.classes)}"):
+            use()
+    assert {file: file.read_bytes() for file in seeds.iterdir()} == before

@@ -133,6 +133,16 @@ def test_a_submission_holds_the_masks_of_its_list_and_no_other(settings, small_v
     assert path.read_bytes() == before
 
 
+def test_an_archive_of_another_program_is_not_replaced(settings, small_voc, tmp_path) -> None:
+    path = tmp_path / "mine.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(small_voc / VAL, "notes.txt")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"mine\.tar\.gz: exists, and is no submission of cpn-fast"):
+        segment.write_submission(settings, small_voc / "SegmentationClass", path)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["comp6.zip", "comp6.tar", "comp6"])
 def test_a_submission_of_another_kind_is_refused_before_training(tiny_config, small_voc, tmp_path, name) -> None:
     path = tiny_config(segment=SMALL)

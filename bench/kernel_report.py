@@ -215,6 +215,8 @@ def compiled(case: Case, dtype: str, arch: int) -> Any:
     types = dict.fromkeys(VALUES + GRADIENTS, dtype) | POINTERS
     if case.kernel is region_triton._pool_backward_kernel:
         types["grad"] = dtype
+    elif dtype == "fp16":  # divided by a scale (launch.half_scale), these are float32
+        types |= {"d_embedding": "fp32", "d_queries": "fp32"}
     signature: dict[str, str] = {}
     attributes = {}
     for index, parameter in enumerate(function.params):

@@ -89,6 +89,23 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 else "half"
 
 
+def half_scale(largest: Tensor) -> Tensor:
+    """Return each image's scale, (N, 1, 1): the gradient divided by it has a ``largest`` (N,) of 2^13.
+
+    A backward pass is linear in the gradient. With the scale, what it stores in float16 is at most 2^15, and small
+    gradients do not become zero. The scale is 1 where ``largest`` is not finite, so that NaN and inf spread as without
+    it. It is at least 2^-40, because what ``largest`` leaves out of the gradient must stay finite.
+    """
+    return (largest * 2**-13).nan_to_num(nan=1, posinf=1).clamp(min=2**-40)[:, None, None]
+
+
+def multiply(found: tuple[Tensor, ...], scale: Tensor, outputs: tuple[Tensor, ...]) -> None:
+    """Write ``found`` times ``scale`` to ``outputs``. An empty one is not wanted."""
+    for wide, output in zip(found, outputs, strict=True):
+        if output.numel():
+            torch.mul(wide, scale, out=output)
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context that launches on the tensor's device even if another device is current."""
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():

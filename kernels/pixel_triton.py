@@ -7,7 +7,8 @@ zero). The ones give the column sums with the same rounding as the products. D r
 Backward is one pass too. With s the column sums, O the output, Y = [cam, 1] and Z = [dO / s, -sum_c(dO O) / s]:
 dA[i, j] + dA[j, i] = Y_i . Z_j + Z_i . Y_j where A[i, j] > 0. The block that recomputes A[i, j] forms both terms, so
 the program of row block i sums all of dg_i itself: no atomics, and the same bits every time. Z is multiplied by the
-number of pixels, to keep float16 in range, and the sums are divided by it.
+number of pixels, and the sums are divided by it. With float16 operands the gradient also gets a scale for each image
+(``launch.half_scale``): s is anything from the number of pixels down to 1, and float16 ends at 65,504.
 
 Per image of P pixels: forward 2 P^2 (D + C) useful FLOPs, backward 2 P^2 (2 D + 2 C), and 2 P^2 C more if the CAM
 needs a gradient (the forward kernel again, on Z). Bytes are a few times P (D + C): the tensor cores bound both.
@@ -399,7 +400,12 @@ def _backward(
     """Return the CAM's gradient, or (0,), and the embedding's gradient (N, D, pixels), channels last in memory."""
     batch, classes, pixels = out.shape
     padded, layout = _padded(pixels), _layout(depth, classes)
-    d_cam, d_embedding = _fake_backward(grad, out, total, g, y, norm, eps, depth, cam_needs_grad)
+    outputs = d_cam, d_embedding = _fake_backward(grad, out, total, g, y, norm, eps, depth, cam_needs_grad)
+    scale = None
+    if g.dtype == torch.float16:
+        scale = launch.half_scale(_largest(grad, total, y, eps))
+        grad = grad / scale
+        d_cam, d_embedding = (torch.empty_like(output, dtype=torch.float32) for output in outputs)
     z = torch.empty_like(y)
     gpu = launch.family_of(grad.get_device())
     options = _options(layout, g.dtype, gpu, True)
@@ -415,7 +421,18 @@ def _backward(
             _forward_kernel[(padded // options["BM"], layout.groups, batch)](
                 d_cam, total, g, z, *d_cam.stride(), pixels, padded, classes, eps, NORMALISE=False, **options
             )
-    return d_cam, d_embedding
+    if scale is not None:
+        launch.multiply((d_cam, d_embedding), scale, outputs)
+    return outputs
+
+
+def _largest(grad: Tensor, total: Tensor, y: Tensor, eps: float) -> Tensor:
+    """Return a bound of |Z| and of |Y . Z| / 2 for each image. Y's ones make it a bound of Z."""
+    pixels = grad.shape[2]
+    total = total[:, :pixels]
+    columns = torch.linalg.vector_norm(grad, 1, dim=1, dtype=torch.float32) / total
+    columns.masked_fill_(total <= eps, 0)
+    return pixels * columns.amax(dim=1) * torch.linalg.vector_norm(y, float("inf"), dim=(1, 2, 3))
 
 
 def _fake_forward(cam: Tensor, embedding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

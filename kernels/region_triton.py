@@ -2,7 +2,8 @@
 
 Both are a softmax over pixels for a few dozen regions, so one read of the features is the bound. Programs split the
 pixels; each keeps the running maximum and sum of its pixels, and a second small kernel joins them. Backward needs
-sum_p(P dP) of a softmax, which is an inner product of the output and its gradient and costs no pass.
+sum_p(P dP) of a softmax, which is an inner product of the output and its gradient and costs no pass. Correlation stores
+the logits' gradient; with float16 operands the gradient gets a scale for each image (``launch.half_scale``).
 
 Per image of P pixels: pooling reads C P + D P values and does 2 P C D FLOPs. Correlation reads E P + C P values, writes
 and reads C P float32 logits instead of reading the E P queries twice, and does 2 P C E FLOPs.
@@ -19,7 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from cpn_fast.kernels import region_tiled
-from cpn_fast.kernels.launch import check, family_of, next_power, obstacle, on_device, precision, product
+from cpn_fast.kernels.launch import (
+    check,
+    family_of,
+    half_scale,
+    multiply,
+    next_power,
+    obstacle,
+    on_device,
+    precision,
+    product,
+)
 from cpn_fast.kernels.operators import operation
 
 BP = 32  # pixels of a block
@@ -393,10 +404,15 @@ def _backward_correlate(
     of_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, classes, pixels), depth = cam.shape, queries.shape[1]
-    d_cam, d_keys, d_queries = _fake_backward_correlate(
+    outputs = d_cam, d_keys, d_queries = _fake_backward_correlate(
         grad, cam, keys, queries, out, logits, high, total, scale, of_cam, of_keys, of_queries
     )
     of_logits, unit, numbers = of_keys or of_queries, _unit(pixels, queries.dtype), precision(queries.dtype)
+    image_scale = None
+    if of_logits and queries.dtype == torch.float16:
+        image_scale = half_scale(_largest(grad, cam, queries, logits) * unit)
+        grad = grad / image_scale
+        d_cam, d_keys, d_queries = (torch.empty_like(output, dtype=torch.float32) for output in outputs)
     along = torch.linalg.vecdot(grad.float(), out.float()) if of_logits else high
     d_logits = torch.empty(batch if of_logits else 0, classes, pixels, dtype=queries.dtype, device=cam.device)
     with on_device(cam):
@@ -407,8 +423,17 @@ def _backward_correlate(
             CB=_class_block(classes), BE=BD, BP=BP, PRECISION=numbers, **options(classes, numbers),
         )  # fmt: skip
     if of_keys:
-        torch.mul(torch.bmm(d_logits, queries.mT), scale / unit, out=d_keys)
-    return d_cam, d_keys, d_queries
+        torch.mul(torch.bmm(d_logits, queries.mT).to(d_keys.dtype), scale / unit, out=d_keys)
+    if image_scale is not None:
+        multiply((d_cam, d_keys, d_queries), image_scale, outputs)
+    return outputs
+
+
+def _largest(grad: Tensor, cam: Tensor, queries: Tensor, logits: Tensor) -> Tensor:
+    """Return a bound, for each image, of the sum over pixels of |d_logits|, and of that of |d_logits queries|."""
+    sums = torch.linalg.vector_norm(logits.softmax(dim=2) * cam * grad, 1, dim=2)
+    # 2: sum_p(P dP) is no larger than the sum; 1: without queries the bound is that of d_logits
+    return 2 * sums.amax(dim=1) * torch.linalg.vector_norm(queries, float("inf"), dim=(1, 2)).clamp(min=1)
 
 
 def _in_layout_of(tensor: Tensor, wanted: bool) -> Tensor:

@@ -455,6 +455,59 @@ def test_float16_shares_of_more_pixels_than_float16_counts(monkeypatch: pytest.M
         assert found.isfinite().all()
 
 
+def peaks(op: Callable[..., Tensor], length: float) -> list[Tensor]:
+    """Return a float32 CAM and float16 operands. Image 0 has a pixel without neighbours, or regions of two pixels.
+
+    These need the largest numbers. A large ``length`` makes an operand's gradient large.
+    """
+    cam, keys, features = random(2, 3, 16, 16), random(2, 3, 8, seed=1), random(2, 8, 16, 16).abs()
+    if op is correlation:
+        features[0, :, 2, 3:5] += 16 * keys[0, 1, :, None]
+        return [cam.float(), (keys / length).half(), (features * length).half()]
+    if op is kernels.region_pooling:
+        cam[0, :, 2, 3:5] += 20
+    features[0, :, 2, 3] *= -1
+    return [cam.float(), (features / length).half()]
+
+
+half_ops = pytest.mark.parametrize("op", [kernels.pixel_correlation, kernels.region_pooling, correlation])
+
+
+@half_ops
+@pytest.mark.parametrize(("size", "length"), [(1e-6, 256), (1, 1), (2000, 1)])
+def test_float16_gradients_of_any_size(op: Callable[..., Tensor], size: float, length: float) -> None:
+    leaves = [leaf.requires_grad_() for leaf in peaks(op, length)]
+    out = op(*leaves, backend="triton")
+    gradient = (size * torch.cos(torch.arange(out.numel(), dtype=torch.float64))).view(out.shape).to(out)
+    gradient[1] /= 8  # images have their own scales
+    found = torch.autograd.grad(out, leaves, gradient)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = torch.autograd.grad(op(*wide, backend="eager"), wide, gradient.double())
+    for index, (mine, reference) in enumerate(zip(found, exact, strict=True)):
+        rounding = 0 if mine.dtype == torch.float32 else 2**-25  # of the smallest numbers
+        for n in range(2):
+            error, scale = rms_error(mine[n], reference[n]), float(reference[n].square().mean().sqrt())
+            name = f"gradient {index} of image {n}"
+            assert error <= 4e-3 * scale + rounding, f"{name}: error {error:.2e} of {scale:.2e}"
+
+
+@half_ops
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_float16_gradients_that_are_zero_or_not_finite(op: Callable[..., Tensor], flaw: float) -> None:
+    leaves = [leaf.requires_grad_() for leaf in peaks(op, 1)]
+    gradients = []
+    for backend in ("triton", "eager"):
+        out = op(*leaves, backend=backend)
+        gradient = torch.zeros_like(out)
+        gradient[1].view(-1)[7] = flaw
+        gradients.append(torch.autograd.grad(out, leaves, gradient))
+    found, expected = gradients
+    for mine, reference in zip(found, expected, strict=True):
+        assert (mine[0] == 0).all()
+        assert not reference.isfinite().all()
+        assert (~mine.isfinite() | reference.isfinite()).all()
+
+
 @pytest.mark.parametrize("zeros", [0.0, 0.6, 0.97])
 def test_counts_of_errors_are_exact_however_many_share_a_bin(zeros: float) -> None:
     values = random(2, 16, 32).abs().float()
@@ -519,11 +572,13 @@ def test_superpixels_have_the_same_bits(size: tuple[int, ...], options: dict[str
 
 
 def test_registered_operators_pass_opcheck() -> None:
-    cam, keys, features = (t.flatten(2).requires_grad_() for t in tensors(1, 3, 8, 2, 3, torch.float32, False))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.cpn_fast.pixel_correlation_triton, (cam, features, 1e-5), test_utils=checks)
-    torch.library.opcheck(torch.ops.cpn_fast.region_pooling_triton, (cam, features), test_utils=checks)
-    torch.library.opcheck(torch.ops.cpn_fast.region_correlation_triton, (cam, keys, features, 0.3), test_utils=checks)
+    for dtype in (torch.float32, torch.float16):
+        cam, keys, features = (t.flatten(2).requires_grad_() for t in tensors(1, 3, 8, 2, 3, dtype, False))
+        torch.library.opcheck(torch.ops.cpn_fast.pixel_correlation_triton, (cam, features, 1e-5), test_utils=checks)
+        torch.library.opcheck(torch.ops.cpn_fast.region_pooling_triton, (cam, features), test_utils=checks)
+        correlated = (cam, keys, features, 0.3)
+        torch.library.opcheck(torch.ops.cpn_fast.region_correlation_triton, correlated, test_utils=checks)
     raw, refined, visible, labels = maps([1], 1, 2, 2)
     options = ([3, 3], "max", "after-lambda", "recomputed", "one-hot", False, 1.0, "image", True, True)
     leaves = (raw.requires_grad_(), refined.requires_grad_(), visible, labels)
@@ -535,8 +590,9 @@ def test_registered_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.cpn_fast.background_suppression_triton, arguments, test_utils=checks)
 
 
-def test_compiles_to_one_graph() -> None:
-    cam, keys, features = tensors(1, 3, 8, 3, 3, torch.float32, True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiles_to_one_graph(dtype: torch.dtype) -> None:
+    cam, keys, features = tensors(1, 3, 8, 3, 3, dtype, True)
 
     def model(features: Tensor) -> Tensor:
         refined = kernels.pixel_correlation(cam, features, backend="triton")

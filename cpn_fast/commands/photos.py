@@ -1,4 +1,4 @@
-"""The files in a user's folder of photos, without what cpn-fast wrote there."""
+"""The files in a user's folder of photos, without masks and what cpn-fast wrote there."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from cpn_fast.runtime.files import read_note
 
 _RESULTS = ({"made_by.json"}, {"shards.json"}, {"config.yaml", "metrics.jsonl"})
 """Names of files that a folder of results has: of a stage or a cache of superpixels, of shards, of a training."""
+_MASKS = {"SegmentationClass", "SegmentationClassAug", "SegmentationObject"}
+"""VOC's names of folders of masks, which ``data.masks`` has in a folder of photos too."""
 
 
 def visible_files(folder: Path) -> list[Path]:
     """Return the files in a folder, its subfolders and linked folders, sorted.
 
-    Hidden ones, subfolders of cpn-fast's results and files of ``predict`` are left out; broken links are not.
+    Hidden ones, subfolders of masks and of cpn-fast's results, and files of ``predict`` are left out; broken links are
+    not.
     """
     files: list[Path] = []
     seen = set()
@@ -25,7 +28,7 @@ def visible_files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _MASKS]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(file for file in files if not _is_prediction(file))
 

@@ -23,6 +23,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 the first one counts."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
+# On a palette's transparency, which is dropped, and on metadata: they name no file, and the pixels are read.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class UnreadableImage(UserError):
@@ -76,7 +78,10 @@ def upright(image: Image.Image) -> np.ndarray:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return height and width of an opened image after ``upright``, from its header."""
     width, height = image.size
-    return (width, height) if orientation(image) in (5, 6, 7, 8) else (height, width)
+    if orientation(image) not in (5, 6, 7, 8):
+        return height, width
+    stored: Any = getattr(image, "tag_v2", None)  # a TIFF's tags: new Pillow has turned its size already, old has not
+    return (stored[ExifTags.Base.ImageWidth], stored[ExifTags.Base.ImageLength]) if stored else (width, height)
 
 
 def orientation(image: Image.Image) -> int:

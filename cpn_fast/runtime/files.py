@@ -48,12 +48,13 @@ def create(path: Path, content: bytes) -> None:
     Raises UserError for a file with other content, and as ``replacing`` does.
     """
     with replacing(path) as file:  # its lock keeps other processes from creating the file
-        if path.exists() and not _holds(path, content):
+        if path.exists() and not holds(path, content):
             raise UserError(f"{path}: exists already; remove it or choose another name")
         file.write(content)
 
 
-def _holds(path: Path, content: bytes) -> bool:
+def holds(path: Path, content: bytes) -> bool:
+    """Return whether a file has this content."""
     try:
         return reading.read_bytes(path, len(content)) == content
     except OSError:

@@ -139,18 +139,69 @@ def test_tags_of_other_photos_are_said(photos: Path, tmp_path: Path) -> None:
     assert "cls_labels.npy: it tags none of the 20 photos" in message
 
 
-def test_folders_of_classes_are_tags(photos: Path, monkeypatch) -> None:
-    shutil.rmtree(photos / "more")
-    for k, path in enumerate(sorted(photos.glob("p*.jpg"))):
-        place = photos / ("cats", "dogs")[k % 2] / f"{k // 2}.jpg"
+def into_folders(photos: Path, *names: str) -> None:
+    """Move the twenty photos into folders, in turn."""
+    for k, path in enumerate(sorted(photos.rglob("p*.jpg"))):
+        place = photos / names[k % len(names)] / f"{k // len(names)}.jpg"
         place.parent.mkdir(exist_ok=True)
         path.rename(place)
+    (photos / "more").rmdir()
+
+
+def test_folders_of_classes_are_tags(photos: Path, monkeypatch) -> None:
+    into_folders(photos, "cats", "dogs")
     config, _ = started(photos, monkeypatch)
     assert config.classes == ("cats", "dogs")
     samples = load_samples(config.data, config.classes, config.data.train_list, labels=True, masks=False)
     assert all(
         sample.label.tolist() == [sample.id.startswith("cats/"), sample.id.startswith("dogs/")] for sample in samples
     )
+
+
+@pytest.mark.parametrize("folders", [("Background", "cats", "dogs"), ("NONE", "cats"), ("negative", "negatives", "x")])
+def test_folders_of_negatives_are_no_classes(folders: tuple[str, ...], photos: Path, monkeypatch) -> None:
+    into_folders(photos, *folders)
+    config, said = started(photos, monkeypatch)
+    negatives = [name for name in folders if name.lower() in init.NEGATIVES]
+    assert config.classes == tuple(name for name in folders if name not in negatives)
+    assert f"Photos in {', '.join(negatives)} are negatives, without a tag" in said.replace("\n", " ")
+    for path in (config.data.train_list, config.segment.eval_list):
+        for sample in load_samples(config.data, config.classes, path, labels=True, masks=False):
+            place = sample.id.split("/")[0]
+            assert sample.label.tolist() == [name == place for name in config.classes]
+
+
+def test_negatives_alone_are_no_classes(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    into_folders(photos, "background", "none")
+    assert "its photos are not in a folder for each class" in message_of(photos, None, None, None)
+
+
+@pytest.mark.parametrize("place", ["", "JPEGImages"])
+@pytest.mark.parametrize("layout", ["flat", "subfolders", "classes"])
+def test_masks_beside_the_photos_are_no_photos(layout: str, place: str, photos: Path, monkeypatch) -> None:
+    if layout == "classes":
+        into_folders(photos, "cats", "dogs")
+    else:
+        (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    if layout == "flat":
+        for path in (photos / "more").iterdir():
+            path.rename(photos / path.name)
+    if place:
+        (photos / place).mkdir()
+        for path in [path for path in photos.iterdir() if path.suffix != ".csv" and path.name != place]:
+            path.rename(photos / place / path.name)
+    config, _ = started(photos, monkeypatch)
+    before = lists(config)
+    for path in [path for path in (photos / place).rglob("*.jpg") if not path.name.startswith(".")]:
+        for folder in ("SegmentationClass", "SegmentationClassAug", "SegmentationObject"):
+            mask = (photos / folder / path.relative_to(photos / place)).with_suffix(".png")
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (40, 30)).save(mask)
+    again = init.run(photos, None, None, None).remarks
+    assert "The config exists already and is kept" in again
+    assert any("20 of 20 photos are tagged" in remark for remark in again)
+    assert lists(config) == before
 
 
 def test_parts_of_a_data_set_are_no_classes(photos: Path) -> None:
@@ -259,6 +310,47 @@ def test_given_again_it_leaves_its_config_and_never_another(photos: Path, monkey
     path.write_text(path.read_text().replace("crop: 128", "crop: 96"))
     assert load(path) != config
     assert "exists already" in message_of(photos, None, None, None)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "held_out.txt", "tags.csv"])
+def test_a_list_of_the_user_s_own_is_not_replaced(name: str, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    into_folders(photos, "cats", "dogs")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / name).write_text("mine\n")
+    monkeypatch.setattr("cpn_fast.training.batch_size.try_steps", lambda *_: pytest.fail("measured before it refused"))
+    message = message_of(photos, None, tmp_path / "w", None)
+    assert f"{name}: exists already, without init's config.yaml beside it" in message
+    assert "Name another folder with --out" in message
+    assert {path.name for path in (tmp_path / "w").iterdir()} == {name}
+    assert (tmp_path / "w" / name).read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("left", [["tags.csv"], ["tags.csv", "train.txt"], ["tags.csv", "train.txt", "held_out.txt"]])
+def test_killed_before_its_config_it_goes_on(left: list[str], photos: Path, tmp_path: Path, monkeypatch) -> None:
+    into_folders(photos, "cats", "dogs")
+    started(photos, monkeypatch)
+    out = tmp_path / "my-photos-cpn"
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in made.keys() - left:
+        (out / name).unlink()
+    init.run(photos, None, None, None)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
+
+
+def test_what_is_not_held_out_is_said(photos: Path, monkeypatch) -> None:
+    few = "".join(f"p{k},{'red' if k < 4 else 'blue'}\n" for k in range(8))  # four of each
+    (photos / "tags.csv").write_text(few)
+    config, said = started(photos, monkeypatch)
+    said = said.replace("\n", " ")
+    assert "8 to train on, 0 held out" in said
+    assert "No photo is held out" in said
+    assert "held_out.txt lists the photos to train on" in said
+    trained_on, shown = lists(config)
+    assert sorted(trained_on) == sorted(shown)
+    (photos / "tags.csv").write_text(few + "".join(f"p{k},\n" for k in range(8, 20)))  # negatives can be held out
+    remarks = init.run(photos, None, photos.parent / "other", None).remarks
+    assert "No held-out photo shows blue, red" in remarks
+    assert not any("No photo is held out" in remark for remark in remarks)
 
 
 def test_what_is_missing_is_said(photos: Path, tmp_path: Path, monkeypatch) -> None:

@@ -29,6 +29,8 @@ SMALL = {
     "affinity": {"augment": {"crop": 64}, "train": TRAIN},
     "walk": {"logt": 1},
 }
+CLASSES = ("bird", "cat", "dog", "sheep", "sofa")
+"""Names for the demo's classes, with those of the page."""
 SEGMENT = {"augment": {"crop": 64}, "train": TRAIN, "scales": [0.5], "crf": None}
 
 
@@ -38,13 +40,13 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def home(small_voc: Path, tmp_path: Path) -> Path:
-    """Make a working directory with the page's photos and tags, but the demo's classes."""
+    """Make a working directory with the page's files, of the demo's photos."""
     photos = tmp_path / "photos"
     shutil.copytree(small_voc / "JPEGImages", photos)
     shutil.copytree(small_voc / "SegmentationClass", photos / "SegmentationClass")
     ids = sorted(path.stem for path in photos.glob("*.jpg"))
     labels = read_labels(small_voc / "Annotations", ids, DEMO_CLASSES)
-    tags = [";".join(name for name, there in zip(DEMO_CLASSES, labels[id_], strict=True) if there) for id_ in ids]
+    tags = [";".join(name for name, there in zip(CLASSES, labels[id_], strict=True) if there) for id_ in ids]
     (photos / "tags.csv").write_text("".join(f"{id_}.jpg,{names}\n" for id_, names in zip(ids, tags, strict=True)))
     (photos / "checked.txt").write_text("".join(f"{id_}\n" for id_ in ids[:3]))
     shutil.copy(photos / f"{ids[0]}.jpg", tmp_path / "photo.jpg")

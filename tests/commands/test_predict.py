@@ -132,6 +132,7 @@ def test_photos_of_any_kind_and_folders_of_them_are_segmented(small_run: Path, s
     turn = Image.Exif()
     turn[0x0112] = 6
     photo.crop((0, 0, 90, 60)).save(photos / "turned.JPG", exif=turn)
+    photo.crop((0, 0, 90, 60)).save(photos / "turned too.tif", exif=turn)
     for mode, name in (("L", "gray.jpg"), ("CMYK", "cmyk.jpeg"), ("P", "palette.png"), ("RGBA", "alpha.png")):
         photo.convert(mode).save(photos / name)
     Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(photos / "16 bits.png")
@@ -141,12 +142,12 @@ def test_photos_of_any_kind_and_folders_of_them_are_segmented(small_run: Path, s
     arguments = ["predict", str(photos), "--model", str(small_run), "--out", str(out)]
     result = CliRunner().invoke(app, [*arguments, "--tags", "fish"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "JSON of 8 images" in result.output
+    assert "JSON of 9 images" in result.output
     assert "Left out: 1 files that are not images" in result.output
     assert "notes.txt" in result.output
     shapes = {path.name.removesuffix("_mask.png"): read_mask(path).shape for path in out.glob("*_mask.png")}
     full = photo.size[::-1]
-    assert shapes == {"turned": (90, 60), "tiny": (2, 3)} | dict.fromkeys(
+    assert shapes == {"turned": (90, 60), "turned too": (90, 60), "tiny": (2, 3)} | dict.fromkeys(
         ("gray", "cmyk", "palette", "alpha", "16 bits", NO_TEXT), full
     )
     assert json.loads((out / f"{NO_TEXT}.json").read_bytes())["image"] == str(photos / f"{NO_TEXT}.png")
@@ -378,9 +379,12 @@ def test_a_list_of_classes_is_not_taken_for_a_path(small_run: Path, samples, tmp
     )
 
 
-def test_its_own_results_are_no_photos(small_run: Path, samples, tmp_path: Path) -> None:
+def test_its_own_results_and_masks_are_no_photos(small_run: Path, samples, tmp_path: Path) -> None:
     for sample in samples[:2]:
         shutil.copy(sample.image, tmp_path)
+    for name in ("SegmentationClass", "SegmentationObject"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / f"{samples[0].id}.png")
     for _ in range(2):
         assert predict.run(small_run, [tmp_path], tmp_path, None).images == 2
     assert predict.run(small_run, [tmp_path], tmp_path / "out", None).images == 2

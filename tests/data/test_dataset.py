@@ -329,10 +329,11 @@ def test_every_bad_file_is_reported_at_once(data):
     assert f"1 masks with values other than 0 to 2 and 255: {data.root / 'SegmentationClass/c.png'} (3)" in message
 
 
-def test_a_mask_must_fit_its_image_as_exif_turns_it(data):
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_mask_must_fit_its_image_as_exif_turns_it(data, form):
     exif = Image.Exif()
     exif[0x0112] = 8
-    (data.root / "JPEGImages/a.jpg").write_bytes(encoded(noise("RGB", 20, 10), exif=exif))
+    (data.root / "JPEGImages/a.jpg").write_bytes(encoded(noise("RGB", 20, 10), form, exif=exif))
     assert "a.png (20x10, image 10x20)" in check_refused(data)
 
 

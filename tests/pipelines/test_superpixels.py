@@ -84,24 +84,6 @@ def test_read_image_converts_cmyk_and_gray_jpegs(tmp_path):
     assert (gray == gray[..., :1]).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_image_is_turned_upright(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(picture()).save(tmp_path / "x.png", exif=exif)
-    turn = {
-        1: lambda a: a,
-        2: np.fliplr,
-        3: lambda a: np.rot90(a, 2),
-        4: np.flipud,
-        5: lambda a: a.transpose(1, 0, 2),
-        6: lambda a: np.rot90(a, -1),
-        7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
-        8: np.rot90,
-    }
-    assert np.array_equal(read_image(tmp_path / "x.png"), turn[orientation](picture()))
-
-
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing"])
 def test_read_image_names_a_bad_file(tmp_path, damage):
     path = tmp_path / "bad.jpg"

@@ -18,7 +18,7 @@ from cpn_fast.commands.photos import visible_files
 from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss, Model
 from cpn_fast.config_file import parse
 from cpn_fast.data.dataset import TABLES, line_of
-from cpn_fast.data.labels import IMAGE_SUFFIXES, class_names, read_labels
+from cpn_fast.data.labels import IMAGE_SUFFIXES, Ids, class_names, listed_in, read_labels
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import holds, remove_partials, replacing
@@ -80,6 +80,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
         names = sorted({*class_of.values()} - {""})
         labels = {id_: np.array([name == class_name for name in names]) for id_, class_name in class_of.items()}
     else:
+        _refuse_other_photos(source, folder, photos)
         names = class_names(source, photos)
         if not names:
             raise UserError(f"{source}: it names no class of the photos in {folder}. {_EXPECTED}")
@@ -167,6 +168,22 @@ def _source(folder: Path) -> Path | None:
             raise UserError(f"{folder}: several files may have the tags ({names}): name one with --tags")
         tables = named
     return tables[0] if tables else None
+
+
+def _refuse_other_photos(source: Path, folder: Path, photos: Sequence[str]) -> None:
+    """Raise UserError if a source of tags names none of the photos."""
+    named = listed_in(source, photos)
+    if any(map(Ids(photos), named)):
+        return
+    photo_of = {photo.lower(): photo for photo in photos}
+    in_lower_case = Ids(photo_of)
+    same = ((name, photo_of[id_]) for name in named if (id_ := in_lower_case(name.lower())) is not None)
+    name, photo = next(same, ("", ""))
+    hint = f"differ in capital letters, as {name} and {photo}: write them as the files' names"
+    raise UserError(
+        f"{source}: it tags none of the {len(photos)} photos in {folder} ({some(photos, 3)}). Its names "
+        f"({some(named, 3) or 'none'}) {hint if name else f'are not those of the files. {_EXPECTED}'}"
+    )
 
 
 def _class_folders(folder: Path, photos: Sequence[str]) -> dict[str, str]:

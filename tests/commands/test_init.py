@@ -139,6 +139,22 @@ def test_tags_of_other_photos_are_said(photos: Path, tmp_path: Path) -> None:
     assert "cls_labels.npy: it tags none of the 20 photos" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "P1.JPG,red\nP0.JPG,blue\n", "(P1.JPG, P0.JPG) differ in capital letters, as P1.JPG and more/p1:"),
+        ("t.json", '{"P0": ["red"]}', "(P0) differ in capital letters, as P0 and p0: write them as the files' names"),
+        ("t.csv", "q0.jpg,red\n", "(q0.jpg) are not those of the files. Expected a CSV"),
+        ("t.csv", "", "(none) are not those of the files. Expected a CSV"),
+    ],
+)
+def test_names_of_no_photo_are_said(name: str, text: str, message: str, photos: Path) -> None:
+    (photos / name).write_text(text)
+    said = message_of(photos, None, None, None)
+    assert f"{photos / name}: it tags none of the 20 photos" in said
+    assert message in said
+
+
 def into_folders(photos: Path, *names: str) -> None:
     """Move the twenty photos into folders, in turn."""
     for k, path in enumerate(sorted(photos.rglob("p*.jpg"))):
@@ -362,7 +378,7 @@ def test_what_is_missing_is_said(photos: Path, tmp_path: Path, monkeypatch) -> N
     assert "several files may have the tags (a.csv, b.csv): name one with --tags" in message_of(
         photos, None, None, None
     )
-    assert "it names no class of the photos" in message_of(photos, photos / "a.csv", None, None)
+    assert "it tags none of the 20 photos" in message_of(photos, photos / "a.csv", None, None)
     (tmp_path / "empty").mkdir()
     assert "no photos in that folder" in message_of(tmp_path / "empty", None, None, None)
     assert not (tmp_path / "my-photos-cpn").exists()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpn_fast.config import VOC_CLASSES
-from cpn_fast.data.labels import Ids, read_labels
+from cpn_fast.data.labels import Ids, class_names, listed_in, read_labels
 from cpn_fast.runtime.errors import UserError
 
 CLASSES = ("cat", "dog", "potted plant")
@@ -382,7 +382,7 @@ def test_csv_as_other_programs_write_it(tmp_path, text, expected):
 def test_a_table_names_the_cell_and_the_column_that_are_wrong(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("image,cat,dog\na,1,0\nb,0,2\n")
-    assert "line 3: expected 0 or 1 in column dog, which the first row names, found '2'" in refused(path)
+    assert "line 3: expected 0 or 1 in column dog, which the header names, found '2'" in refused(path)
     path.write_text("image,cat,dgo\na,1,0\nb,0,1\n")
     assert "line 3: 'dgo' is not a class; did you mean dog?" in refused(path)
 
@@ -409,3 +409,117 @@ def test_a_photo_of_another_folder_gives_no_tags(tmp_path):
     path.write_text("cats/1,cat\ndogs/1,dog\n")
     assert names(read_labels(path, ["cats/1"], CLASSES)) == {"cats/1": ["cat"]}
     assert names(read_labels(path, ["photos/dogs/1"], CLASSES)) == {"photos/dogs/1": ["dog"]}
+
+
+TABLES = {
+    "Excel's separator": "sep=;\nname;dog;cat\na.jpg;1;0\nb.jpg;0;1\n",
+    "Excel's comma, quoted": '"sep=,"\r\nname,dog,cat\r\na.jpg,1,0\r\nb.jpg,0,1\r\n',
+    "Excel's bar": "sep=|\nname|dog|cat\na|1|0\nb|0|1\n",
+    "title": "My photos,,\nname,dog,cat\na.jpg,1,0\nb.jpg,0,1\n",
+    "empty row": ",,\nname,dog,cat\na.jpg,1,0\nb.jpg,0,1\n",
+    "two headers": ",pets,pets\nname,dog,cat\na,1,0\nb,0,1\n",
+    "other photos first": "name,dog,cat\nz,0,1\ny,1,0\na,1,0\nb,0,1\n",
+    "x": "name,dog,cat\na,x,\nb,,X\n",
+    "x and a remark": "name,dog,cat,remark\na,x,,a nice one\nb,,x,\n",
+    "0 and 1, and an x beside them": "name,dog,cat,checked\na,1,0,x\nb,0,1,\n",
+    "German": "name;dog;cat\na;WAHR;FALSCH\nb;FALSCH;WAHR\n",
+    "letters": "name,dog,cat\na,Y,N\nb,N,Y\n",
+    "yes and nothing": "name,dog,cat\na,ja,\nb,nein,ja\n",
+    "remark of two lines": 'name,dog,cat,remark\na,1,0,"one\ntwo"\nb,0,1,\n',
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_tables_of_ticks_as_people_make_them(tmp_path, form):
+    path = tmp_path / "labels.csv"
+    path.write_text(TABLES[form], newline="")
+    assert class_names(path, ["a", "b"]) == ["dog", "cat"]
+    for ids in (["a", "b"], ["b"]):
+        assert names(read_labels(path, ids, CLASSES)) == {id_: {"a": ["dog"], "b": ["cat"]}[id_] for id_ in ids}
+
+
+def test_excel_s_separator_is_no_image(tmp_path):
+    (tmp_path / "list.csv").write_text("sep=;\nname;tags\na.jpg;cat\nb;dog\n")
+    assert listed_in(tmp_path / "list.csv", ["a", "b"]) == ["a.jpg", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("name,tags\na,x\nb,dog;x\n", ["dog", "x"]),
+        ("name,first,second\na,x,y\nb,y,\n", ["x", "y"]),
+        ("name,first,second\na,dog,x\nb,cat,\n", ["cat", "dog", "x"]),
+        ("z,dog,x\na,x,\nb,dog,x\n", ["dog", "x"]),  # the first photo is no longer there
+        ("name,dog\na,Y\nb,N\n", ["dog"]),
+        ("name,dog,cat\na,x,\nb,,\n", ["dog"]),
+    ],
+)
+def test_a_word_is_a_class_where_it_is_no_tick(tmp_path, text, classes):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    assert class_names(path, ["a", "b"]) == classes
+    assert any(label.any() for label in read_labels(path, ["a", "b"], classes).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg,1,0\nb.jpg,0,1\n", "0, 1 would be classes"),
+        ("z,1,0\na,1,0\nb,0,1\n", "0, 1 would be classes"),
+        ("name,dog,cat\na,0.9,0.1\nb,.2,80%\n", ".2, 0.1, 0.9, 80% would be classes"),
+        ("name;dog;cat\na;0,9;0,1\n", "0, 1, 9 would be classes"),
+        ("name,tag\na,7\nb,3\n", "3, 7 would be classes"),
+        ("a,TRUE,FALSE\nb,FALSE,TRUE\n", "FALSE, TRUE would be classes"),
+        ("name,dog,cat\na,x,n\nb,ja,\n", "ja, n, x would be classes"),
+        ("name,dog,cat,cow\na,1,0,0\nb,2,1,1\nc,0,1,1\n", "line 3: expected 0 or 1 in column dog, as in most of its"),
+        ('name,"dog\n(big)",cat\na,1,0\nb,0,1\n', "line 1: expected a name, found a line break in 'dog"),
+    ],
+)
+def test_ticks_and_numbers_are_no_classes(tmp_path, text, message):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        class_names(path, ["a", "b", "c"])
+    assert f"{path}" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_scores_are_refused_where_the_classes_are_known(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("name,dog,cat\na,0.9,0.1\n")
+    assert "line 2: expected 0 or 1 in column dog, which the header names, found '0.9'" in refused(path)
+
+
+@pytest.mark.parametrize("bare", ["a", "a.jpg", "a;", "a;;"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_separator_is_that_of_most_rows(tmp_path, bare, first):
+    path = tmp_path / "labels.csv"
+    rows = ["b;dog;cat", "c;dog"]
+    path.write_text("\n".join([bare, *rows] if first else [*rows, bare]))
+    assert class_names(path, ["a", "b", "c"]) == ["cat", "dog"]
+    assert names(read_labels(path, ["a", "b", "c"], CLASSES)) == {"a": [], "b": ["cat", "dog"], "c": ["dog"]}
+
+
+def test_a_row_with_another_separator_is_said(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("a;dog\nb;cat\n\nc.jpg,dog\n")
+    assert "line 4: found ',' after c.jpg, expected ';' as in other rows" in refused(path, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a,dog\nb.jpg,"dog\nc,cat\nd,cat\n',
+        'a,dog\nb.jpg,"dog\nc,"cat"\nd,cat\n',
+        'a,dog\n"b.jpg,dog\n"c","cat"\nd,cat\n',
+        'a;dog\nb.jpg;"dog\nc\nd\n',
+        'a,dog\nb,dog,"nice\nc,cat\nd,cat\n',
+        'a,dog\nb,"dog\ncat"\nc,cat\n',
+    ],
+)
+def test_an_open_quote_is_said_with_its_row(tmp_path, text):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    message = refused(path, ["a", "b", "c", "d"])
+    assert "line 2: expected a name, found a line break in " in message
+    assert 'A quote (") is probably open' in message

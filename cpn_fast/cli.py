@@ -500,7 +500,6 @@ def main() -> None:
     with suppress(UserError):  # the command says it
         if not distributed.announced().first:
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
-    sys.argv[1:] = [_with_home(argument) for argument in sys.argv[1:]]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # of a name that the terminal's encoding lacks
@@ -515,13 +514,13 @@ def main() -> None:
 def _with_home(argument: str) -> str:
     """Expand ``~`` in ``--OPTION=~/FILE``, which a shell leaves as it is."""
     option, equals, value = argument.partition("=")
-    return f"{option}={Path(value).expanduser()}" if equals and option[:2] == "--" and value[:1] == "~" else argument
+    return f"{option}={expanded(Path(value))}" if equals and option[:2] == "--" and value[:1] == "~" else argument
 
 
 def _run() -> None:
     try:
         with acted_on():
-            app()
+            app([_with_home(argument) for argument in sys.argv[1:]])
     except UserError as error:
         _fail(str(error))
     except OSError as error:  # a last resort: readers and writers name their file themselves

@@ -155,6 +155,8 @@ def test_home_is_expanded_behind_an_equals_sign(tmp_path: Path, entered, monkeyp
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
     said = entered("predict", tmp_path / "p.png", "--model=~/no-run", code=1)
     assert f"{tmp_path}/no-run: no such file of weights" in said
+    said = entered("predict", tmp_path / "p.png", "--model=~nobody-of-this-name/x", code=1)
+    assert "no home folder of ~nobody-of-this-name is known" in said
 
 
 def test_a_command_that_shares_no_work_is_refused_under_torchrun(tmp_path: Path, entered, monkeypatch) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -215,7 +216,7 @@ def _is_submission(path: Path) -> bool:
     try:
         with tarfile.open(path) as archive:
             first = archive.next()
-    except (OSError, tarfile.TarError):
+    except (OSError, EOFError, zlib.error, tarfile.TarError):
         return False
     return first is not None and first.name.startswith(f"{SUBMISSION}/")
 

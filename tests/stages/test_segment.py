@@ -137,10 +137,12 @@ def test_an_archive_of_another_program_is_not_replaced(settings, small_voc, tmp_
     path = tmp_path / "mine.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         archive.add(small_voc / VAL, "notes.txt")
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"mine\.tar\.gz: exists, and is no submission of cpn-fast"):
-        segment.write_submission(settings, small_voc / "SegmentationClass", path)
-    assert path.read_bytes() == before
+    whole = path.read_bytes()
+    for content in (whole, whole[:40], whole[:20] + bytes(9) + whole[29:], b"mine"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"mine\.tar\.gz: exists, and is no submission of cpn-fast"):
+            segment.write_submission(settings, small_voc / "SegmentationClass", path)
+        assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("name", ["comp6.zip", "comp6.tar", "comp6"])

@@ -94,7 +94,7 @@ def segment_batch(
     The kernel works on the images' device. fast-slic gets copies on the CPU, in this many ``processes``, which stay for
     the next batch; ``names`` are for its errors.
     """
-    if engine(config, images.device) == "kernel" or not len(images):
+    if engine(config, images.device) == "kernel" or not len(images):  # of no images, both engines make the same
         return _by_kernel(images, config)
     import torch
 

@@ -15,6 +15,7 @@ from xml.sax.saxutils import quoteattr
 import cv2
 import numpy as np
 
+from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import replacing
 
@@ -174,7 +175,10 @@ def writer(form: str, classes: Sequence[str]) -> Writer:
 
 def is_ours(path: Path) -> bool:
     """Return whether a writer wrote the file."""
-    return DESCRIPTION.encode() in path.read_bytes()
+    try:
+        return DESCRIPTION.encode() in reading.read_bytes(path, reading.INSTANCES)
+    except OSError:
+        return False
 
 
 def outlines(pixels: np.ndarray) -> Iterator[np.ndarray]:

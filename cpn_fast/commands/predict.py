@@ -16,6 +16,7 @@ from PIL import Image
 from cpn_fast.commands.annotations import is_ours, writer
 from cpn_fast.commands.photos import is_summary, visible_files
 from cpn_fast.commands.trained_model import CamModel, Model, Prediction, Tags, load
+from cpn_fast.data.dataset import TABLES
 from cpn_fast.data.images import UnreadableImage, read_image
 from cpn_fast.data.labels import IMAGE_SUFFIXES, read_labels
 from cpn_fast.data.masks import mask_source, write_mask
@@ -165,7 +166,7 @@ def _tags(text: str, classes: Sequence[str]) -> list[str] | Path:
         with suppress(OSError):  # a list of classes may be too long for a name
             if source.exists():
                 return source
-            if source.suffix in (".csv", ".json", ".npy", ".xml", ".txt"):
+            if source.suffix.lower() in (*TABLES, ".xml", ".txt"):
                 raise UserError(f"--tags {text}: no such file of tags")
     return names
 

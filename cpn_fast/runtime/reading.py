@@ -26,7 +26,7 @@ CONFIG = 2**22
 INDEX = 2**26
 WEIGHTS = 2**35
 """A checkpoint of two billion numbers and their momentum takes 16 GB."""
-INSTANCES = 2**32
+ARCHIVE = INSTANCES = 2**32
 """COCO's instances of train2017 take 450 MB."""
 _KINDS = {
     stat.S_IFIFO: "a FIFO",

@@ -214,7 +214,7 @@ def check_submission(path: Path) -> None:
 
 def _is_submission(path: Path) -> bool:
     try:
-        with tarfile.open(path) as archive:
+        with reading.opened(path, reading.ARCHIVE) as file, tarfile.open(fileobj=file) as archive:
             first = archive.next()
     except (OSError, EOFError, zlib.error, tarfile.TarError):
         return False

@@ -418,10 +418,15 @@ def test_annotations_of_other_programs_are_not_replaced(form: str, small_run: Pa
     predicted = predict.run(small_run, [samples[0].image], tmp_path, None, [form])
     predict.run(small_run, [samples[0].image], tmp_path, None, [form])  # its own are
     (path,) = predicted.annotations
+    refused = pytest.raises(UserError, match=rf"would be replaced \({path.name}\): name another --out")
     path.write_text("[]")
-    with pytest.raises(UserError, match=rf"would be replaced \({path.name}\): name another --out"):
+    with refused:
         predict.run(small_run, [samples[0].image], tmp_path, None, [form])
     assert path.read_text() == "[]"
+    path.unlink()
+    os.mkfifo(path)  # it must not wait for a writer
+    with refused:
+        predict.run(small_run, [samples[0].image], tmp_path, None, [form])
 
 
 def test_a_missing_file_of_tags_is_no_class(small_run: Path, samples, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import tarfile
@@ -143,6 +144,10 @@ def test_an_archive_of_another_program_is_not_replaced(settings, small_voc, tmp_
         with pytest.raises(UserError, match=r"mine\.tar\.gz: exists, and is no submission of cpn-fast"):
             segment.write_submission(settings, small_voc / "SegmentationClass", path)
         assert path.read_bytes() == content
+    path.unlink()
+    os.mkfifo(path)  # it must not wait for a writer
+    with pytest.raises(UserError, match="is no submission of cpn-fast"):
+        segment.check_submission(path)
 
 
 @pytest.mark.parametrize("name", ["comp6.zip", "comp6.tar", "comp6"])

@@ -28,7 +28,8 @@ from nvidia.dali import Pipeline, fn
 
 from cpn_fast.config import Config, Superpixels
 from cpn_fast.data.dataset import Sample, check_files, load_checked, load_samples
-from cpn_fast.data.labels import IMAGE_SUFFIXES, read_labels
+from cpn_fast.data.images import IMAGE_SUFFIXES
+from cpn_fast.data.labels import read_labels
 from cpn_fast.data.provenance import combined, image_digests
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.runtime import distributed, reading

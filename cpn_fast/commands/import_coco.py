@@ -29,8 +29,7 @@ from pydantic import Field
 
 from cpn_fast.config_file import load
 from cpn_fast.data.dataset import line_of, raise_problems
-from cpn_fast.data.images import MAX_PIXELS
-from cpn_fast.data.labels import IMAGE_SUFFIXES
+from cpn_fast.data.images import IMAGE_SUFFIXES, MAX_PIXELS
 from cpn_fast.data.masks import IGNORE, write_mask
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some

@@ -18,7 +18,9 @@ from cpn_fast.commands.photos import visible_files
 from cpn_fast.config import PACKAGE, TIMM, VOC_CLASSES, Loss, Model
 from cpn_fast.config_file import parse
 from cpn_fast.data.dataset import TABLES, line_of
-from cpn_fast.data.labels import IMAGE_SUFFIXES, Ids, class_names, listed_in, read_labels
+from cpn_fast.data.image_ids import Ids
+from cpn_fast.data.images import IMAGE_SUFFIXES
+from cpn_fast.data.labels import class_names, listed_in, read_labels
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
 from cpn_fast.runtime.files import holds, remove_partials, replacing

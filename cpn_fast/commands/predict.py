@@ -17,8 +17,8 @@ from cpn_fast.commands.annotations import is_ours, writer
 from cpn_fast.commands.photos import is_summary, visible_files
 from cpn_fast.commands.trained_model import CamModel, Model, Prediction, Tags, load
 from cpn_fast.data.dataset import TABLES
-from cpn_fast.data.images import UnreadableImage, read_image
-from cpn_fast.data.labels import IMAGE_SUFFIXES, read_labels
+from cpn_fast.data.images import IMAGE_SUFFIXES, UnreadableImage, read_image
+from cpn_fast.data.labels import read_labels
 from cpn_fast.data.masks import mask_source, write_mask
 from cpn_fast.data.pictures import overlay
 from cpn_fast.data.provenance import image_digest, mark

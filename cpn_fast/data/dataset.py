@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cpn_fast.config import Data
-from cpn_fast.data.images import UnreadableImage, opened, upright_size
-from cpn_fast.data.labels import IMAGE_SUFFIXES, LabelError, listed_in, read_labels
+from cpn_fast.data.images import IMAGE_SUFFIXES, UnreadableImage, opened, upright_size
+from cpn_fast.data.labels import LabelError, listed_in, read_labels
 from cpn_fast.data.masks import IGNORE, read_mask
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some

@@ -21,6 +21,8 @@ MAX_PIXELS = 2**26
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 """Formats that are read. Pillow has more decoders, one of which starts Ghostscript. In a file of several pictures only
 the first one counts."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff")
+"""Endings of their files in lower case. Upper case is read too."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
 # On a palette's transparency, which is dropped, and on metadata: they name no file, and the pixels are read.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpn_fast.config import VOC_CLASSES
-from cpn_fast.data.labels import Ids, class_names, listed_in, read_labels
+from cpn_fast.data.image_ids import Ids
+from cpn_fast.data.labels import class_names, listed_in, read_labels
 from cpn_fast.runtime.errors import UserError
 
 CLASSES = ("cat", "dog", "potted plant")
@@ -54,6 +56,27 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
     path = tmp_path / "labels.xlsx"
     path.write_text("")
     assert "found .xlsx" in refused(path)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "csv", "json"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_labels(path, ["a"], CLASSES),
+        lambda path: listed_in(path, ["a"]),
+        lambda path: class_names(path, ["a"]),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch, suffix, read):
+    def fail(path, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    path = tmp_path / f"labels.{suffix}"
+    path.write_text("")
+    for name in ("read_bytes", "read_text"):
+        monkeypatch.setattr(f"cpn_fast.runtime.reading.{name}", fail)
+    with pytest.raises(UserError, match=rf"labels.{suffix}: not readable"):
+        read(path)
 
 
 # VOC XML
@@ -327,7 +350,7 @@ def test_a_huge_array_is_refused_without_reserving_memory(tmp_path):
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("cpn_fast.data.labels.MAX_PICKLE", 2**20)
+    monkeypatch.setattr("cpn_fast.data.cls_labels.MAX_PICKLE", 2**20)
     path = save(tmp_path / "l.npy", boxed({"a": np.zeros(2**19, np.float32)}))
     assert "cpn-fast reads at most 1,048,576 of a file of this kind" in refused(path)
 

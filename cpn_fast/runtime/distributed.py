@@ -74,7 +74,8 @@ class Rank(NamedTuple):
         with suppress(OSError, ValueError):  # "max 100000" without a limit
             quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
             cores = min(cores, -(-quota // period))
-        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        processes = 1 if self.world == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, cores // processes)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return every ``world``-th item. Shares are disjoint if all processes give the same list."""
@@ -108,7 +109,7 @@ class Rank(NamedTuple):
 def announced() -> Rank:
     """Return this process's rank as the environment gives it, without a connection.
 
-    Without WORLD_SIZE, or if it is 1, RANK and LOCAL_RANK do not count: they may be left over from a job. Raises
+    Without WORLD_SIZE, or if it is 1, the other variables do not count: they may be left over from a job. Raises
     UserError for values that are no ranks.
     """
     found = {name: os.environ.get(name, default) for name, default in _ENVIRONMENT.items()}

@@ -12,7 +12,6 @@ Standard output is for results. Progress goes to standard error: bars on a termi
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from cpn_fast.runtime import terminal
+from cpn_fast.runtime import distributed, terminal
 
 Mode = Literal["text", "quiet", "json"]
 EVERY: dict[Mode, float] = {"text": 60.0, "json": 1.0}
@@ -64,7 +63,7 @@ class Progress:
         self._bars: Bars | None = None
         self._within = ExitStack()
         self._told, self._told_done = time.monotonic(), -1
-        self._reports = os.environ.get("RANK", "0") == "0" and _mode != "quiet"
+        self._reports = distributed.announced().first and _mode != "quiet"
 
     def __enter__(self) -> Progress:
         console = terminal.console(stderr=True)

@@ -356,8 +356,11 @@ def test_who_ends_for_another_is_not_taken_for_the_cause(culprit: int, tmp_path,
 def test_ranks_left_over_from_a_job_do_not_count(monkeypatch) -> None:
     monkeypatch.setattr(os, "environ", {"RANK": "1", "LOCAL_RANK": "1"})
     assert distributed.announced() == (0, 1, 0)
-    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "1"})
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "64"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(Path, "read_text", lambda _: "max 100000")
     assert distributed.announced().first
+    assert distributed.announced().cores == 2
 
 
 @pytest.mark.parametrize(

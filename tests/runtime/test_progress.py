@@ -94,9 +94,12 @@ def test_scores_are_told_to_programs(tiny_config, small_run, capfd, monkeypatch)
     assert json.loads(Path(last["evaluation"]).read_text())["results"][0]["mean_iou"] == oracle["mean_iou"]
 
 
-def test_other_processes_of_torchrun_are_silent(capfd, monkeypatch) -> None:
+@pytest.mark.parametrize(("world", "said"), [("2", ""), ("1", "stage 4/4\n")])
+def test_other_processes_of_torchrun_are_silent(world: str, said: str, capfd, monkeypatch) -> None:
+    """A single process reports, even with a RANK that is left over from a job."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setitem(progress.EVERY, "text", 0)
     with Progress("stage", 4) as stage:
         stage.advance(4)
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", said)

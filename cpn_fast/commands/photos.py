@@ -8,7 +8,9 @@ from pathlib import Path
 from cpn_fast.runtime.files import read_note
 
 _RESULTS = ({"made_by.json"}, {"shards.json"}, {"config.yaml", "metrics.jsonl"})
-"""Names of files that a folder of results has: of a stage or a cache of superpixels, of shards, of a training."""
+"""Names of files that a folder of results has: of a stage, of shards, of a training."""
+_CACHE = {"format", "count", "compactness", "iterations"}
+"""Keys in the manifest.json of a cache of superpixels. Other programs write files of that name too."""
 _MASKS = {"SegmentationClass", "SegmentationClassAug", "SegmentationObject"}
 """VOC's names of folders of masks, which ``data.masks`` has in a folder of photos too."""
 
@@ -24,13 +26,21 @@ def visible_files(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         # Links may lead here twice, or back to a folder above.
-        if real in seen or (Path(parent) != folder and any(marks <= {*names} for marks in _RESULTS)):
+        if real in seen or (Path(parent) != folder and _holds_results(Path(parent), {*names})):
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _MASKS]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(file for file in files if not _is_prediction(file))
+
+
+def _holds_results(folder: Path, names: set[str]) -> bool:
+    """Return whether cpn-fast wrote a folder; ``names`` are those of its files."""
+    if any(marks <= names for marks in _RESULTS):
+        return True
+    note = read_note(folder / "manifest.json") if "manifest.json" in names else None
+    return isinstance(note, dict) and note.keys() >= _CACHE
 
 
 def is_summary(path: Path) -> bool:

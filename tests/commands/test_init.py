@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from cpn_fast.cli import app
 from cpn_fast.commands import init
-from cpn_fast.config import Config, Crf, Walk
+from cpn_fast.config import Config, Crf, Superpixels, Walk
 from cpn_fast.config_file import load
-from cpn_fast.data.dataset import load_samples
+from cpn_fast.data.dataset import Sample, load_samples
+from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import train
 
@@ -238,6 +239,8 @@ def test_results_among_the_photos_are_no_photos(photos: Path, monkeypatch) -> No
         shutil.copy(photos / "p0.jpg", photos / folder / "x.png")
     shutil.copy(photos / "p0.jpg", photos / "p0_mask.png")
     (photos / "p0.json").write_text('{"made_of": {}}')
+    SuperpixelCache(photos / "superpixels", Superpixels(count=5)).build([Sample("p0", photos / "p0.jpg", None, None)])
+    (photos / "more/manifest.json").write_text("{}")  # of another program
     assert "20 of 20 photos are tagged" in started(photos, monkeypatch)[1]
 
 

@@ -105,7 +105,7 @@ def _fit(
     del state
     pipeline = _pipeline(config, method, samples, shards, rank, start)
     guard = GradientGuard(config.run, [sample.id for sample in samples], train.nonfinite, rank)
-    meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch // train.accumulate, hook)
+    meter = Meter(config, train.batch, guard, start, pipeline.steps_per_epoch, hook)
     data = meter.timed(pipeline)
     previews = _previews(config, network, samples, shards) if rank.first else None
     if rank.first and make_step.compiles:

@@ -74,12 +74,12 @@ class Meter:
         batch: int,
         guard: GradientGuard,
         start: int,
-        steps_per_epoch: int,
+        batches_per_epoch: int,
         hook: Hook | None = None,
     ) -> None:
         self.path, self.rank, self.guard = config.run / "metrics.jsonl", guard.rank, guard
         self.on_cuda = guard.rank.device.type == "cuda"
-        self.batch, self.accumulate, self.steps_per_epoch = batch, config.train.accumulate, max(1, steps_per_epoch)
+        self.batch, self.accumulate, self.batches_per_epoch = batch, config.train.accumulate, batches_per_epoch
         self.board, self.hook = None, hook
         if self.rank.first:
             kept = [line for line in read_metrics(self.path) if line["step"] <= start]
@@ -110,6 +110,10 @@ class Meter:
         """Name of a figure -> its sum over the steps with a finite value, and the number of these steps."""
         self.skipped, self.waited = 0, 0.0
 
+    def _epochs(self, step: int) -> float:
+        """Return the number of epochs after a step. An epoch may end within a step."""
+        return step * self.accumulate / self.batches_per_epoch
+
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches, and record the time that the device waits for each of them."""
         while True:
@@ -131,7 +135,7 @@ class Meter:
         if ends_line:
             now = time.perf_counter()
             images = (step - self.last_added) * self.accumulate * self.batch
-            line = {"step": step, "epoch": round(step / self.steps_per_epoch, 3), "lr": lr}
+            line = {"step": step, "epoch": round(self._epochs(step), 3), "lr": lr}
             line |= {"images_per_second": images / (now - self.began), "seconds": now - self.began}
             self.began, self.last_added = now, step
         labels, indices = (torch.cat(parts) for parts in zip(*((b.labels, b.indices) for b in batches), strict=True))
@@ -206,7 +210,7 @@ class Meter:
         if self.skipped:
             line["skipped"] = self.skipped
         step = line["step"]
-        if self.logits and step // self.steps_per_epoch > self.last_step // self.steps_per_epoch:
+        if self.logits and int(self._epochs(step)) > int(self._epochs(self.last_step)):
             seen = self.rank.gather((torch.cat(self.labels), torch.cat(self.logits).float()))
             labels, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
             if labels.any():

@@ -328,9 +328,9 @@ class Event:
         self.waited = True
 
 
-def meter_of(settings: config.Config, ids: list[str], steps_per_epoch: int, mode: Any = "skip") -> Meter:
+def meter_of(settings: config.Config, ids: list[str], batches_per_epoch: int, mode: Any = "skip") -> Meter:
     settings.run.mkdir(parents=True)
-    return Meter(settings, len(ids), GradientGuard(settings.run, ids, mode, ALONE), 0, steps_per_epoch)
+    return Meter(settings, len(ids), GradientGuard(settings.run, ids, mode, ALONE), 0, batches_per_epoch)
 
 
 def figures_of(loss: float, norm: float, logits: Tensor | None = None) -> Figures:
@@ -366,6 +366,15 @@ def test_what_is_not_finite_counts_in_no_mean_and_no_map(bad: float, tiny_config
 
     for line in (settings.run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=strict)
+
+
+def test_an_epoch_may_end_within_a_step(tiny_config) -> None:
+    """Two epochs of six batches are three steps of four batches: the first epoch ends within the second step."""
+    options = {"steps": None, "epochs": 2, "accumulate": 4, "log_every": 1}
+    settings = config_file.load(tiny_config(**PLAIN, train=options))
+    train.run(settings)
+    found = [(line["epoch"], "mAP" in line) for line in lines(settings.run)]
+    assert found == [(0.667, False), (1.333, True), (2, True)]
 
 
 def test_steps_of_nan_are_skipped_to_the_end(tiny_config, monkeypatch) -> None:

@@ -71,7 +71,8 @@ class Step:
                 )
             compile_in_place(network)
             self.losses = torch.compile(method.losses, dynamic=False)
-        self.forward: nn.Module = network if rank.world == 1 else averaging(network)
+        self.forward: nn.Module = network
+        self.averages = rank.world > 1
         self.inputs: list[Batch] = []
         self.captures = captures(train, rank, device)
         self.side = torch.cuda.Stream(device) if self.captures else None
@@ -89,7 +90,34 @@ class Step:
                 {name: tensor.clone() for name, tensor in _tensors(batch).items()} for batch in batches
             ]
             self.inputs = [batch._replace(**copy) for batch, copy in zip(batches, copies, strict=True)]
+            if self.averages:
+                self._freeze_untrained()
+                self.forward = averaging(self.method.network)
         return self._captured() if self.captures else self._make()
+
+    def _freeze_untrained(self) -> None:
+        """Freeze the parameters that get no gradient: ``averaging`` waits for a gradient of every other one.
+
+        They are those of the refinement, if all its terms have the weight 0, and of layers that a timm model has behind
+        the features. An image of the first batch shows which ones. Weights, statistics and random numbers stay the
+        same.
+        """
+        network, batch = self.method.network, self.inputs[0]
+        first: dict[str, Any] = {name: tensor[:1] for name, tensor in _tensors(batch).items()}
+        views = self.method.views(batch._replace(**first), torch.Generator(self.device))
+        network.eval()
+        with autocast(self.precision, self.device):
+            # Not network(...): torch.compile would compile it for this shape.
+            outputs = [
+                network.forward(images.contiguous(memory_format=torch.channels_last), *others)
+                for images, *others in views.inputs
+            ]
+        self.method.losses(outputs, views).total.backward()
+        network.train()
+        for parameter in network.parameters():
+            if parameter.grad is None:
+                parameter.requires_grad_(False)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _captured(self) -> Figures:
         """Make the first steps on a side stream, to warm up memory and autograd for the capture; then run the graph."""
@@ -218,7 +246,10 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def averaging(network: nn.Module) -> DistributedDataParallel:
-    """Return the network with gradients averaged over the processes. Buffers never change, so none are exchanged."""
+    """Return the network with gradients averaged over the processes.
+
+    Buffers are not exchanged. Only the segmenter's change, and there each process keeps the statistics of its share.
+    """
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
     options: dict[str, Any] = {buffers: False}

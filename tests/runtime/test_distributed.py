@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,6 +212,20 @@ def test_processes_train_as_one_and_another_number_continues(world: int, tiny_co
     assert_close(weights_after(path), expected)
 
 
+UNTRAINED: dict[str, dict[str, Any]] = {
+    "cpn": {"loss": {"tcp_refined": 0, "cpcr": 0, "background_suppression": 0}},
+    "seam": {"method": "seam", "loss": {"background_suppression": 0}, "seam": {"ecr": 0}},
+}
+
+
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_processes_do_not_wait_for_gradients_that_no_loss_gives(method: str, tiny_config) -> None:
+    """Without its terms the refinement is not trained, and its weights stay as they are at the start."""
+    expected = weights_after(tiny_config(name="one", train=TRAINING, **UNTRAINED[method]))
+    for found in run_in_processes(2, weights_after, tiny_config(name="many", train=TRAINING, **UNTRAINED[method])):
+        assert_close(found, expected)
+
+
 def test_a_batch_must_be_shared_equally(tiny_config, monkeypatch) -> None:
     monkeypatch.setattr(distributed, "join", lambda: Rank(0, 3, 0))
     with pytest.raises(UserError, match="multiple of torchrun's 3"):
@@ -265,6 +280,7 @@ def test_processes_without_a_place_to_meet_are_told(monkeypatch) -> None:
 LOSING = """
 import os, signal
 from pathlib import Path
+from typing import Any
 from cpn_fast import cli
 from cpn_fast.stages import train
 

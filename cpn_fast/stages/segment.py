@@ -100,7 +100,8 @@ def run(config: Config, masks: Path) -> Path:
             train.check_start(settings, build)
 
         claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH, check=check)
-        check_files(samples, workers=workers, classes=classes, verified=settings.run / "masks.json")
+        if rank.first:
+            check_files(samples, workers=workers, classes=classes, verified=settings.run / "masks.json")
         return train.fit(settings, build, part_of=(config, "segment"))
 
 

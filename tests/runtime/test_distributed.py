@@ -212,6 +212,20 @@ def test_processes_train_as_one_and_another_number_continues(world: int, tiny_co
     assert_close(weights_after(path), expected)
 
 
+def checked_before_training(path: Path, masks: Path) -> list[int]:
+    """Return how many images and masks this process decodes before it trains the segmenter."""
+    checked: list[int] = []
+    vars(segment)["check_files"] = lambda samples, **_: checked.append(len(samples))
+    vars(train)["fit"] = lambda settings, *_, **__: settings.run  # no undo: the process ends
+    segment.run(config_file.load(path), masks)
+    return checked
+
+
+def test_only_the_first_process_decodes_the_segmenter_s_masks(tiny_config, small_voc) -> None:
+    path = tiny_config(segment={"train": {"batch": 2}})
+    assert run_in_processes(2, checked_before_training, path, small_voc / "SegmentationClass") == [[12], []]
+
+
 UNTRAINED: dict[str, dict[str, Any]] = {
     "cpn": {"loss": {"tcp_refined": 0, "cpcr": 0, "background_suppression": 0}},
     "seam": {"method": "seam", "loss": {"background_suppression": 0}, "seam": {"ecr": 0}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,12 @@ def _fit(
             stops = done < steps and (stopping() if rank.world == 1 else logs and any(rank.gather(stopping())))
             keeps = done % train.checkpoint_every == 0 or done == steps or stops
             meter.add(done, train.lr * factor, figures, batches, ends_line=logs)
-            # Before the checkpoint: a run that continues from there does not validate this step again.
+            validate = None
             if validation is not None and validates:
                 assert isinstance(network, Network)  # the config refuses validate_every for the later trainings
-                meter.validated(validation.after(done, network))
-            note = meter.read(done, wait=keeps)
+                validate = partial(validation.after, done, network)
+            # Before the checkpoint: a run that continues from there does not validate this step again.
+            note = meter.read(done, wait=keeps or validates, validate=validate)
             if rank.first and keeps:
                 _write_checkpoint(config, done, network, optimizer, make_step)
             if previews is not None and keeps and (picture := previews.picture()) is not None:

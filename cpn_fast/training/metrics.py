@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,18 +148,13 @@ class Meter:
         waits, self.waits = self.waits, []
         self.under_way.append(_Pending(step, figures.names, values, logits, labels, indices, copied, line, waits))
 
-    def validated(self, figures: dict[str, float]) -> None:
-        """Add figures to the line of the newest step. The time of their computation counts in no line's speed."""
-        line = self.under_way[-1].line
-        assert line is not None
-        line |= figures
-        self.began = time.perf_counter()
-
-    def read(self, step: int, *, wait: bool) -> str | None:
+    def read(self, step: int, *, wait: bool, validate: Callable[[], dict[str, float]] | None = None) -> str | None:
         """Read the figures, after ``step`` was added. Without ``wait`` a GPU's newest AHEAD steps stay unread.
 
-        All processes read the same steps. Returns a note for the progress bar if a line was written. Raises UserError
-        for a gradient that was not finite (``GradientGuard.passes``).
+        ``validate`` returns more figures for the line of ``step``, and needs ``wait``. It is called when the gradients
+        of all steps are known to be finite, and its time counts in no line's speed. All processes read the same steps.
+        Returns a note for the progress bar if a line was written. Raises UserError for a gradient that was not finite
+        (``GradientGuard.passes``).
         """
         note = None
         while self.under_way:
@@ -169,7 +164,7 @@ class Meter:
             if pending.copied is not None:
                 pending.copied.synchronize()
             self.under_way.popleft()
-            note = self._take(pending) or note
+            note = self._take(pending, validate if pending.step == step else None) or note
         return note
 
     def show(self, name: str, picture: np.ndarray, step: int) -> None:
@@ -177,7 +172,7 @@ class Meter:
         if self.board is not None:
             self.board.add_image(name, picture, step, dataformats="HWC")
 
-    def _take(self, pending: _Pending) -> str | None:
+    def _take(self, pending: _Pending, validate: Callable[[], dict[str, float]] | None) -> str | None:
         values = dict(zip(pending.names, pending.values.tolist(), strict=True))
         norm, scale = values["gradient_norm"], values.pop("scale")
         if not self.guard.passes(pending.step, norm, scale, pending.indices.tolist()):
@@ -192,7 +187,12 @@ class Meter:
             scored = pending.logits.float().isfinite().all(dim=1)  # a skipped step may have others
             self.logits.append(pending.logits[scored])  # a copy: the pinned memory of the original is used again
             self.labels.append(pending.labels[scored])
-        return None if pending.line is None else self._write(pending.line, scale)
+        if pending.line is None:
+            return None
+        if validate is not None:
+            pending.line.update(validate())
+            self.began = time.perf_counter()
+        return self._write(pending.line, scale)
 
     def _write(self, line: dict[str, Any], scale: float) -> str:
         everywhere = self.rank.gather(self.sums)

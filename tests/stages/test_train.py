@@ -25,7 +25,7 @@ from cpn_fast.models.affinity_net import build_affinity_net
 from cpn_fast.models.deeplab import build_deeplab
 from cpn_fast.models.dropout import SharedDropout2d
 from cpn_fast.models.network import build_network
-from cpn_fast.models.weights import FINAL, to_released_keys, write_weights
+from cpn_fast.models.weights import BEST, FINAL, to_released_keys, training_of, write_weights
 from cpn_fast.pipelines.training import TrainingPipeline
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import train
@@ -283,6 +283,17 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_kept(tiny_config, monk
     with_a_bad_step(monkeypatch, 2)  # the fifth: the run goes on after the third
     path = tiny_config(train={"log_every": 5, "checkpoint_every": 3, "steps": 9, "nonfinite": "skip"})
     assert all(value.isfinite().all() for value in load_file(train.run(config_file.load(path))).values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_validation(tiny_config, monkeypatch) -> None:
+    """The weights are NaN then. Validation would say that they are damaged, or could even take them for the best."""
+    with_a_bad_step(monkeypatch, 4)
+    val = {"eval_list": "ImageSets/Segmentation/val.txt"}
+    settings = config_file.load(tiny_config(train={"validate_every": 2}, data=val))
+    with pytest.raises(UserError, match="gradient of step 4 is not finite"):
+        train.run(settings)
+    assert json.loads((settings.run / "nonfinite.json").read_text())[0]["step"] == 4
+    assert training_of(settings.run / BEST)["step"] == 2
 
 
 def test_a_gradient_that_is_not_finite_can_be_skipped(tiny_config, monkeypatch) -> None:

@@ -197,7 +197,9 @@ def mask_of(probabilities: np.ndarray, image: Path, crf: CrfName | None) -> np.n
     """Return the most probable class of each pixel, uint8 (H, W), after the CRF if one is named."""
     if crf is None:
         return probabilities.argmax(0).astype(np.uint8)
-    values = np.flatnonzero(probabilities.max((1, 2)) > POSSIBLE).astype(np.uint8)
+    peaks = probabilities.max((1, 2))
+    # The likeliest class always: of 100 classes or more, all may be less probable than POSSIBLE everywhere.
+    values = np.flatnonzero((peaks > POSSIBLE) | (peaks == peaks.max())).astype(np.uint8)
     refined = dense_crf(read_image(image), probabilities[values], PARAMETERS[crf])
     return values[refined.argmax(0)]
 

@@ -179,6 +179,9 @@ def test_masks_have_the_values_of_their_classes_where_one_between_is_impossible(
     probabilities = np.where(np.arange(5)[:, None, None] == truth, 0.9, 0.04).astype(np.float32)
     probabilities[2:4] = segment.POSSIBLE  # not above it: classes 2 and 3 are left out
     assert np.array_equal(segment.mask_of(probabilities, tmp_path / "a.png", crf), truth)
+    even = np.full((150, 40, 60), 1 / 150, np.float32)  # no class is possible
+    even[7] *= 1.1
+    assert (segment.mask_of(even, tmp_path / "a.png", crf) == 7).all()
 
 
 def test_inference_has_the_precision_of_its_own_training(tiny_config) -> None:

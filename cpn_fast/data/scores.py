@@ -170,9 +170,8 @@ class ThresholdSweep:
     def add(self, seed: Seed, truth: np.ndarray) -> None:
         """Count an image. truth: uint8 (H, W), values 0 to classes or IGNORE. Threads may call it concurrently."""
         present, columns = len(seed.classes), self._classes + 2
-        true = np.minimum(truth, self._classes + 1).astype(
-            np.intp
-        )  # ignored pixels go to a last column that is dropped
+        # Ignored pixels go to a last column, which is dropped.
+        true = np.minimum(truth, self._classes + 1).astype(np.intp)
         totals = np.bincount(true.ravel(), minlength=columns)
         if present:
             below = np.searchsorted(self._thresholds, seed.cam.max(0))

@@ -86,7 +86,8 @@ class TrainingPipeline:
         crop (``online``), or are None. ``shards`` hold the files of ``samples``, which must be theirs, and their maps
         if they have ``bits``. ``threads`` are DALI's. The first batch belongs to ``start_step``.
 
-        Raises UserError if the samples do not fill one step. Iteration raises it for a missing, damaged or stale file.
+        Raises ValueError if the samples do not fill one step, and for arguments that exclude each other. Iteration
+        raises UserError for a missing, damaged or stale file.
         """
         if map_path is not None and online is not None:
             raise ValueError("map_path and online exclude each other")
@@ -97,10 +98,7 @@ class TrainingPipeline:
             raise ValueError(f"{len(samples) - len(labels)} of {len(samples)} samples have no label")
         self.steps_per_epoch = len(samples) // (batch * world)
         if self.steps_per_epoch == 0:
-            raise UserError(
-                f"train.batch is {batch} on {world} process(es), but the training list has only {len(samples)} "
-                "image(s): lower train.batch or list more images"
-            )
+            raise ValueError(f"{len(samples)} samples do not fill a step of {world} x {batch} images")
         self._samples, self._augment, self._seed = samples, augment, seed
         self._map_path, self._online = map_path, online
         self._batch, self._rank, self._world = batch, rank, world

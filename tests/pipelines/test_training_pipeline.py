@@ -405,6 +405,11 @@ def test_a_list_shorter_than_a_step_is_an_error(samples: list[Sample]) -> None:
         make(samples, batch=6, world=2)
 
 
+def test_samples_that_fill_no_step_are_refused(samples: list[Sample]) -> None:
+    with pytest.raises(ValueError, match="1 samples do not fill a step of 2 x 1 images"):
+        make(samples[:1], batch=1, world=2)
+
+
 def test_cached_and_online_superpixels_exclude_each_other(samples: list[Sample]) -> None:
     with pytest.raises(ValueError, match="exclude"):
         make(samples, map_path=lambda sample: sample.image, online=Superpixels())

@@ -27,7 +27,7 @@ import numpy as np
 from nvidia.dali import Pipeline, fn
 
 from cpn_fast.config import Config, Superpixels
-from cpn_fast.data.dataset import Sample, check_files, load_checked, load_samples
+from cpn_fast.data.dataset import VERIFIED, Sample, check_files, load_checked, load_samples
 from cpn_fast.data.images import IMAGE_SUFFIXES
 from cpn_fast.data.labels import read_labels
 from cpn_fast.data.provenance import combined, image_digests
@@ -287,7 +287,7 @@ def training_list(config: Config, *, decode: bool = False) -> tuple[list[Sample]
     UserError with every problem.
     """
     if config.data.shards is None and decode:
-        verified, workers = config.run / "verified.json", config.train.data_threads
+        verified, workers = config.run / VERIFIED, config.train.data_threads
         list_path = config.data.train_list
         return load_checked(config.data, config.classes, list_path, workers=workers, verified=verified), None
     if config.data.shards is None:

@@ -33,7 +33,7 @@ from cpn_fast.data.images import IMAGE_SUFFIXES, MAX_PIXELS
 from cpn_fast.data.masks import IGNORE, write_mask
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import claim, read_note, replacing, write_json
+from cpn_fast.runtime.files import MADE_BY, claim, read_note, replacing, write_json
 from cpn_fast.runtime.progress import track
 
 IMAGES, LISTS, MASKS = Path("JPEGImages"), Path("ImageSets/Segmentation"), Path("SegmentationClass")
@@ -307,11 +307,11 @@ def _is_one_name(file: PurePosixPath) -> bool:
 
 def _agree(root: Path, masks: Path, classes: tuple[str, ...]) -> None:
     """Raise UserError if a folder of masks is not an import's, or if an earlier import had other classes."""
-    foreign = masks.exists() and not (masks / "made_by.json").is_file()
+    foreign = masks.exists() and not (masks / MADE_BY).is_file()
     # A killed import leaves a folder with hidden files only.
     if foreign and not (masks.is_dir() and all(path.name.startswith(".") for path in masks.iterdir())):
         raise UserError(f"{masks}: exists, and cpn-fast import-coco did not make it: move it, or rename the JSON")
-    for manifest in sorted((root / MASKS).glob("*/made_by.json")):
+    for manifest in sorted((root / MASKS).glob(f"*/{MADE_BY}")):
         if manifest.parent == masks:
             continue
         note = read_note(manifest)

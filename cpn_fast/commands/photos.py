@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cpn_fast.runtime.files import read_note
+from cpn_fast.runtime.files import MADE_BY, read_note
 
-_RESULTS = ({"made_by.json"}, {"shards.json"}, {"config.yaml", "metrics.jsonl"})
+_RESULTS = ({MADE_BY}, {"shards.json"}, {"config.yaml", "metrics.jsonl"})
 """Names of files that a folder of results has: of a stage, of shards, of a training."""
 _CACHE = {"format", "count", "compactness", "iterations"}
 """Keys in the manifest.json of a cache of superpixels. Other programs write files of that name too."""

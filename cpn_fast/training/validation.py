@@ -19,7 +19,7 @@ import torch
 
 from cpn_fast import config_file
 from cpn_fast.config import Config
-from cpn_fast.data.dataset import Sample, check_files, load_samples, tags
+from cpn_fast.data.dataset import VERIFIED, Sample, check_files, load_samples, tags
 from cpn_fast.data.masks import read_mask
 from cpn_fast.data.provenance import combined, image_digests
 from cpn_fast.data.scores import Scores, ThresholdSweep
@@ -56,7 +56,7 @@ class Validation:
         self.best: Mapping[str, Any] = {}
         if not rank.first:
             return
-        workers, verified = config.train.data_threads, config.run / "verified.json"
+        workers, verified = config.train.data_threads, config.run / VERIFIED
         check_files(self.samples, workers=workers, classes=len(config.classes), verified=verified)
         self.digest = self._digest()
         path = config.run / BEST

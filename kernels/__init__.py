@@ -77,6 +77,8 @@ class ComplementaryLosses(NamedTuple):
 
 
 class Choice(NamedTuple):
+    """The backend that an operation takes for ``backend=None``."""
+
     backend: Backend
     reason: str | None
     """Why the backend is not Triton; None if it is."""

@@ -38,7 +38,8 @@ def complementary_pair(
     unchanged in both images. Padding and labels outside the crop do not count. Grids ignore ``superpixels`` and
     ``patch_limit``. ``fill`` (3,) is the normalised colour of hidden pixels; None is 0. Random numbers come only from
     ``generator``, on its device: the same state gives the same pair. ``place`` (number, world): the images are part
-    ``number`` of a batch in ``world`` equal parts, and get the same pairs as in the whole batch.
+    ``number`` of a batch in ``world`` equal parts, and get the same pairs as in the whole batch. Raises ValueError if
+    the config splits images by superpixels and there are none.
     """
     if config.kind == "grid":
         patches, patch_limit = _grid(images, config.grid_sizes, generator, place)

@@ -16,8 +16,11 @@ from cpn_fast.runtime.errors import UserError
 
 
 class Content(NamedTuple):
+    """What a file of weights holds."""
+
     tensors: dict[str, Tensor]
     dropped: list[str]
+    """Names of the entries that are left out."""
 
 
 # MXNet's .params: a header, the arrays, then their names; all little-endian.

@@ -53,7 +53,10 @@ class Rank(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """This process's GPU, or the CPU. Raises UserError if this machine has fewer GPUs than processes."""
+        """This process's GPU, which becomes CUDA's current device, or the CPU.
+
+        Raises UserError if this machine has fewer GPUs than processes.
+        """
         import torch
 
         if not torch.cuda.is_available():

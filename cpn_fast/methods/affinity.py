@@ -33,6 +33,9 @@ class Affinity:
     def losses(self, outputs: Sequence[Tensor], views: Views) -> Losses:
         (features,) = outputs
         assert views.batch.pixel_map is not None
-        radius = fitting_radius(self.radius, *features.shape[2:])
-        terms = affinity_losses(pair_affinities(features, radius), cell_labels(views.batch.pixel_map), radius)
+        height, width = features.shape[2:]
+        radius = fitting_radius(self.radius, height, width)
+        # A timm model may leave out the last cells, which lie only partly in the image.
+        labels = cell_labels(views.batch.pixel_map)[:, :height, :width]
+        terms = affinity_losses(pair_affinities(features, radius), labels, radius)
         return Losses(terms.total, {name: term.detach() for name, term in terms._asdict().items()})

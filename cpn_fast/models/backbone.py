@@ -14,7 +14,8 @@ from cpn_fast.config import Model, Rgb
 
 
 class Features(NamedTuple):
-    """Maps (N, C, h, w) of one size. At stride 8 each side of the input is halved three times and rounded up.
+    """Maps (N, C, h, w) of one size. At stride 8 each side of the input is halved three times and rounded up; some of
+    timm's models, such as ConvNeXt, round down.
 
     The values of low and middle should be about as large as those of the normalised image, which enters PCM and PRCM
     beside them. PRCM's logits grow with the square of the values: at ten times the size, its softmax over pixels is a

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from cpn_fast.config_file import parse
 from cpn_fast.data.masks import IGNORE
+from cpn_fast.methods.affinity import Affinity
+from cpn_fast.methods.method import Views
+from cpn_fast.pipelines.batch import Batch
 from cpn_fast.refinement import affinity, walk
 
 RADIUS = 5
@@ -142,6 +146,19 @@ def test_cell_labels_are_the_released_ones_for_one_class_and_certain_scores(heig
     assert found.shape == (1, *size)
     assert found[0, : whole[0], : whole[1]].tolist() == expected[: whole[0], : whole[1]].tolist()
     assert set(found.unique().tolist()) <= {0, 7, IGNORE}
+
+
+def test_a_map_without_the_last_partial_cells_has_the_labels_of_the_others() -> None:
+    """ConvNeXt rounds the number of cells down: 8 x 8 of an image of 65 x 65 pixels."""
+    tree = {"name": "x", "data": {"root": "."}, "model": {"backbone": "narrow"}, "train": {"steps": 1}}
+    method = Affinity(parse(tree, "test"))
+    features, labels = torch.rand(2, 448, 8, 8), torch.randint(0, 3, (2, 65, 65), dtype=torch.int32)
+    batch = Batch(torch.zeros(2, 3, 65, 65), labels, torch.zeros(2, 20), torch.arange(2))
+    found, of_whole_cells = (
+        method.losses([features], Views([(batch.images,)], batch._replace(pixel_map=pixels))).total
+        for pixels in (labels, labels[:, :64, :64])
+    )
+    assert torch.equal(found, of_whole_cells)
 
 
 def test_padding_has_no_label() -> None:

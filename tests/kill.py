@@ -43,7 +43,7 @@ from cpn_fast.commands.demo_data import DEMO_CLASSES, generate
 from cpn_fast.stages import chain  # noqa: F401
 from cpn_fast.training import batch_size
 
-LOGS = ("metrics.jsonl", "events.", "verified.json", "masks.json")
+LOGS = ("metrics.jsonl", "events.", "verified.json")
 """Starts of names of files that depend on times or on the number of starts."""
 TRAIN = {"batch": 2, "steps": 4, "checkpoint_every": 2, "log_every": 2, "data_threads": 1}
 SIZE = {"long_side": [64, 96], "crop": 64}

@@ -26,7 +26,7 @@ from cpn_fast.runtime.progress import track
 TABLES = (".csv", ".json", ".npy")
 """Endings, in lower case, of label sources that may serve as lists. Upper case is read too."""
 VERIFIED = "verified.json"
-"""A run's file for ``check_files`` that remembers the images of its lists."""
+"""The file in a run's folder that remembers the images and masks that passed ``check_files``."""
 LONGEST = 4096
 """Most characters of a line. No path has more."""
 _ENDINGS = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)

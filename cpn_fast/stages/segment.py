@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpn_fast.config import Config, CrfName
-from cpn_fast.data.dataset import Sample, check_files, load_samples
+from cpn_fast.data.dataset import VERIFIED, Sample, check_files, load_samples
 from cpn_fast.data.images import read_image
 from cpn_fast.data.masks import is_of_another_image, write_mask
 from cpn_fast.data.png import can_be_kept
@@ -101,7 +101,7 @@ def run(config: Config, masks: Path) -> Path:
 
         claim_once(rank, settings.run, provenance, run_folder.OWN, free=run_folder.LENGTH, check=check)
         if rank.first:
-            check_files(samples, workers=workers, classes=classes, verified=settings.run / "masks.json")
+            check_files(samples, workers=workers, classes=classes, verified=settings.run / VERIFIED)
         return train.fit(settings, build, part_of=(config, "segment"))
 
 

@@ -73,6 +73,11 @@ def _reconstruct(*_: Any) -> _Array:
     return _Array()
 
 
+def _scalar(kind: _Dtype, content: bytes) -> Any:
+    """Stand-in for numpy's scalar: the keys of irn's file are np.int32."""
+    return np.frombuffer(content, kind.dtype)[0].item()
+
+
 def _latin1(text: str, _: str) -> bytes:
     """Stand-in for _codecs.encode(text, "latin1"), which pickle protocol 2 calls for bytes."""
     return text.encode("latin1")
@@ -85,6 +90,8 @@ _STAND_INS = {
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
     ("_codecs", "encode"): _latin1,
 }
 

@@ -417,6 +417,15 @@ def test_whole_numbers_stand_for_ids_by_their_digits_where_only_one_has_them(tmp
     assert names(found) == {"2007_000032": ["cat"]}
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_keys_that_are_scalars_of_numpy_are_read(tmp_path, protocol):
+    labels = {np.int32(2007000032): np.array([1, 0, 0]), np.str_("cats/ü"): np.array([0, 1, 0])}  # the first as irn's
+    path = save(tmp_path / "l.npy", boxed(labels), protocol)
+    found = names(read_labels(path, ["2007_000032", "cats/ü"], CLASSES))
+    assert found == {"2007_000032": ["cat"], "cats/ü": ["dog"]}
+    assert listed_in(path, ["2007_000032"]) == ["2007_000032", "cats/ü"]
+
+
 @given(
     st.lists(st.text("ab/", min_size=1, max_size=5), max_size=4, unique=True), st.text("ab/", min_size=1, max_size=6)
 )

@@ -6,6 +6,7 @@ generators and the data pipeline.
 
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import replacing
+
+_NAME = re.compile(r"step-([0-9]{8,})\.pt")
 
 
 def write(
@@ -44,8 +47,9 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def existing(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, newest first."""
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    """Return the checkpoints in a folder, newest first. The user's copies, which have other names, are none."""
+    steps = {path: int(name[1]) for path in folder.glob("step-*.pt") if (name := _NAME.fullmatch(path.name))}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:

@@ -268,6 +268,21 @@ def test_the_newest_checkpoints_are_kept(keep: int, steps: list[int], tiny_confi
     assert [state["step"] for state in reversed(kept)] == steps
 
 
+def test_copies_of_checkpoints_are_the_user_s(tmp_path) -> None:
+    def files() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    copies = {"step-00000001-good.pt", "step-00000002 (copy).pt", "step-final.pt"}
+    for name in copies:
+        torch.save({}, tmp_path / name)
+    for step in range(1, 4):
+        checkpoint.write(tmp_path, step, keep=1, model={}, optimizer={}, scaler={}, config="")
+    assert files() == {"step-00000003.pt", *copies}
+    state = checkpoint.newest(tmp_path, torch.device("cpu"))
+    assert state is not None
+    assert state["step"] == 3
+
+
 def test_a_gradient_that_is_not_finite_stops_before_it_is_kept(tiny_config, monkeypatch) -> None:
     settings = config_file.load(tiny_config(train={"log_every": 5, "checkpoint_every": 3, "steps": 9}))
     with_a_bad_step(monkeypatch, 5)

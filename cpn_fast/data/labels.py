@@ -177,10 +177,23 @@ def _object_names(xml: bytes) -> list[tuple[str, int]]:
     stack: list[str] = []
     names: list[tuple[list[str], int]] = []  # expat may deliver a name in a million pieces: join them once
 
+    nameless = 0
+
     def start(tag: str, _: dict[str, str]) -> None:
+        nonlocal nameless
         stack.append(tag)
+        if stack[0] != "annotation":  # without its objects it would be a negative
+            raise ValueError(f"it begins with <{tag[:60]}>, expected <annotation>")
+        if stack == ["annotation", "object"]:
+            nameless = parser.CurrentLineNumber
         if stack == ["annotation", "object", "name"]:
             names.append(([], parser.CurrentLineNumber))
+            nameless = 0
+
+    def end(_: str) -> None:
+        if stack == ["annotation", "object"] and nameless:
+            raise ValueError(f"the object in line {nameless} has no <name>")
+        stack.pop()
 
     def text(piece: str) -> None:
         if stack == ["annotation", "object", "name"]:
@@ -191,7 +204,7 @@ def _object_names(xml: bytes) -> list[tuple[str, int]]:
         raise ValueError("it declares an entity")
 
     parser.StartElementHandler = start
-    parser.EndElementHandler = lambda _: stack.pop()
+    parser.EndElementHandler = end
     parser.CharacterDataHandler = text
     parser.EntityDeclHandler = refuse_entity
     parser.Parse(xml, True)

@@ -123,6 +123,23 @@ def test_damaged_xml_files_are_all_named(tmp_path):
     assert "b.xml: not VOC's XML" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<annotations><image><box label='cat'/></image></annotations>", "it begins with <annotations>"),
+        ("<v:annotation xmlns:v='x'><v:object><v:name>cat</v:name></v:object></v:annotation>", "expected <annotation>"),
+        ("<annotation>\n<object><pose/></object></annotation>", "the object in line 2 has no <name>"),
+        ("<annotation><object/><object><name>cat</name></object></annotation>", "the object in line 1 has no <name>"),
+    ],
+)
+def test_xml_of_another_form_is_no_negative(tmp_path, text, reason):
+    write_xml(tmp_path, "b", "cat")
+    (tmp_path / "a.xml").write_text(text)
+    message = refused(tmp_path)
+    assert "1 problem(s) in the labels\n  a.xml: not VOC's XML: " in message
+    assert reason in message
+
+
 def test_entities_are_refused(tmp_path):
     bomb = '<!DOCTYPE a [<!ENTITY x "cat"><!ENTITY y "&x;&x;">]>'
     (tmp_path / "a.xml").write_text(f"{bomb}<annotation><object><name>&y;</name></object></annotation>")

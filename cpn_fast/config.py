@@ -571,10 +571,10 @@ class Config(Section):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes has {', '.join(twice)} more than once")
         for name in self.classes:
-            if name.strip().casefold() in ("", "background") or not name.isprintable():
+            if name != name.strip() or name.casefold() in ("", "background") or not name.isprintable():
                 raise ValueError(
-                    f"classes has {name!r}: expected printable names. background is always there, as value 0; an image "
-                    "without a tag shows only background"
+                    f"classes has {name!r}: expected printable names without spaces around them. background is always "
+                    "there, as value 0; an image without a tag shows only background"
                 )
         if set(self.name) == {"."} or self.run == self.superpixel_cache:
             raise ValueError(f"name {self.name}: its folder would not be the run's alone; give another name")

@@ -120,10 +120,11 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(write) -> None:
         (MINIMAL + "classes: [a, b, a]\n", "classes has a more than once"),
         (
             MINIMAL + "classes: [a, Background]\n",
-            "classes has 'Background': expected printable names. background is always there",
+            "classes has 'Background': expected printable names without spaces around them. background is always",
         ),
         (MINIMAL + "classes: [a, '']\n", "classes has '': expected printable names"),
         (MINIMAL + 'classes: [a, "b\\nc"]\n', "expected printable names"),
+        (MINIMAL + "classes: [a, ' b']\n", "classes has ' b': expected printable names without spaces around them"),
         (MINIMAL + "augment: {long_side: [9, 8]}\n", "long_side goes from 9 down to 8"),
         (MINIMAL + "model: {pcm: false, prcm: false}\n", "cam.map is refined"),
         (MINIMAL + "method: cam\n", "method cam trains no refinement"),

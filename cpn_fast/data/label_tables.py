@@ -20,8 +20,8 @@ from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import UserError, some
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?%?", re.IGNORECASE)
-_YES = ("1", "1.0", "true", "yes", "x", "y", "t", "✓", "✔", "ja", "j", "wahr", "oui", "vrai", "si", "sí")
-_NO = ("0", "0.0", "false", "no", "", "n", "f", "-", "nein", "falsch", "nee", "non", "faux")
+_YES = ("1", "1.0", "true", "yes", "x", "y", "t", "✓", "✔", "☑", "✅", "ja", "j", "wahr", "oui", "vrai", "si", "sí")
+_NO = ("0", "0.0", "false", "no", "", "n", "f", "-", "✗", "✘", "☐", "❌", "nein", "falsch", "nee", "non", "faux")
 _TICKS = dict.fromkeys(_YES, True) | dict.fromkeys(_NO, False)
 """Words of a table, in lower case, and whether the image shows the class."""
 _SURE = {*_YES[:4], *_NO[:5]}
@@ -166,10 +166,11 @@ def _names(cell: str, classes: Sequence[str]) -> list[str]:
     """Return the class names in a cell of a CSV."""
     if cell in classes:
         return [cell]
-    parts = re.split("[;,]", cell)
+    is_list = cell.startswith("[") and cell.endswith("]")  # as pandas writes it: ['cat', 'dog']
+    parts = re.split("[;,]", cell[1:-1] if is_list else cell)
     if len(parts) == 1 and classes and not any(" " in name for name in classes):
-        parts = cell.split()
-    return [name for part in parts if (name := part.strip())]
+        parts = parts[0].split()
+    return [name for part in parts if (name := part.strip(" \t'\"" if is_list else None))]
 
 
 def _words(header: Sequence[str], rows: Sequence[_Row], classes: Sequence[str]) -> set[str]:

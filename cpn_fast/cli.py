@@ -14,8 +14,7 @@ import typer
 
 import cpn_fast
 from cpn_fast.runtime import distributed, progress
-from cpn_fast.runtime.errors import UserError, is_out_of_memory, some
-from cpn_fast.runtime.files import refusal
+from cpn_fast.runtime.errors import UserError, is_out_of_memory, refusal, some
 from cpn_fast.runtime.interrupts import EXIT_CODE, Stopped, acted_on
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.reading import expanded

@@ -32,7 +32,7 @@ from cpn_fast.data.provenance import image_digest
 from cpn_fast.pipelines import slic
 from cpn_fast.pipelines.workers import Workers
 from cpn_fast.runtime import distributed, reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, is_unread, unread
 from cpn_fast.runtime.files import read_json, remove_partials, replacing, write_json
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.progress import track
@@ -194,6 +194,8 @@ class SuperpixelCache:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError) as error:
+            if is_unread(error):
+                raise unread(path, error) from None
             manifest = f"no readable JSON ({error})"
         if manifest != self.made_by:
             raise UserError(

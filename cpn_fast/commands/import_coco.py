@@ -32,7 +32,7 @@ from cpn_fast.data.dataset import line_of, raise_problems
 from cpn_fast.data.images import IMAGE_SUFFIXES, MAX_PIXELS
 from cpn_fast.data.masks import IGNORE, write_mask
 from cpn_fast.runtime import distributed, reading
-from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.errors import UserError, some, unread
 from cpn_fast.runtime.files import MADE_BY, claim, read_note, replacing, write_json
 from cpn_fast.runtime.progress import track
 
@@ -332,7 +332,9 @@ def _merged(root: Path, list_path: Path, new_tags: dict[str, list[str]]) -> dict
         tags: dict[str, list[str]] = json.loads(reading.read_text(path, reading.LABELS))
     except FileNotFoundError:
         return new_tags
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(path, error) from None
+    except ValueError as error:
         raise UserError(f"{path}: not readable as JSON: {error}; delete it and import again") from None
     other_ids = {mask.stem for mask in (root / MASKS).glob("*/*.png") if mask.parent.name != list_path.stem}
     conflicts = [id_ for id_, names in new_tags.items() if id_ in other_ids and tags.get(id_) != names]

@@ -46,7 +46,7 @@ from cpn_fast.data.seeds import Seed, read_seed
 from cpn_fast.models.weights import FINAL
 from cpn_fast.pipelines.shards import training_list
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError, some
+from cpn_fast.runtime.errors import UserError, some, unread
 from cpn_fast.runtime.files import read_json, read_metrics, replacing
 from cpn_fast.runtime.progress import track
 from cpn_fast.training.validation import best_of
@@ -120,7 +120,9 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
 def _json(path: Path) -> Any:
     try:
         return read_json(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(path, error) from None
+    except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); delete it, and the command that wrote it makes it anew") from None
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from cpn_fast.data.provenance import archive_digest
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, is_unread, unread
 from cpn_fast.runtime.files import claim, remove_partials, replacing
 from cpn_fast.runtime.owner import owned
 from cpn_fast.runtime.progress import track
@@ -108,11 +108,16 @@ def read_seed(path: Path) -> Seed:
 
 
 def seed_source(path: Path) -> str | None:
-    """Return the provenance in a seed, or None if the file is damaged or has none."""
+    """Return the provenance in a seed, or None if the file is damaged or has none.
+
+    Raises UserError if the system cannot read it: an outdated seed must not pass for one without provenance.
+    """
     try:
         with reading.opened(path, reading.SEED) as file, zipfile.ZipFile(file) as archive:
             return _member(archive, "source").tobytes().decode()
-    except Exception:  # a damaged archive can raise almost anything
+    except Exception as error:  # a damaged archive can raise almost anything
+        if is_unread(error):
+            raise unread(path, error) from None
         return None
 
 
@@ -145,6 +150,8 @@ def _explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such seed; `cpn-fast cam` writes seeds") from None
     except Exception as error:  # a damaged archive can raise almost anything
+        if is_unread(error):
+            raise unread(path, error) from None
         raise UserError(_not_a_seed(path, str(error))) from None
 
 

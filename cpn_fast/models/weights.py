@@ -7,12 +7,15 @@ backbone as a submodule: ``backbone.conv1a.weight``. ``to_network_keys`` and ``t
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import BytesIO
@@ -30,7 +33,7 @@ from cpn_fast.models import build_backbone
 from cpn_fast.models.mxnet import Content, read_params
 from cpn_fast.models.network import HEADS
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, is_unread, unread
 from cpn_fast.runtime.files import create, replacing
 
 FINAL = "model.safetensors"
@@ -102,12 +105,16 @@ def training_of(path: Path) -> dict[str, Any]:
 
 
 def note_of(path: Path) -> dict[str, Any]:
-    """Return our entry in a .safetensors file's metadata; empty if there is none."""
+    """Return our entry in a .safetensors file's metadata; empty if there is none.
+
+    Raises UserError if the system cannot read the file: a finished run must not pass for one that has made no step.
+    """
     try:
-        reading.require_regular(path, reading.WEIGHTS)
-        with safetensors.safe_open(path, "pt") as file:
+        with _safetensors(path) as file:
             note = json.loads((file.metadata() or {})[_NOTE])
-    except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError):
+    except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError) as error:
+        if is_unread(error):
+            raise unread(path, error) from None
         return {}
     return note if isinstance(note, dict) else {}
 
@@ -115,17 +122,19 @@ def note_of(path: Path) -> dict[str, Any]:
 def is_whole(path: Path) -> bool:
     """Return whether a .safetensors file exists and is complete. A file that was cut short is named on stderr.
 
-    Raises UserError if its content does not match its checksum.
+    Raises UserError if its content does not match its checksum, and if the system cannot read it.
     """
     if not path.is_file():
         return False
     try:
-        with safetensors.safe_open(path, "pt"):
+        with _safetensors(path):
             pass
+        _read_safetensors(path)
     except safetensors.SafetensorError as error:
         print(f"Warning: {path} is damaged ({error}) and made again", file=sys.stderr)
         return False
-    _read_safetensors(path)
+    except OSError as error:
+        raise unread(path, error) from None
     return True
 
 
@@ -335,9 +344,21 @@ def _read(path: Path) -> Content:
         raise UserError(f"{path}: {error}") from None
 
 
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """Open a .safetensors file. Raises OSError, which names it, where safetensors has errors without a number."""
+    reading.require_regular(path, reading.WEIGHTS)
+    try:
+        file = safetensors.safe_open(path, "pt")
+    except (OSError, RuntimeError) as error:  # safetensors opens it, and then torch opens it again
+        raise OSError(errno.EIO, str(error) or os.strerror(errno.EIO), str(path)) from None
+    with file:
+        yield file
+
+
 def _read_safetensors(path: Path) -> Content:
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with _safetensors(path) as file:
             note = (file.metadata() or {}).get(_NOTE)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dict)
     except safetensors.SafetensorError as error:

@@ -1,11 +1,18 @@
-"""The exception for errors that a user can fix, how it lists names, and detection of full memory.
+"""The exception for errors that a user can fix, how it lists names, and the system's errors in words.
 
 The command line prints a UserError without a traceback.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeGuard
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FILE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
+"""EINVAL is of ``reading.Refused``, and of seeks in a damaged archive."""
 
 
 class UserError(Exception):
@@ -21,3 +28,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def some(names: Sequence[str], most: int = 5) -> str:
     """Return the first names, with an ellipsis if there are more."""
     return ", ".join(names[:most]) + " ..." * (len(names) > most)
+
+
+def refusal(error: OSError) -> str:
+    """Return the system's reason, and what to do."""
+    reason = "the disk is full" if error.errno in FULL else error.strerror or type(error).__name__
+    remedy = "make room and" if error.errno in FULL else "fix this and"
+    return f"{reason}. Complete files are unchanged: {remedy} give the same command again"
+
+
+def is_unread(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether the system could not read a file, which may be whole. Otherwise it is damaged or no file."""
+    return isinstance(error, OSError) and error.errno not in _NO_FILE
+
+
+def unread(path: Path, error: OSError) -> UserError:
+    """Return the error of a file that the system cannot read. It does not advise to delete the file."""
+    return UserError(f"{path}: cannot be read: {refusal(error)}")

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import FULL, UserError, is_unread, refusal, unread
 from cpn_fast.runtime.owner import LOCK, lock, lock_when_free
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -89,17 +87,10 @@ def system_error(error: BaseException) -> OSError | None:
         return error
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE):
+        if isinstance(cause, OSError) and cause.errno in (*FULL, errno.EIO, errno.EROFS, errno.ESTALE):
             return cause
         cause = cause.__cause__ or cause.__context__
     return None
-
-
-def refusal(error: OSError) -> str:
-    """Return the system's reason, and what to do."""
-    reason = "the disk is full" if error.errno in _FULL else error.strerror or type(error).__name__
-    remedy = "make room and" if error.errno in _FULL else "fix this and"
-    return f"{reason}. Complete files are unchanged: {remedy} give the same command again"
 
 
 def _partial(path: Path) -> Path:
@@ -129,10 +120,15 @@ def _checksum(tree: dict[str, Any]) -> str:
 
 
 def read_note(path: Path) -> Any:
-    """Read a JSON file, or return None if it is missing or damaged."""
+    """Read a JSON file, or return None if it is missing or damaged.
+
+    Raises UserError if the system cannot read it. Such a note may be whole, and claims and counts depend on it.
+    """
     try:
         return read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_unread(error):
+            raise unread(path, error) from None
         return None
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, refusal
 
 if TYPE_CHECKING:
     from cpn_fast.runtime.distributed import Rank
@@ -54,7 +54,7 @@ def owned(folder: Path, rank: Rank | None = None, *, part: str = "", waits: bool
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{error.filename or path}: {error.strerror}"
+                problem = f"{error.filename or path}: {refusal(error)}"
         if rank is not None:
             problem = rank.gather(problem)[0]
         if problem:

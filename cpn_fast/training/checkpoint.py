@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cpn_fast.runtime import reading
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, is_unread, unread
 from cpn_fast.runtime.files import replacing
 
 _NAME = re.compile(r"step-([0-9]{8,})\.pt")
@@ -67,6 +67,9 @@ def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
         for problem in damaged:
             print(f"Warning: {problem}. Going on from {path.name}", file=sys.stderr)
         return state
+    for problem in damaged:
+        if problem.__cause__ is not None:  # the system could not read it, and it may be whole
+            raise problem
     if damaged:
         raise UserError(f"{damaged[0]}. There is no other checkpoint: delete {folder} to start again")
     return None
@@ -96,6 +99,8 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"checksum of {broken}")
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling raises exceptions of many types
+        if is_unread(error):
+            raise unread(path, error) from error
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict) or not {"step", "model", "optimizer", "config"} <= state.keys():
         raise UserError(f"{path}: not a training checkpoint; expected keys step, model, optimizer and config")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cpn_fast.runtime.distributed import Rank
 from cpn_fast.runtime.errors import UserError
-from cpn_fast.runtime.files import read_json, write_json
+from cpn_fast.runtime.files import read_note, write_json
 
 FILE = "nonfinite.json"
 
@@ -59,7 +59,5 @@ class GradientGuard:
 
 def _recorded(path: Path) -> list[dict[str, Any]]:
     """Return the recorded steps; none of a damaged file, which must not keep new ones from being recorded."""
-    try:
-        return list(read_json(path))
-    except (OSError, ValueError, TypeError):
-        return []
+    recorded = read_note(path)
+    return recorded if isinstance(recorded, list) else []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cpn_fast.runtime import owner
+from cpn_fast.runtime import owner, reading
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.runtime.files import (
     claim,
@@ -171,3 +171,19 @@ def test_files_of_unknown_origin_are_not_removed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds drawn_by_hand\.png, but no made_by\.json"):
         claim(tmp_path, {"alpha": 1})
     assert (tmp_path / "drawn_by_hand.png").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_note_that_the_system_cannot_read_costs_no_files(tmp_path: Path, monkeypatch, code: int) -> None:
+    first = claim(tmp_path, {"alpha": 1})
+    (tmp_path / "a.png").touch()
+
+    def refuse(path: str, flags: int) -> int:
+        raise OSError(code, os.strerror(code), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "_without_waiting", refuse)
+        with pytest.raises(UserError, match=r"made_by\.json: cannot be read: .*give the same command again"):
+            claim(tmp_path, {"alpha": 1})
+    assert (tmp_path / "a.png").exists()
+    assert claim(tmp_path, {"alpha": 1}) == first

@@ -96,6 +96,15 @@ def test_a_file_system_without_locks_is_an_error(tmp_path: Path, monkeypatch) ->
         pass
 
 
+def test_a_lock_that_the_disk_refuses_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
+    def refuse(path: Path, *_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"\.lock: the disk is full.*make room"), owned(tmp_path):
+        pass
+
+
 def test_a_forked_process_owns_nothing(tmp_path: Path) -> None:
     with owned(tmp_path):
         child = os.fork()

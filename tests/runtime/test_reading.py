@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -11,20 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 from cpn_fast import config_file
 from cpn_fast.commands import import_coco, report
 from cpn_fast.commands.trained_model import load
-from cpn_fast.config import Data
+from cpn_fast.config import Data, Superpixels
 from cpn_fast.data.dataset import load_samples
 from cpn_fast.data.images import read_image
 from cpn_fast.data.labels import listed_in, read_labels
 from cpn_fast.data.masks import mask_source, read_mask
 from cpn_fast.data.provenance import image_digest
 from cpn_fast.data.seeds import read_seed, seed_digest, seed_source
-from cpn_fast.models.weights import read_weights
+from cpn_fast.models.weights import is_whole, note_of, read_weights
 from cpn_fast.pipelines.decode import read_encoded
+from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.runtime import files, owner, reading
 from cpn_fast.runtime.errors import UserError
 from cpn_fast.stages import evaluate
@@ -149,8 +152,12 @@ def test_a_reader_names_what_is_no_file_of_its_kind(reader: str, kind: str, tmp_
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_asks_what_a_file_remembers_gets_an_answer_at_once(kind: str, tmp_path: Path) -> None:
     KINDS[kind](tmp_path / "a")
-    assert seed_source(tmp_path / "a") is None
-    assert files.read_note(tmp_path / "a") is None
+    for read in (seed_source, files.read_note):
+        if kind == "a file that may not be read":  # it may be whole
+            with pytest.raises(UserError, match="a: cannot be read: Permission denied"):
+                read(tmp_path / "a")
+        else:
+            assert read(tmp_path / "a") is None
     assert owner._owner(tmp_path / "a") == "another process"
 
 
@@ -163,6 +170,41 @@ def test_a_run_whose_weights_or_config_are_no_file_is_named(small_run: Path, tmp
         os.mkfifo(run / name)
         with pytest.raises((UserError, OSError), match="a FIFO, where a regular file is expected"):
             report.run(run)
+
+
+@pytest.mark.parametrize("reader", ["seed", "source of a seed", "checkpoint", "superpixels", "weights", "note"])
+def test_what_the_system_cannot_read_is_not_taken_for_damage(
+    reader: str, small_run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Else a retried command would make it again, or its message would say to delete it."""
+    seed = next(small_run.glob("cams/*/seeds/*.npz"))
+    checkpoints, final = small_run / "checkpoints", small_run / "model.safetensors"
+    cache = SuperpixelCache(tmp_path, Superpixels(count=30))
+    cache.folder.mkdir()
+    (cache.folder / "manifest.json").write_text(json.dumps(cache.made_by))
+    read: dict[str, Callable[[], object]] = {
+        "seed": lambda: read_seed(seed),
+        "source of a seed": lambda: seed_source(seed),
+        "checkpoint": lambda: checkpoint.newest(checkpoints, torch.device("cpu")),
+        "superpixels": lambda: cache.missing([]),
+        "weights": lambda: is_whole(final),
+        "note": lambda: note_of(final),
+    }
+
+    def refuse(path: str, *_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    def refuse_without_number(path: Path, framework: str) -> None:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Too many open files (24)")
+
+    read[reader]()
+    if reader in ("weights", "note"):
+        monkeypatch.setattr(safetensors, "safe_open", refuse_without_number)
+    else:
+        monkeypatch.setattr(reading, "_without_waiting", refuse)
+    with pytest.raises(UserError, match=r": cannot be read: .*Too many open files.*give the same") as error:
+        read[reader]()
+    assert "delete" not in str(error.value).lower()
 
 
 def test_a_file_that_grows_is_read_as_it_was_when_it_was_opened(tmp_path: Path, monkeypatch) -> None:

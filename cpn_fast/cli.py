@@ -496,6 +496,7 @@ def main() -> None:
 
     Under torchrun only the first process writes to standard output. Every process may write errors.
     """
+    _open_closed_streams()
     with suppress(UserError):  # the command says it
         if not distributed.announced().first:
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
@@ -508,6 +509,19 @@ def main() -> None:
         except Exception:
             distributed.tell_torchrun(shown(traceback.format_exc()))
             raise
+
+
+def _open_closed_streams() -> None:
+    """Connect closed standard streams (``>&-``) to the null device.
+
+    Else the next file that is opened gets a stream's number, and what a library says there is written into the file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 (stays open to the end)
 
 
 def _with_home(argument: str) -> str:
@@ -523,7 +537,7 @@ def _run() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:  # a last resort: readers and writers name their file themselves
-        _fail(f"{os.fsdecode(error.filename) if error.filename else 'a file'}: {refusal(error)}")
+        _fail(f"{os.fsdecode(error.filename) if error.filename else 'standard output or a file'}: {refusal(error)}")
     except (MemoryError, RuntimeError) as error:
         if distributed.lost_another(error):
             _fail(f"this process ends, because another one ended and says why ({_first_line(error)})", cause=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,15 @@ def entered(monkeypatch, capsys):
         return said
 
     return enter
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_change_nothing(closed: str, small_run: Path, tmp_path: Path) -> None:
+    seeds, out = small_run / "cams/val/seeds", tmp_path / "exported"
+    command = [sys.executable, "-m", "cpn_fast", "export", str(seeds), str(out), "--form", "seam"]
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(command)} {closed}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in out.glob("*.npy")} == {path.stem for path in seeds.glob("*.npz")}
 
 
 def test_from_images_and_tags_to_a_score(tiny_config, entered) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cpn_fast.config import Config
 from cpn_fast.pipelines.batch import Batch
-from cpn_fast.runtime.files import read_metrics, replacing
+from cpn_fast.runtime.files import named, read_metrics, replacing, system_error
 from cpn_fast.training.hook import Hook
 from cpn_fast.training.nonfinite import GradientGuard
 from cpn_fast.training.step import Figures
@@ -81,11 +83,14 @@ class Meter:
         self.on_cuda = guard.rank.device.type == "cuda"
         self.batch, self.accumulate, self.batches_per_epoch = batch, config.train.accumulate, batches_per_epoch
         self.board, self.hook = None, hook
+        self.events, self.excepthook = config.run / "events.*", threading.excepthook
         if self.rank.first:
             kept = [line for line in read_metrics(self.path) if line["step"] <= start]
             with replacing(self.path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-            self.board = SummaryWriter(config.run, purge_step=start + 1)
+            threading.excepthook = _warn
+            with named(self.events):
+                self.board = SummaryWriter(config.run, purge_step=start + 1)
             if self.hook is not None:
                 self.hook.give(kept)
         self.last_step, self.last_added = start, start
@@ -100,8 +105,12 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.board is not None:
-            self.board.close()
+        try:
+            if self.board is not None:
+                with named(self.events):
+                    self.board.close()
+        finally:
+            threading.excepthook = self.excepthook
         if self.hook is not None:
             self.hook.close()
 
@@ -170,7 +179,8 @@ class Meter:
     def show(self, name: str, picture: np.ndarray, step: int) -> None:
         """Send a picture, uint8 RGB (H, W, 3), to TensorBoard."""
         if self.board is not None:
-            self.board.add_image(name, picture, step, dataformats="HWC")
+            with named(self.events):
+                self.board.add_image(name, picture, step, dataformats="HWC")
 
     def _take(self, pending: _Pending, validate: Callable[[], dict[str, float]] | None) -> str | None:
         values = dict(zip(pending.names, pending.values.tolist(), strict=True))
@@ -218,11 +228,12 @@ class Meter:
             self.logits.clear()
             self.labels.clear()
         if self.board is not None:
-            with self.path.open("a") as file:
+            with named(self.path), self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, step)
+            with named(self.events):
+                for name, value in line.items():
+                    if name not in ("step", "epoch"):
+                        self.board.add_scalar(name, value, step)
         if self.hook is not None:
             self.hook.give([line])
         self.last_step = step
@@ -230,6 +241,15 @@ class Meter:
         loss = f"{means['loss']:.3f}" if "loss" in means else "not finite"
         scores = "".join(f"  {name} {value:.1%}" for name, value in line.items() if name.startswith(VALIDATED))
         return f"loss {loss}  {line['images_per_second']:.1f} images/s  data {line['waiting']:.0%}{scores}"
+
+
+def _warn(failure: threading.ExceptHookArgs) -> None:
+    """Say in a line that TensorBoard's thread cannot write. The next figure raises its error in the main thread."""
+    cause = None if failure.exc_value is None else system_error(failure.exc_value)
+    if cause is None:
+        threading.__excepthook__(failure)
+    else:
+        print(f"Warning: TensorBoard's file ends here: {cause.strerror}", file=sys.stderr)
 
 
 def mean_average_precision(labels: Tensor, logits: Tensor) -> float:

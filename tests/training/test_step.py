@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import threading
+import time
 import weakref
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from torch import Tensor, nn
 
 from cpn_fast import config, config_file
@@ -335,6 +341,34 @@ def meter_of(settings: config.Config, ids: list[str], batches_per_epoch: int, mo
 
 def figures_of(loss: float, norm: float, logits: Tensor | None = None) -> Figures:
     return Figures(("loss", "gradient_norm", "scale"), torch.tensor([loss, norm, 1.0]), logits)
+
+
+def test_a_disk_that_refuses_the_figures_is_said_with_the_file(tiny_config, monkeypatch, capfd) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # without a name, as from write()
+
+    settings, batch = config_file.load(tiny_config()), Batch(torch.zeros(1), None, torch.zeros(1, 5), torch.tensor([0]))
+    meter, picture = meter_of(settings, ["x"], 1), np.zeros((2, 2, 3), np.uint8)
+    excepthook = meter.excepthook
+    monkeypatch.setattr(LocalFileSystem, "_write", refuse)
+
+    def show() -> None:
+        with meter:
+            for step in range(1000):  # TensorBoard's thread writes
+                meter.show("cams", picture, step)
+                time.sleep(0.01)
+
+    with pytest.raises(UserError, match=r"events.*: the disk is full.*make room"):
+        show()
+    assert threading.excepthook is excepthook
+    said = capfd.readouterr().err
+    assert "Warning: TensorBoard's file ends here: No space left on device" in said
+    assert "Traceback" not in said
+
+    meter.path = Path("/dev/full")
+    meter.add(1, 0.1, figures_of(1.0, 1.0), [batch], ends_line=True)
+    with pytest.raises(UserError, match="/dev/full: cannot be written: the disk is full"):
+        meter.read(1, wait=True)
 
 
 NAN = float("nan")

@@ -84,7 +84,7 @@ COMMANDS = {
     "information": Command(f"information config.yaml --checkpoint {WEIGHTS}", ["train"]),
     "refine": Command("refine config.yaml", ["train", "cam"]),
     "segment": Command("segment config.yaml --masks data/SegmentationClass --submission comp6.tar.gz"),
-    "run": Command("run config.yaml --set name=chain --set superpixels.cache=chain"),
+    "run": Command("run config.yaml --set name=chain --set superpixels.cache=own"),
     "report": Command("report runs/kill", ["train", "cam", "evaluate"]),
     "predict": Command("predict data/JPEGImages --model runs/kill --annotations coco --annotations cvat", ["train"]),
     "export": Command(f"export {SEEDS} exported --form seam", ["train", "cam"]),

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import kill
+import yaml
 
+from cpn_fast import config_file
 from cpn_fast.cli import app
 
 
@@ -26,3 +28,11 @@ def test_every_command_that_writes_can_be_killed() -> None:
     known = {command.words.split()[0] for command in kill.COMMANDS.values()}
     callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
     assert {callback.__name__.replace("_", "-") for callback in callbacks} - {"doctor"} == known
+
+
+def test_the_configs_of_the_killed_commands_are_valid(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(kill.CONFIG))
+    for command in kill.COMMANDS.values():
+        words = command.words.split()
+        config_file.load(path, [words[at + 1] for at, word in enumerate(words) if word == "--set"])

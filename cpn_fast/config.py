@@ -328,8 +328,8 @@ class Train(Section):
     compile: bool | None = None
     """torch.compile of the network and the losses. Same results to rounding. Null: on CUDA."""
     cuda_graph: bool | None = None
-    """Capture the whole step in a CUDA graph after the first three steps. Same results. Null: on CUDA in one
-    process."""
+    """Capture the whole step in a CUDA graph after the first three steps. Same results. Null: on CUDA from sm_80 on, in
+    one process."""
     checkpoint_activations: bool = False
     """Keep only the inputs of the backbone's blocks, and compute the other activations again in the backward pass. Same
     results; for ResNet38d half of the memory and 19 % more computing (``cpn_fast/models/backbone.py``)."""

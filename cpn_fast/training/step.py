@@ -200,7 +200,14 @@ def captures(train: Train, rank: Rank, device: torch.device) -> bool:
         obstacle = "torchrun's processes exchange gradients, which is not captured"
     if train.cuda_graph and obstacle is not None:
         raise UserError(f"train.cuda_graph is true, but {obstacle}: set it to null or false")
-    return obstacle is None if train.cuda_graph is None else train.cuda_graph
+    if train.cuda_graph is not None:
+        return train.cuda_graph
+    if obstacle is not None:
+        return False
+    from cpn_fast.kernels.launch import gpu_obstacle  # it needs Triton, which not every system has
+
+    # Where the losses do not run in Triton, they wait for the device. A capture does not allow that.
+    return gpu_obstacle(device.index or 0) is None
 
 
 def compile_in_place(network: nn.Module) -> None:

@@ -182,6 +182,10 @@ def test_where_a_step_cannot_be_captured(tiny_config) -> None:
         assert not asked(None, rank, device)
         with pytest.raises(UserError, match=rf"train.cuda_graph is true, but .*{why}"):
             asked(True, rank, device)
+    with pytest.MonkeyPatch.context() as patched:  # there CPN's losses are tiled, which wait for the device
+        patched.setattr("cpn_fast.kernels.launch.gpu_obstacle", lambda _: "needs a GPU of compute capability 8.0")
+        assert not asked(None, ALONE, "cuda")
+        assert asked(True, ALONE, "cuda")
 
 
 class Capture:

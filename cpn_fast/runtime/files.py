@@ -17,13 +17,16 @@ from cpn_fast.runtime import reading
 from cpn_fast.runtime.errors import FULL, UserError, is_unread, refusal, unread
 from cpn_fast.runtime.owner import LOCK, lock, lock_when_free
 
+_PARTIAL = ".cpn-fast.tmp"
+"""Ending of temporary files. Those of other programs stay in a folder that both write to."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a binary file that replaces ``path`` when the block succeeds, once it is on disk. An error removes it.
 
-    Until then it is ``.NAME.tmp`` and locked. It overwrites a file that a killed process left there. Another process
-    that writes the same file waits. Raises UserError, which names the file, for every error of the system.
+    Until then it is ``.NAME.cpn-fast.tmp`` and locked. It overwrites a file that a killed process left there. Another
+    process that writes the same file waits. Raises UserError, which names the file, for every error of the system.
     """
     partial = _partial(path)
     with named(path, partial, path.parent):
@@ -95,8 +98,8 @@ def system_error(error: BaseException) -> OSError | None:
 
 def _partial(path: Path) -> Path:
     """Return the temporary path of ``path``. A name near the file system's limit becomes a hash."""
-    name = path.name if len(os.fsencode(path.name)) < 250 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    return path.with_name(f".{name}.tmp")
+    name = path.name if len(os.fsencode(path.name)) < 240 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    return path.with_name(f".{name}{_PARTIAL}")
 
 
 def read_json(path: Path) -> Any:
@@ -154,7 +157,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def remove_partials(*folders: Path) -> None:
     """Remove the temporary files and the locks of killed processes. Those of a live process stay."""
     for folder in folders:
-        for path in (*folder.glob(".*.tmp"), *folder.glob(LOCK)):
+        for path in (*folder.glob(f".*{_PARTIAL}"), *folder.glob(LOCK)):
             descriptor = lock(path)
             if descriptor is not None:
                 path.unlink(missing_ok=True)

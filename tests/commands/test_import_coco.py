@@ -265,9 +265,9 @@ def test_what_is_wrong_with_files_is_said(source: Path, tmp_path: Path) -> None:
     (masks / "mine.png").touch()
     with pytest.raises(UserError, match=r"exists, and cpn-fast import-coco did not make it"):
         import_coco.run(source, tmp_path / "photos", tmp_path / "data")
-    (masks / "mine.png").rename(masks / ".made_by.json.tmp")  # as after an import that was killed at its start
+    (masks / "mine.png").rename(masks / ".made_by.json.cpn-fast.tmp")  # as after an import that was killed at its start
     assert import_coco.run(source, tmp_path / "photos", tmp_path / "data").images
-    assert not (masks / ".made_by.json.tmp").exists()
+    assert not (masks / ".made_by.json.cpn-fast.tmp").exists()
     (tmp_path / "other/JPEGImages/part").mkdir(parents=True)
     with pytest.raises(UserError, match=r"expected a link to"):
         import_coco.run(source, tmp_path / "photos", tmp_path / "other")

@@ -331,7 +331,7 @@ def test_folders_keep_their_names_hidden_files_are_passed_over_and_bad_ones_name
     (photos / "c.webp").write_bytes(b"")
     Image.open(samples[1].image).save(photos / "c.webp")
     (out / "b").mkdir(parents=True)
-    (out / "b/.gone_mask.png.tmp").touch()  # as a killed command leaves it, of another photo
+    (out / "b/.gone_mask.png.cpn-fast.tmp").touch()  # as a killed command leaves it, of another photo
     result = invoke(photos, "--model", small_run, "--out", out, "--tags", "fish")
     assert not list(out.rglob(".*"))
     assert isinstance(result.exception, UserError)

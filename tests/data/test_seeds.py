@@ -210,7 +210,7 @@ def test_an_image_without_classes_is_exported_too(tmp_path: Path, form: str) -> 
 def test_export_removes_what_a_killed_one_left_half_written(tmp_path: Path) -> None:
     write_seed(tmp_path / "seeds/a/1.npz", some_seed())
     (tmp_path / "out/a").mkdir(parents=True)
-    for left in ("out/.0.npy.tmp", "out/a/.2.npy.tmp"):
+    for left in ("out/.0.npy.cpn-fast.tmp", "out/a/.2.npy.cpn-fast.tmp"):
         (tmp_path / left).touch()
     assert export_seeds(tmp_path / "seeds", tmp_path / "out", "cpn") == 1
     assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == ["1.npy", "made_by.json"]

@@ -420,7 +420,7 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path):
     samples = save_samples(tmp_path / "images", 2)
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
     cache.folder.mkdir(parents=True)
-    (cache.folder / ".image_0.00ff00ff.tmp").write_bytes(b"half")
+    (cache.folder / ".image_0.png.cpn-fast.tmp").write_bytes(b"half")
     assert cache.missing(samples) == samples
     cache.build(samples, workers=1)
     assert not list(cache.folder.glob(".*.tmp"))
@@ -541,7 +541,7 @@ def test_what_a_builder_left_that_was_killed_at_its_end_is_removed(tmp_path):
     cache = SuperpixelCache(tmp_path / "cache", CONFIG)
     cache.build(samples, workers=1)
     whole = sorted(cache.folder.iterdir())
-    for name in (owner.LOCK, ".manifest.json.tmp"):
+    for name in (owner.LOCK, ".manifest.json.cpn-fast.tmp"):
         (cache.folder / name).touch()
     assert cache.build(samples, workers=1) == 0
     assert sorted(cache.folder.iterdir()) == whole

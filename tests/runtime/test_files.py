@@ -124,15 +124,16 @@ def test_another_file_s_error_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_written_over_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
-    left, live = tmp_path / ".a.json.tmp", tmp_path / ".b.json.tmp"
+    left, live = tmp_path / ".a.json.cpn-fast.tmp", tmp_path / ".b.json.cpn-fast.tmp"
     left.write_bytes(b"[" * 9999)
     write_json(tmp_path / "a.json", {})
     assert not left.exists()
     assert read_note(tmp_path / "a.json") == {}
     left.touch()
+    (tmp_path / ".of_another_program.json.tmp").touch()
     descriptor = lock(live)
     remove_partials(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.tmp", "a.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, ".of_another_program.json.tmp", "a.json"]
     assert descriptor is not None
     os.close(descriptor)
 

@@ -140,7 +140,7 @@ def test_what_a_kill_between_two_files_left_is_removed(tiny_config) -> None:
     settings = config_file.load(tiny_config())
     train.run(settings)
     folder = settings.run / "checkpoints"
-    for name in ("step-00000001.pt", ".step-00000006.pt.0123abcd.tmp"):
+    for name in ("step-00000001.pt", ".step-00000006.pt.cpn-fast.tmp"):
         (folder / name).touch()
     train.run(settings)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000003.pt", "step-00000006.pt"]

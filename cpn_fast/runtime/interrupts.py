@@ -6,11 +6,14 @@ first.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command, given again, goes on."""
@@ -22,13 +25,30 @@ class Stopped(BaseException):
 
 @contextmanager
 def acted_on() -> Iterator[None]:
-    """Make signals raise Stopped within the block, except where they are ``noted``."""
+    """Make signals raise Stopped within the block, except where they are ``noted``.
+
+    Python drops an exception in ``__del__``, so a signal that comes within one is sent again a moment later.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("stopped; finished files are kept")
 
-    with _handled(stop):
-        yield
+    def send_again() -> None:
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # else the block has ended
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def report(dropped: Any) -> None:
+        if dropped.exc_type is Stopped:
+            threading.Timer(0.01, send_again).start()
+        else:
+            previous(dropped)
+
+    previous, sys.unraisablehook = sys.unraisablehook, report
+    try:
+        with _handled(stop):
+            yield
+    finally:
+        sys.unraisablehook = previous
 
 
 @contextmanager

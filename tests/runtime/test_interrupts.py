@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from several_processes import start_command
 
 from cpn_fast import cli, config_file
-from cpn_fast.runtime.interrupts import EXIT_CODE, noted
+from cpn_fast.runtime.interrupts import EXIT_CODE, Stopped, acted_on, noted
 from cpn_fast.stages import train
 
 
@@ -49,6 +49,21 @@ def test_a_signal_ends_the_step_keeps_it_and_has_an_exit_code_of_its_own(number:
     assert int(kept.stem.removeprefix("step-")) == done
     assert f"stopped after step {done} of 400" in errors
     assert "The same command goes on" in errors
+
+
+def test_a_signal_within_a_finalizer_is_not_lost(capfd) -> None:
+    class Slow:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def work() -> None:
+        with acted_on():
+            Slow()
+            time.sleep(10)
+
+    with pytest.raises(Stopped):
+        work()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 STOPPED_IN = [

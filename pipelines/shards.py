@@ -34,7 +34,7 @@ from cpn_fast.data.provenance import combined, image_digests
 from cpn_fast.pipelines.superpixels import SuperpixelCache
 from cpn_fast.runtime import distributed, reading
 from cpn_fast.runtime.errors import UserError, some
-from cpn_fast.runtime.files import read_json, read_note, remove_partials, replacing, with_checksum, write_json
+from cpn_fast.runtime.files import named, read_json, read_note, remove_partials, replacing, with_checksum, write_json
 from cpn_fast.runtime.owner import LOCK, owned
 from cpn_fast.runtime.progress import track
 
@@ -99,7 +99,8 @@ class Shards:
                 members.update(members_of_shard)
                 paths.append(str(_shard(self.folder, number)))
                 index_paths.append(f"{parts}/{number}.idx")
-                Path(index_paths[-1]).write_text(_index(lines))
+                with named(Path(index_paths[-1])):
+                    Path(index_paths[-1]).write_text(_index(lines))
             pipeline = Pipeline(READ, 1, None, prefetch_queue_depth=2)
             with pipeline:
                 files = fn.readers.webdataset(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -368,3 +369,12 @@ def test_other_tags_images_or_lists_than_were_packed_are_said(tiny_config, small
     capsys.readouterr()
     train.run(settings)
     assert "was trained on shards that were packed from other images" in capsys.readouterr().err
+
+
+def test_a_full_temporary_folder_is_said_with_the_file(shards: Shards, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # without a name, as from write()
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(UserError, match=r"0\.idx: cannot be written: the disk is full"):
+        list(shards.read([0]))

@@ -117,9 +117,12 @@ def run(folder: Path, overrides: list[str] | None = None) -> Report:
     return Report(path, then)
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        tree = read_json(path)
+        if not isinstance(tree, dict):
+            raise ValueError(f"expected an object, found a {type(tree).__name__}")
+        return tree
     except OSError as error:
         raise unread(path, error) from None
     except ValueError as error:
@@ -132,7 +135,8 @@ def _json(path: Path) -> Any:
 def _training(path: Path, folder: Path) -> dict[str, Any]:
     """Return the figures and curves of a training: the run's, AffinityNet's or the segmenter's."""
     title = "Training" if path.parent == folder else f"Training of {path.parent.relative_to(folder)}"
-    lines = read_metrics(path)
+    values = [{key: x for key, x in line.items() if isinstance(x, (int, float))} for line in read_metrics(path)]
+    lines = [line for line in values if line.keys() >= {"epoch", "images_per_second", "waiting"}]  # not damaged ones
     if not lines:
         return {"title": title}
     options = load(path.with_name("config.yaml")).train
@@ -182,8 +186,26 @@ def _differing(prefix: str, tree: dict[str, Any], defaults: dict[str, Any]) -> I
 # Evaluations
 
 
-def _evaluation(path: Path, config: Config, model: Model | None, digests: Mapping[str, str]) -> dict[str, Any]:
+_SCORES = {"source": str, "list": str, "images": int, "classes": list, "results": list, "ids": list}
+"""Keys that the report reads in an evaluation.json."""
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    """Read an evaluation.json. Raises UserError for a damaged one, and for one of an earlier version."""
     tree = _json(path)
+    lacking = [key for key, kind in _SCORES.items() if not isinstance(tree.get(key), kind) or not tree[key]]
+    if not lacking and not all({"kind", "threshold", "confusion", *SUMMARY} <= {*result} for result in tree["results"]):
+        lacking = ["results"]
+    if lacking:
+        raise UserError(
+            f"{path}: expected scores as this version writes them, found other {', '.join(lacking)}. Evaluate again, "
+            f"or delete {path.parent}"
+        )
+    return tree
+
+
+def _evaluation(path: Path, config: Config, model: Model | None, digests: Mapping[str, str]) -> dict[str, Any]:
+    tree = _scores(path)
     source, threshold = _scored_folder(path, tree, config), tree["results"][0]["threshold"]
     ending = ".png" if threshold is None else ".npz"
 

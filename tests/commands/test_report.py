@@ -152,6 +152,40 @@ def test_parts_that_were_trained_have_their_curves_and_half_a_line_is_no_obstacl
     assert len(pictures(html)) == PLOTS + CAMS + 4
 
 
+def test_damaged_lines_of_metrics_are_left_out(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    whole = report._training(path, run)
+    first = json.loads(path.read_text().splitlines()[0])
+    damaged = [{"step": 1}, {**first, "images_per_second": "x"}, {**first, "step": 9, "loss": None}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in damaged[:2]) + path.read_text())
+    assert dict(report._training(path, run)["figures"]) == dict(whole["figures"])
+    path.write_text(json.dumps(damaged[2]) + "\n")
+    figures = dict(report._training(path, run)["figures"])
+    assert figures["steps"] == "9"
+    assert "loss at the end" not in figures
+    path.write_text(json.dumps(damaged[0]) + "\n")
+    assert "figures" not in report._training(path, run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ids", None), ("list", 3), ("results", []), ("results", [{"kind": "oracle", "threshold": 0.5}])],
+)
+def test_scores_of_another_form_are_named(key: str, value: object, run: Path) -> None:
+    (path,) = run.glob("evaluation/*/*/evaluation.json")
+    path.write_text(json.dumps({**read_json(path), key: value}))
+    with pytest.raises(UserError, match=rf"expected scores as this version writes them, found other {key}\. Evaluate"):
+        report.run(run)
+
+
+@pytest.mark.parametrize("name", ["environment.json", "evaluation.json"])
+def test_a_list_instead_of_an_object_is_named(name: str, run: Path) -> None:
+    (path,) = run.rglob(name)
+    path.write_text("[]")
+    with pytest.raises(UserError, match=rf"{name}: damaged \(expected an object, found a list\); delete it"):
+        report.run(run)
+
+
 def test_a_segmenter_has_a_page_that_names_the_report_of_its_run(small_segmenter: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(small_segmenter, tmp_path / "small/segment/deeplab")
     result = CliRunner().invoke(app, ["report", str(folder)], catch_exceptions=False)

@@ -110,6 +110,8 @@ class Section(pydantic.BaseModel):
     @classmethod
     def _home(cls, value: Any) -> Any:
         """Expand ``~`` to the home folder. A shell does not expand it in KEY=~/VALUE."""
+        if isinstance(value, Path) and "\0" in str(value):  # YAML reads \0 in double quotes as a character of value 0
+            raise ValueError(f"no path has a character of value 0, found {str(value)!r}")
         try:
             return expanded(value) if isinstance(value, Path) else value
         except UserError as error:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import reprlib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _read(path: Path, parents: tuple[str, ...] = ()) -> dict[str, Any]:
     if "base" not in tree:
         return tree
     named = tree.pop("base")
-    if not isinstance(named, str) or not named:
+    if not isinstance(named, str) or not named or "\0" in named:
         raise UserError(f"{path}: base: expected the path of another config, found {named!r}")
     base = path.parent / reading.expanded(Path(named))
     if os.path.realpath(base) in parents:
@@ -140,12 +141,14 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(where[-1], _known(where[:-1]), n=1, cutoff=0.5)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":  # of the key name alone
+        message = "expected only letters, digits, dots, dashes and underscores"
     if problem["type"] in ("missing", "value_error"):
         return f"{key}: {message}" if key else message
     value = reprlib.repr(problem["input"])  # shortened, because YAML aliases may make it endless
     hint = ""
-    if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float, type(None))):
-        hint = '; quote it ("no", "7"): YAML does not read no, yes, on, off, null and digits as text'
+    if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float, date, type(None))):
+        hint = '; quote it ("no", "7"): YAML does not read no, yes, on, off, null, digits and dates as text'
     return f"{key}: {message}, found {value}{hint}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from cpn_fast.runtime.files import MADE_BY, read_note
@@ -19,11 +20,15 @@ def visible_files(folder: Path) -> list[Path]:
     """Return the files in a folder, its subfolders and linked folders, sorted.
 
     Hidden ones, subfolders of masks and of cpn-fast's results, and files of ``predict`` are left out; broken links are
-    not.
+    not. A warning on stderr names each folder that cannot be read.
     """
+
+    def warn(error: OSError) -> None:
+        print(f"Warning: {error.filename}: {error.strerror}; the files in it are left out", file=sys.stderr)
+
     files: list[Path] = []
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=warn, followlinks=True):
         real = os.path.realpath(parent)
         # Links may lead here twice, or back to a folder above.
         if real in seen or (Path(parent) != folder and _holds_results(Path(parent), {*names})):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -255,6 +256,21 @@ def test_a_list_of_init_that_is_damaged_is_named(photos: Path, monkeypatch) -> N
     started(photos, monkeypatch)
     (photos.parent / "my-photos-cpn/held_out.txt").write_bytes(b"\xff\xfe")
     assert "held_out.txt: not readable as a list of images" in message_of(photos, None, None, None)
+
+
+def test_a_folder_that_cannot_be_read_is_said(photos: Path, monkeypatch) -> None:
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "more":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    (photos / "tags.csv").write_text(TAGS["tags.csv"])
+    monkeypatch.setattr(os, "scandir", scandir)  # root may read every folder
+    _, said = started(photos, monkeypatch)
+    assert f"Warning: {photos}/more: Permission denied; the files in it are left out" in said
+    assert "10 of 10 photos are tagged" in said
 
 
 def test_results_among_the_photos_are_no_photos(photos: Path, monkeypatch) -> None:

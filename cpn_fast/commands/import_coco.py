@@ -298,10 +298,10 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
 
 def _is_one_name(file: PurePosixPath) -> bool:
     """Return whether a line of a list can name an image by its id, the name without its ending."""
-    id_ = str(file.with_suffix(""))
     try:
+        id_ = str(file.with_suffix(""))
         return line_of(id_, Path(file)) == id_
-    except UserError:
+    except (UserError, ValueError):  # ValueError: the name is empty
         return False
 
 

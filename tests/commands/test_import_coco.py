@@ -204,6 +204,8 @@ def broken(tree: dict[str, Any], kind: str) -> Any:
             images[0]["file_name"] = "../photos/9.jpg"
         case "two endings":
             images[0]["file_name"] = "9.png.jpg"
+        case "no name":
+            images[0]["file_name"] = ""
         case "no list":
             return objects
         case "no width":
@@ -236,6 +238,7 @@ def broken(tree: dict[str, Any], kind: str) -> Any:
         ("unknown image", r"image that is not among images: annotation 100 \(5\)"),
         ("outside", r"1 images outside their folder: \.\./photos/9\.jpg"),
         ("two endings", r"1 images with names that a list cannot hold .*: 9\.png\.jpg"),
+        ("no name", r"1 images with names that a list cannot hold"),
         ("no list", r"expected COCO's instances, with images, annotations and categories"),
         ("no width", r"images\.1\.width: Field required"),
         ("no objects", r"no object is annotated in its 5 images"),

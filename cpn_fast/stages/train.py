@@ -144,7 +144,8 @@ def _fit(
     if rank.first:
         tensors = to_released_keys(network.state_dict())
         write_weights(config.run / FINAL, tensors, config=config_file.dump(config), training={"step": steps})
-    rank.wait()
+    if any(rank.gather(stopping())):  # in the last step: no other stage may begin
+        raise interrupts.Stopped(f"stopped after all {steps} steps; {config.run} has its weights")
     return weights_of(config.run, config)
 
 

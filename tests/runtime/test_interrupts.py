@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from several_processes import start_command
 from cpn_fast import cli, config_file
 from cpn_fast.runtime.interrupts import EXIT_CODE, Stopped, acted_on, noted
 from cpn_fast.stages import train
+from cpn_fast.training import checkpoint
 
 
 def start(path: Path) -> subprocess.Popen[str]:
@@ -49,6 +51,19 @@ def test_a_signal_ends_the_step_keeps_it_and_has_an_exit_code_of_its_own(number:
     assert int(kept.stem.removeprefix("step-")) == done
     assert f"stopped after step {done} of 400" in errors
     assert "The same command goes on" in errors
+
+
+def test_a_signal_in_the_last_step_is_not_lost(tiny_config, monkeypatch) -> None:
+    settings, write = config_file.load(tiny_config(train={"steps": 1})), checkpoint.write
+
+    def write_in_time(*arguments: Any, **options: Any) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "write", write_in_time)
+    with pytest.raises(Stopped, match="stopped after all 1 steps"):
+        train.run(settings)
+    assert train.run(settings).exists()
 
 
 def test_a_signal_within_a_finalizer_is_not_lost(capfd) -> None:

@@ -26,6 +26,8 @@ _TICKS = dict.fromkeys(_YES, True) | dict.fromkeys(_NO, False)
 """Words of a table, in lower case, and whether the image shows the class."""
 _SURE = {*_YES[:4], *_NO[:5]}
 """Words that are ticks even in a single column."""
+_TAGS = re.compile(r"(image[ _-]?)?(tags?|labels?|class(es)?|categor(y|ies))([ _-]?(names?|\d+))?", re.IGNORECASE)
+"""What tables of boxes and of splits call the column of tags."""
 _EXCEL = re.compile(r'"?sep=([,;\t|])"?[,;\t ]*(?=[\r\n])', re.IGNORECASE)
 """The line with which Excel learns the separator."""
 
@@ -50,8 +52,7 @@ def listed_in(path: Path, images: Collection[str]) -> list[str]:
 def class_names(path: Path, images: Collection[str]) -> list[str]:
     """Return the columns of a table that ticks the classes of ``images``, else their names in alphabetic order."""
     rows = _rows(path, Ids(images))
-    columns = _ticked_columns(path, rows)
-    if columns:
+    if not _tag_columns(rows) and (columns := _ticked_columns(path, rows)):
         return columns
     tags = _tags(path, rows, ())
     _refuse_ticks(path, tags)
@@ -128,11 +129,16 @@ def _refuse_break(path: Path, line: int, cell: str) -> None:
 
 def _header(rows: Sequence[_Row]) -> _Row | None:
     """Return the row above the first image that names most columns. Titles and other images may be there too."""
-    above = itertools.takewhile(lambda row: row.id is None, rows)
-    headers = [row for row in above if any(row.cells) and not row.key.lower().endswith(IMAGE_SUFFIXES)]
+    headers = _above(rows)
     most = max(map(_names_in, headers), default=0)
     last = (row for row in reversed(headers) if most and _names_in(row) == most)
     return next(last, headers[0] if headers else None)
+
+
+def _above(rows: Sequence[_Row]) -> list[_Row]:
+    """Return the rows above the first image, without those that are surely of other images."""
+    above = itertools.takewhile(lambda row: row.id is None, rows)
+    return [row for row in above if any(row.cells) and not row.key.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def _names_in(row: _Row) -> int:
@@ -144,7 +150,8 @@ def _tags(path: Path, rows: Sequence[_Row], classes: Sequence[str]) -> Names:
     entries = [row for row in rows if row.id is not None]
     header = _header(rows)
     columns = header.cells if header else []
-    words = _words(columns, entries, classes)
+    tagged = _tag_columns(rows)
+    words = set() if tagged else _words(columns, entries, classes)
     tags: dict[str, list[tuple[str, str]]] = {}
     keys: dict[str, str] = {}
     for line, key, id_, cells in entries:
@@ -155,11 +162,35 @@ def _tags(path: Path, rows: Sequence[_Row], classes: Sequence[str]) -> Names:
         if words:
             names = _ticked(columns, cells, classes, words, f"{path} {location}")
         else:
+            cells = _below(tagged, cells, f"{path} {location}") if tagged else cells
             for cell in cells:
                 _refuse_break(path, line, cell)
             names = [name for cell in cells for name in _names(cell, classes)]
         tags.setdefault(id_, []).extend((name, location) for name in names)
     return tags
+
+
+def _tag_columns(rows: Sequence[_Row]) -> list[bool]:
+    """Return which columns the header calls tags, labels, class or category; none if they hold ticks or numbers."""
+    header = next((row for row in _above(rows) if any(map(_TAGS.fullmatch, row.cells))), None)
+    if header is None:
+        return []
+    named: list[bool] = []
+    for name in header.cells:
+        named.append(bool(_TAGS.fullmatch(name)) if name else named[-1:] == [True])  # `image,tags,,` has three of tags
+    below = (row.cells for row in rows if row.line > header.line)  # of all images: those asked for may be negatives
+    cells = {cell.lower() for row in below for cell in itertools.compress(row, named)}
+    return named if any(cell not in _TICKS and not _NUMBER.fullmatch(cell) for cell in cells) else []
+
+
+def _below(tagged: Sequence[bool], cells: Sequence[str], location: str) -> list[str]:
+    """Return the cells of the columns of tags. Cells beyond the header belong to its last column."""
+    if len(cells) > len(tagged) and not tagged[-1] and any(cells[len(tagged) :]):
+        raise UserError(
+            f"{location}: expected {len(tagged) + 1} cells, as in the header, found {len(cells) + 1}. Put tags with "
+            'commas between them in quotes: "cat,dog"'
+        )
+    return list(itertools.compress(cells, itertools.chain(tagged, itertools.repeat(tagged[-1]))))
 
 
 def _names(cell: str, classes: Sequence[str]) -> list[str]:

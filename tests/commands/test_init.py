@@ -126,8 +126,8 @@ def test_a_table_may_have_columns_that_are_no_classes(more: str, photos: Path, m
 
 
 def test_one_column_of_0_and_1_beside_text_is_refused(photos: Path) -> None:
-    (photos / "tags.csv").write_text("image,tags,checked\n" + "".join(f"p{k},red,{k % 2}\n" for k in range(20)))
-    assert "column checked holds 0 and 1, and tags holds text" in message_of(photos, None, None, None)
+    (photos / "tags.csv").write_text("image,thing,checked\n" + "".join(f"p{k},red,{k % 2}\n" for k in range(20)))
+    assert "column checked holds 0 and 1, and thing holds text" in message_of(photos, None, None, None)
 
 
 def test_a_quote_that_is_not_closed_is_said(photos: Path) -> None:
@@ -290,7 +290,7 @@ def test_results_among_the_photos_are_no_photos(photos: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("boxes.csv", "file,width,class,xmin\np0.jpg,40,red,7\np1.jpg,40,blue,9\n", "7 and 9|40, 7|look like numbers"),
+        ("boxes.csv", "file,width,kind,xmin\np0.jpg,40,red,7\np1.jpg,40,blue,9\n", "7 and 9|40, 7|look like numbers"),
         ("signs.csv", "image,red,blue\np0.jpg,1,-1\np1.jpg,-1,1\n", "-1 would be classes|look like numbers"),
         ("words.json", '{"p0.jpg": "red"}', 'p0.jpg: expected a list of class names, found "red"'),
     ],

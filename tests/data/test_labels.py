@@ -237,6 +237,39 @@ def test_json(tmp_path):
     assert names(read_labels(path, ["a", "b"], CLASSES)) == {"a": ["cat", "dog"], "b": []}
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        "filename,label,split\na.jpg,cat,train\nb.jpg,dog,val\n",
+        "image,class,truncated,difficult\na,cat,0,1\nb,dog,1,0\n",
+        "filename,width,height,class,xmin\na.jpg,8,8,cat,1\na.jpg,8,8,cat,0\nb.jpg,8,8,dog,1\n",
+        "Image;Note;Image Tags;;Tag 3\na;blurred;cat;;\nb;;;dog;dog\n",
+        "image,tags\na,cat,cat\nb,dog\n",
+        "image,tags,split\nnegative,,train\na,cat,train\nb,dog,val\n",
+    ],
+)
+def test_columns_that_the_header_calls_tags_count_alone(tmp_path, table):
+    path = tmp_path / "labels.csv"
+    path.write_text(table)
+    assert not any(label.any() for label in read_labels(path, ["negative"], CLASSES).values())
+    assert class_names(path, ["a", "b"]) == ["cat", "dog"]
+    assert names(read_labels(path, ["a", "b"], CLASSES)) == {"a": ["cat"], "b": ["dog"]}
+    assert names(read_labels(path, ["b"], CLASSES)) == {"b": ["dog"]}  # the row of another image is no header
+
+
+def test_a_row_with_more_cells_than_the_header_loses_no_tag(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("image,tags,split\na,cat,dog,train\n")
+    assert "line 2: expected 3 cells, as in the header, found 4" in refused(path)
+
+
+def test_classes_may_be_called_like_columns_of_tags(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("image,label,tag\na,1,0\nb,0,1\n")
+    assert class_names(path, ["a", "b"]) == ["label", "tag"]
+    assert read_labels(path, ["a"], ("label", "tag"))["a"].tolist() == [True, False]
+
+
 def test_spaces_around_a_name_in_json_do_not_make_another_class(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text('{"a": ["cat ", "\\tdog"], "b": ["cat"]}')

@@ -41,7 +41,7 @@ def read_tags(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names
 
 
 def listed_in(path: Path, images: Collection[str]) -> list[str]:
-    """Return the first cells of the rows without a header, each once."""
+    """Return the cells that name images, without a header, each once."""
     match = Ids(images)
     names = [row.key for row in _rows(path, match) if row.key]
     if len(names) > 1 and match(names[0]) is None and match(names[1]) is not None:
@@ -65,7 +65,7 @@ class _Row(NamedTuple):
     line: int
     """Its first line; the first line of a file is 1."""
     key: str
-    """Its first cell."""
+    """The cell that names the image; the first one, as a rule."""
     id: str | None
     """The image that ``key`` stands for."""
     cells: list[str]
@@ -102,7 +102,7 @@ def _named(rows: Sequence[_Row]) -> tuple[int, int]:
 
 def _separated(path: Path, text: str, separator: str, match: Ids) -> list[_Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    rows = []
+    table: list[tuple[int, list[str]]] = []
     line = 1
     try:
         for cells in reader:
@@ -111,12 +111,31 @@ def _separated(path: Path, text: str, separator: str, match: Ids) -> list[_Row]:
                 if any(match(key) is not None for key in swallowed):
                     _refuse_break(path, line, cell)
             if cells:
-                key, *others = (cell.strip() for cell in cells)
-                rows.append(_Row(line, key, match(key), others))
+                table.append((line, [cell.strip() for cell in cells]))
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f'{path} line {line}: not readable as CSV: {error}. Is a quote (") open?') from None
-    return rows
+    key = _key_column([cells for _, cells in table], match)
+    return [_row(line, cells, key, match) for line, cells in table]
+
+
+def _key_column(table: Sequence[Sequence[str]], match: Ids) -> int:
+    """Return the column of the images: the first one, or that of their files beside an index or a tag."""
+    for first, *others in table:
+        if not _is_file(first):
+            for column, cell in enumerate(others, 1):
+                if _is_file(cell) and match(cell) not in (None, match(first)):
+                    return column
+    return 0
+
+
+def _is_file(cell: str) -> bool:
+    return cell.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _row(line: int, cells: Sequence[str], column: int, match: Ids) -> _Row:
+    key = cells[column] if column < len(cells) else ""
+    return _Row(line, key, match(key), [*cells[:column], *cells[column + 1 :]])
 
 
 def _refuse_break(path: Path, line: int, cell: str) -> None:
@@ -138,7 +157,7 @@ def _header(rows: Sequence[_Row]) -> _Row | None:
 def _above(rows: Sequence[_Row]) -> list[_Row]:
     """Return the rows above the first image, without those that are surely of other images."""
     above = itertools.takewhile(lambda row: row.id is None, rows)
-    return [row for row in above if any(row.cells) and not row.key.lower().endswith(IMAGE_SUFFIXES)]
+    return [row for row in above if any(row.cells) and not _is_file(row.key)]
 
 
 def _names_in(row: _Row) -> int:

@@ -8,6 +8,7 @@
   - names separated by commas in a quoted cell, or by spaces if no class name has a space,
   - a list as Python writes it, ``"['cat', 'dog']"``,
   - semicolons or tabs instead of the commas between cells, and Excel's line ``sep=;``,
+  - files of images in another column than the first, as beside the index that pandas writes,
   - other columns beside those that the header calls tags, label, class or category,
   - tables whose header names the classes, with 0 and 1, ``x`` and nothing, or ``yes`` and ``no`` below.
   Rows of images that were not asked for are skipped; so are a header and a title above it.

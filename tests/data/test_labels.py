@@ -257,6 +257,28 @@ def test_columns_that_the_header_calls_tags_count_alone(tmp_path, table):
     assert names(read_labels(path, ["b"], CLASSES)) == {"b": ["dog"]}  # the row of another image is no header
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        "label,filename\ncat,1.jpg\ndog,photos/0.jpg\n",
+        ",filename,label\n0,1.jpg,cat\n1,0.jpg,dog\n",  # as pandas writes it; its index is no image
+        "cat,1.jpg\ndog,0.jpg\n",
+    ],
+)
+def test_the_files_of_images_need_not_be_in_the_first_column(tmp_path, table):
+    path = tmp_path / "labels.csv"
+    path.write_text(table)
+    assert class_names(path, ["0", "1"]) == ["cat", "dog"]
+    assert names(read_labels(path, ["0", "1"], CLASSES)) == {"1": ["cat"], "0": ["dog"]}
+    assert {Path(name).stem for name in listed_in(path, ["0", "1"])} == {"0", "1"}
+
+
+def test_a_column_of_other_files_is_not_that_of_the_images(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("id,mask,label\n0,masks/0.png,cat\n1,masks/1.png,dog\n")
+    assert names(read_labels(path, ["0", "1"], CLASSES)) == {"0": ["cat"], "1": ["dog"]}
+
+
 def test_a_row_with_more_cells_than_the_header_loses_no_tag(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("image,tags,split\na,cat,dog,train\n")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,9 @@ from cpn_fast.commands.demo_data import DEMO_CLASSES, generate
 from cpn_fast.config_file import parse
 from cpn_fast.data.masks import IGNORE, read_mask, write_mask
 from cpn_fast.stages import cam, evaluate, segment, train
+
+hypothesis.settings.register_profile("cpn_fast", deadline=None)  # no test may depend on the machine's speed
+hypothesis.settings.load_profile("cpn_fast")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -37,7 +37,8 @@ Names = Mapping[str, list[tuple[str, str]]]
 
 def read_tags(path: Path, ids: Collection[str], classes: Sequence[str]) -> Names:
     """Return the names of those ``ids`` that a CSV has. Without ``classes`` a name of two words is one name."""
-    return _tags(path, _rows(path, Ids(ids)), classes)
+    rows = _rows(path, Ids(ids))
+    return _tags(path, rows, _tag_columns(rows), classes)
 
 
 def listed_in(path: Path, images: Collection[str]) -> list[str]:
@@ -52,9 +53,10 @@ def listed_in(path: Path, images: Collection[str]) -> list[str]:
 def class_names(path: Path, images: Collection[str]) -> list[str]:
     """Return the columns of a table that ticks the classes of ``images``, else their names in alphabetic order."""
     rows = _rows(path, Ids(images))
-    if not _tag_columns(rows) and (columns := _ticked_columns(path, rows)):
+    tagged = _tag_columns(rows)
+    if not tagged and (columns := _ticked_columns(path, rows)):
         return columns
-    tags = _tags(path, rows, ())
+    tags = _tags(path, rows, tagged, ())
     _refuse_ticks(path, tags)
     return sorted({name for names in tags.values() for name, _ in names})
 
@@ -165,11 +167,11 @@ def _names_in(row: _Row) -> int:
     return sum(cell.lower() not in _TICKS and not _NUMBER.fullmatch(cell) for cell in row.cells)
 
 
-def _tags(path: Path, rows: Sequence[_Row], classes: Sequence[str]) -> Names:
+def _tags(path: Path, rows: Sequence[_Row], tagged: Sequence[bool], classes: Sequence[str]) -> Names:
+    """Return the names of the rows; ``tagged`` are the table's ``_tag_columns``."""
     entries = [row for row in rows if row.id is not None]
     header = _header(rows)
     columns = header.cells if header else []
-    tagged = _tag_columns(rows)
     words = set() if tagged else _words(columns, entries, classes)
     tags: dict[str, list[tuple[str, str]]] = {}
     keys: dict[str, str] = {}

@@ -19,7 +19,7 @@ def test_sound_files_are_read(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 @given(rng=st.randoms(use_true_random=False), other=st.sampled_from(sorted(READERS)))
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 def test_a_reader_gives_a_valid_value_or_a_user_error(
     name: str, tmp_path: Path, rng: random.Random, other: str
 ) -> None:

@@ -31,7 +31,7 @@ def written(form: str, mask: np.ndarray, folder: Path) -> str:
     return own.write(folder).read_text()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 1000))
 def test_coco_s_runs_are_the_mask(tmp_path_factory: pytest.TempPathFactory, height: int, width: int, seed: int) -> None:
     rle = pytest.importorskip("pycocotools.mask")
@@ -85,7 +85,7 @@ def test_one_pixel_has_an_outline() -> None:
     assert len(outline) == 4
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
 def test_cvat_s_runs_are_the_mask(tmp_path_factory: pytest.TempPathFactory, height: int, width: int, seed: int) -> None:
     mask = blobs(height, width, seed)

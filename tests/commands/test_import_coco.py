@@ -276,7 +276,7 @@ def test_what_is_wrong_with_files_is_said(source: Path, tmp_path: Path) -> None:
         import_coco.run(source, tmp_path / "photos", tmp_path / "other")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_text_of_runs_is_read_as_pycocotools_writes_it(height: int, width: int, seed: int, share: float) -> None:
     mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
@@ -287,7 +287,7 @@ def test_text_of_runs_is_read_as_pycocotools_writes_it(height: int, width: int, 
     assert np.array_equal(import_coco.mask_of(image, [object_], {7: 9}), 9 * mask)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=12), st.integers(1, 9), st.integers(1, 9))
 def test_any_text_of_runs_is_a_mask_or_refused(text: str, height: int, width: int) -> None:
     image = import_coco.Image(id=1, file_name="x.jpg", height=height, width=width)

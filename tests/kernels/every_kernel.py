@@ -33,7 +33,6 @@ and with it the ReLU's gradient: an error of 3 % in ``test_every_block_of_the_ta
 the interpreter."""
 few = settings(
     max_examples=6,
-    deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -58,7 +58,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("op", OPS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     n=st.integers(1, 3), c=st.integers(1, 6), d=st.integers(1, 9), h=st.integers(1, 40), w=st.integers(1, 40)
 )  # fmt: skip
@@ -167,7 +167,7 @@ def test_registered_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.cpn_fast.region_correlation_tiled, (cam, keys, features, 0.3))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(h=st.integers(1, 9), w=st.integers(1, 9), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_pooled_logits_are_the_mean_of_the_upsampled_map(h: int, w: int, height: int, width: int) -> None:
     cam = torch.randn(2, 3, h, w, dtype=torch.float64, generator=torch.Generator().manual_seed(h * w))

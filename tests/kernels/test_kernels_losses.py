@@ -61,7 +61,7 @@ def test_every_variant_equals_the_plain_formula(counts: list[int]) -> None:
         assert_same(data, (11, 13), **variant)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     counts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     classes=st.integers(4, 9),
@@ -127,7 +127,7 @@ def with_flaw(maps: Tensor, at: tuple[int, ...], flaw: float) -> Tensor:
     return changed.requires_grad_()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(0, 3), min_size=1, max_size=3),
     small=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -155,7 +155,7 @@ def test_what_is_not_finite_reaches_losses_and_gradients_as_in_eager(
                 assert mine.isfinite().all() == reference.isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.integers(0, 3),
     share=st.sampled_from([0.25, 1.0]),

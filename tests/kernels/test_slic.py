@@ -51,7 +51,7 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 kinds = st.sampled_from(["noise", "smooth", "constant"])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     sizes, st.sampled_from([1, 2, 7, 30, 200, 3000]), kinds, st.sampled_from([0.01, 10.0, 500.0]), st.integers(0, 99)
 )
@@ -66,7 +66,7 @@ def test_labels_are_a_partition_into_regions(size, count, kind, compactness, see
         assert torch.equal(labels.flatten(), torch.arange(labels.numel()))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(sizes, st.sampled_from([1, 5, 30]), kinds, st.data())
 def test_what_a_mask_leaves_out_does_not_matter(size, count, kind, data):
     """The mask is a rectangle, as of a padded crop. Around it labels are -1, and colours do not matter."""

@@ -33,7 +33,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 3), sides, sides, configs, st.booleans(), st.integers(0, 2**31), st.data())
 def test_pair_is_complementary(batch, height, width, config, filled, seed, data):
     source = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def share_of(shown, superpixels, config, otherwise):
     ])  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sides, sides, configs, st.integers(0, 2**31))
 def test_a_patch_has_one_fate(height, width, config, seed):
     config = config.model_copy(update={"kind": "superpixel"})
@@ -225,7 +225,7 @@ def test_never_waits_for_the_gpu(kind):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([2, 4]), st.integers(1, 3), sides, sides, configs, st.integers(0, 2**31))
 def test_the_parts_of_a_batch_become_the_pairs_of_the_whole(world, count, height, width, config, seed):
     source = torch.Generator().manual_seed(seed)

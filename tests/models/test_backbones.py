@@ -49,7 +49,7 @@ def test_parameters_and_trainable_parameters(name: str) -> None:
     assert sum(p.numel() for p in parameters if p.requires_grad) == convolutions_that_train
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
 def test_dilated_depthwise_is_the_dilated_convolution(batch: int, height: int, width: int, dilation: int) -> None:
     torch.manual_seed(0)

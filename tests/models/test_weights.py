@@ -279,7 +279,7 @@ def sound_files() -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", list(sound_files()))
 def test_mutated_files_parse_or_raise_a_user_error(kind: str, data: st.DataObject) -> None:

@@ -70,7 +70,7 @@ def test_scales_are_pillows_cubic_at_the_fitting_size(samples: list[Sample]) -> 
 
 
 @given(pixels=st.integers(30, 4000))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_scale_of_a_batch_exceeds_the_pixels(samples: list[Sample], pixels: int) -> None:
     batches = scaled(samples, scales=(0.5, 1.0, 2.0), pixels=pixels)
     assert sorted(index for batch in batches for index in batch.indices) == list(range(len(SIZES)))

@@ -99,7 +99,7 @@ def test_read_image_names_a_bad_file(tmp_path, damage):
 # Segmenting
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 60),
     st.integers(1, 60),

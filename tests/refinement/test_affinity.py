@@ -61,7 +61,7 @@ def test_the_released_counts() -> None:
     assert sum(ends) == 84_864
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, st.integers(1, 6))
 def test_pairs_are_those_of_the_released_code(size, radius) -> None:
     radius = affinity.fitting_radius(radius, *size)
@@ -75,7 +75,7 @@ def test_small_maps_shrink_the_radius() -> None:
     assert [affinity.fitting_radius(5, edge, 100) for edge in (1, 2, 3, 9, 10, 11)] == [0, 0, 1, 4, 4, 5]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(SIZES, st.integers(0, 2**31))
 def test_affinities_and_their_gradient_are_the_formula(size, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +90,7 @@ def test_affinities_and_their_gradient_are_the_formula(size, seed) -> None:
     torch.testing.assert_close(own, theirs)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(SIZES, st.integers(0, 2**31), st.sampled_from([[0, 1, 2, IGNORE], [0, 1], [1, IGNORE], [IGNORE]]))
 def test_the_loss_is_the_released_one(size, seed, values) -> None:
     rng = np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def test_labels_are_what_both_alphas_are_sure_of() -> None:
     assert affinity.combined_labels(low, high).tolist() == [[0, IGNORE, 3, 0, 2]]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
 def test_cell_labels_are_the_released_ones_for_one_class_and_certain_scores(height, width, seed) -> None:
     """The released code pools the scores of each alpha and combines the winners. Certain scores are one-hot."""
@@ -167,7 +167,7 @@ def test_padding_has_no_label() -> None:
     assert affinity.cell_labels(labels).tolist() == [[[4, IGNORE], [4, IGNORE]]]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(SIZES, st.integers(0, 2**31), st.integers(0, 6), st.sampled_from([1.0, 8.0]))
 def test_the_walk_is_the_dense_power(size, seed, logt, beta) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -105,6 +105,7 @@ def test_what_a_user_can_mend_is_said(arguments, message, tiny_config, entered) 
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
         RuntimeError("[/opt/dali/x.cc:1] CUDA allocation failed: out of memory"),  # from DALI
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
         MemoryError(),
     ],

@@ -20,9 +20,15 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error means full memory, of a GPU or the machine. It knows torch's, DALI's and NumPy's."""
+    """Return whether the error means full memory, of a GPU or the machine.
+
+    It knows the errors of torch, cuBLAS, cuDNN, DALI and NumPy.
+    """
     message = str(error) if isinstance(error, RuntimeError) else ""
-    return isinstance(error, MemoryError) or "out of memory" in message.lower() or "DefaultCPUAllocator" in message
+    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return (
+        isinstance(error, MemoryError) or "out of memory" in message.lower() or any(words in message for words in said)
+    )
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

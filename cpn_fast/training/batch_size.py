@@ -15,7 +15,7 @@ from cpn_fast.models.backbone import to_device
 from cpn_fast.pipelines.batch import Batch
 from cpn_fast.pipelines.shards import training_list
 from cpn_fast.runtime.distributed import Rank
-from cpn_fast.runtime.errors import UserError
+from cpn_fast.runtime.errors import UserError, is_out_of_memory
 from cpn_fast.training.run_folder import run_config
 from cpn_fast.training.step import Step, make_optimizer
 
@@ -93,7 +93,9 @@ def step_fits(config: Config, build: Callable[[Config], Method], rank: Rank, ima
     torch.cuda.set_per_process_memory_fraction(usable(device), device)
     try:
         try_steps(config, build, device, images)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         fits = False
     else:
         fits = True

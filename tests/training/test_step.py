@@ -594,6 +594,29 @@ def test_a_small_gpu_keeps_room_for_the_pipeline(gibibytes: int, share: float, m
     assert batch_size.usable(CPU) == share
 
 
+@pytest.mark.parametrize(
+    ("error", "fits"),
+    [
+        (None, True),
+        (torch.OutOfMemoryError("CUDA out of memory."), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("a bug"), None),
+    ],
+)
+def test_only_full_memory_lowers_the_batch(error, fits: bool | None, tiny_config, monkeypatch) -> None:
+    def tried(*_arguments: object) -> None:
+        if error is not None:
+            raise error
+
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(batch_size, "try_steps", tried)
+    with nullcontext() if fits is not None else pytest.raises(RuntimeError, match="a bug"):
+        assert batch_size.step_fits(config_file.load(tiny_config()), METHODS["cpn"], ALONE, 1) is fits
+    assert limits == [0.9, 1.0]  # the training may use all
+
+
 @pytest.mark.parametrize("method", ["cpn", "seam"])
 def test_what_is_tried_is_a_training_step(method: str, tiny_config, monkeypatch) -> None:
     settings = config_file.load(tiny_config(method=method, train={"accumulate": 2}))

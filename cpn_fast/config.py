@@ -537,6 +537,11 @@ _PARTS = ("deeplab",)
 """Folders of a run that are beside the folders of lists."""
 
 
+def is_class_name(name: str) -> bool:
+    """Return whether a class may have this name."""
+    return name == name.strip() and name.casefold() not in ("", "background") and name.isprintable()
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -573,7 +578,7 @@ class Config(Section):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes has {', '.join(twice)} more than once")
         for name in self.classes:
-            if name != name.strip() or name.casefold() in ("", "background") or not name.isprintable():
+            if not is_class_name(name):
                 raise ValueError(
                     f"classes has {name!r}: expected printable names without spaces around them. background is always "
                     "there, as value 0; an image without a tag shows only background"

@@ -27,6 +27,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from cpn_fast.config import is_class_name
 from cpn_fast.config_file import load
 from cpn_fast.data.dataset import line_of, raise_problems
 from cpn_fast.data.images import IMAGE_SUFFIXES, MAX_PIXELS
@@ -271,6 +272,9 @@ def _check(path: Path, folder: Path, tree: Instances) -> None:
         ("names of two images", Counter(image.stem for image in tree.images)),
     ):
         problems[problem] = [str(key) for key, count in counts.items() if count > 1]
+    problems["categories with names that no class may have (background, or spaces around the name)"] = [
+        repr(category.name) for category in tree.categories if not is_class_name(category.name)
+    ]
     if len(tree.categories) > 254:
         problems["categories, where 8-bit masks hold 254"] = [category.name for category in tree.categories]
     categories, images = {category.id for category in tree.categories}, {image.id for image in tree.images}

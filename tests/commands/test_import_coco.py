@@ -226,6 +226,8 @@ def broken(tree: dict[str, Any], kind: str) -> Any:
             images[0].update(width=10**6, height=10**6)
         case "many categories":
             tree["categories"] += [{"id": id_, "name": f"class {id_}"} for id_ in range(100, 400)]
+        case "no class names":
+            tree["categories"] += [{"id": 100, "name": "Background"}, {"id": 101, "name": "fox "}]
     return tree
 
 
@@ -249,6 +251,7 @@ def broken(tree: dict[str, Any], kind: str) -> Any:
         ("bad text", r"annotation 104 of sub/c\.jpg: its runs do not cover"),
         ("huge image", r"1 images too large to be decoded: 9\.jpg"),
         ("many categories", r"303 categories, where 8-bit masks hold 254"),
+        ("no class names", r"2 categories with names that no class may have .*: 'Background', 'fox '"),
     ],
 )
 def test_what_is_wrong_with_a_json_is_said(source: Path, tree: Any, tmp_path: Path, kind: str, message: str) -> None:

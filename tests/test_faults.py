@@ -422,7 +422,7 @@ ROWS = [
     row("a config with an impossible date", "train", 1, "config.yaml: not readable as YAML: month must be in 1..12"),
     row("weights cut short", "cam", 1, "model.safetensors: not a readable .safetensors file"),
     row("weights that run code", "convert", 1, "A file that holds whole Python objects is refused"),
-    row("a run that is a file", "train", 1, "fresh: File exists"),
+    row("a run that is a file", "train", 1, "fresh: it is a file, and a folder is expected"),
     row(
         "a damaged config.yaml in the run",
         "predict",

@@ -38,8 +38,11 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 def refusal(error: OSError) -> str:
     """Return the system's reason, and what to do."""
-    reason = "the disk is full" if error.errno in FULL else error.strerror or type(error).__name__
-    remedy = "make room and" if error.errno in FULL else "fix this and"
+    reason, remedy = error.strerror or type(error).__name__, "fix this and"
+    if error.errno in FULL:
+        reason, remedy = "the disk is full", "make room and"
+    elif error.errno == errno.EEXIST:
+        reason, remedy = "it is a file, and a folder is expected", "move it, or name another folder, and"
     return f"{reason}. Complete files are unchanged: {remedy} give the same command again"
 
 

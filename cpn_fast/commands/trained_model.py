@@ -7,7 +7,7 @@ import difflib
 import reprlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, TypeVar, overload
@@ -55,7 +55,7 @@ class Prediction(NamedTuple):
 Net = TypeVar("Net", bound=Headed)
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
 Tags: TypeAlias = "str | Sequence[str] | None"
-TagsByPath: TypeAlias = "Mapping[str, Sequence[str]] | Mapping[Path, Sequence[str]]"
+TagsByPath: TypeAlias = "Mapping[str, Tags] | Mapping[Path, Tags]"
 
 
 class Model:
@@ -90,8 +90,10 @@ class Model:
         files = all(isinstance(each, (str, Path)) for each in images)
         with nullcontext("") if files else tempfile.TemporaryDirectory() as folder:
             paths = [_as_file(each, Path(folder) / f"{number}.png") for number, each in enumerate(images)]
-            if isinstance(tags, Mapping) and (others := {*map(Path, tags)} - {*paths}):
-                raise UserError(f"tags of files that are not among the images: {some(sorted(map(str, others)), 3)}")
+            if isinstance(tags, Mapping):
+                others = {str(key) for key in tags if not isinstance(key, (str, Path)) or Path(key) not in paths}
+                if others:
+                    raise UserError(f"tags of files that are not among the images: {some(sorted(others), 3)}")
             by_path = dict(self.predict_files(list(dict.fromkeys(paths)), tags))
         predictions = [by_path[path] for path in paths]
         return predictions if isinstance(image, list) else predictions[0]
@@ -137,7 +139,8 @@ def _as_file(image: Picture, path: Path) -> Path:
             raise ValueError(f"an image is uint8 RGB (H, W, 3), RGBA or gray (H, W), found {image.dtype}{image.shape}")
         image = Image.fromarray(image.reshape(shape))
     if not isinstance(image, Image.Image):
-        raise ValueError(f"an image is a path, a PIL image or a uint8 array, found {type(image).__name__}")
+        kinds = "an image is a path, a PIL image or a uint8 array, and several are a list of them"
+        raise ValueError(f"{kinds}; found {type(image).__name__}")
     if image.mode in ("I", "F"):
         raise ValueError(f"an image has 8 or 16 bits a channel, found a PIL image of mode {image.mode} (32 bits)")
     Image.fromarray(upright(image)).save(path, "PNG", compress_level=1)
@@ -197,7 +200,7 @@ class CamModel(Model):
     def predict_files(self, paths: Sequence[Path], tags: Tags | TagsByPath = None) -> Iterator[tuple[Path, Prediction]]:
         by_path: dict[Path, Tensor] = {}
         if isinstance(tags, Mapping):
-            by_path = {Path(path): self._indicator(image_tags) for path, image_tags in tags.items()}
+            by_path = {Path(path): self._indicator(names) for path, names in tags.items() if names is not None}
         elif tags is not None:
             by_path = dict.fromkeys(paths, self._indicator(tags))
         samples = [Sample(path.stem, path, None, None) for path in paths]
@@ -226,8 +229,9 @@ class CamModel(Model):
 
     def _indicator(self, tags: str | Sequence[str]) -> Tensor:
         """Return which classes are tags, bool (classes,)."""
-        tags = [tags] if isinstance(tags, str) else list(tags)  # an iterator gives its names only once
-        if not all(isinstance(name, str) for name in tags):
+        if isinstance(tags, Iterable):
+            tags = [tags] if isinstance(tags, str) else list(tags)  # an iterator gives its names only once
+        if not isinstance(tags, list) or not all(isinstance(name, str) for name in tags):
             raise UserError(f"tags: expected names of classes, the same for all images, found {reprlib.repr(tags)}")
         unknown = sorted(set(tags) - set(self.classes))
         if unknown:
@@ -259,7 +263,7 @@ def load(path: Path | str, device: str | torch.device | None = None) -> Model:
     if path.is_dir():
         weights = weights_of(path, config)
     try:
-        torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except RuntimeError:
         raise UserError(f"device: expected cuda, cuda:1, ... or cpu, found {device!r}") from None
     if torch_device.type == "cuda" and not torch.cuda.is_available():

@@ -69,11 +69,14 @@ def test_what_the_model_cannot_do_is_said(small_run: Path, samples) -> None:
     assert isinstance(model, CamModel)
     with pytest.raises(UserError, match=r"cam\.map: .*'refined' or 'raw', found 'Raw'"):
         model.with_map("Raw")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="expected names of classes, the same for all images"):
-        model.predict([samples[0].image], [["red"]])  # type: ignore[list-item]
+    no_names: list[Any] = [[["red"]], [None], 3, True, {samples[0].image: 3}]
+    for tags in no_names:
+        with pytest.raises(UserError, match="expected names of classes, the same for all images"):
+            model.predict([samples[0].image], tags)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="cuda is asked for, and torch finds no GPU"):
-            cpn_fast.load(small_run, "cuda")
+        for device in ("cuda", 0):
+            with pytest.raises(UserError, match=r"^device: "):
+                cpn_fast.load(small_run, device)  # type: ignore[arg-type]
 
 
 def test_an_array_is_predicted_as_its_file_is(small_run: Path, samples, tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_an_array_is_predicted_as_its_file_is(small_run: Path, samples, tmp_path
     for wrong in (image.astype(np.float32), image[None], image[..., :2], image[:0]):
         with pytest.raises(ValueError, match=r"uint8 RGB"):
             model.predict(wrong)
-    others: list[Any] = [Image.fromarray(image).convert("I"), None, b"jpeg", torch.from_numpy(image)]
+    others: list[Any] = [Image.fromarray(image).convert("I"), None, b"jpeg", torch.from_numpy(image), (image, image)]
     for other_kind in others:
         with pytest.raises(ValueError, match=r"^an image (is|has) "):
             model.predict(other_kind)
@@ -440,8 +443,12 @@ def test_tags_may_be_any_names_of_classes(small_run: Path, samples) -> None:
     every: tuple[Any, ...] = (name, [name], (each for each in [name]), {str(image): [name]}, {image: [name]})
     for tags in every:
         assert model.predict(image, tags).seed.classes.tolist() == [2]
-    with pytest.raises(UserError, match=r"tags of files that are not among the images: other\.jpg"):
-        model.predict(image, {"other.jpg": [name]})
+    no_images: list[Any] = ["other.jpg", 0]
+    for unknown in no_images:
+        with pytest.raises(UserError, match=f"tags of files that are not among the images: {unknown}"):
+            model.predict(image, {unknown: [name]})
+    found = model.predict(image)
+    assert np.array_equal(model.predict(image, {image: None}).seed.classes, found.seed.classes)
     with pytest.raises(UserError, match=r"device: expected cuda, cuda:1, .* found 'gpu'"):
         cpn_fast.load(small_run, "gpu")
 

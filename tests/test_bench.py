@@ -27,6 +27,7 @@ from cpn_fast.commands.demo_data import DEMO_CLASSES
 from cpn_fast.config_file import load
 from cpn_fast.data.masks import read_mask, write_mask
 from cpn_fast.data.seeds import Seed
+from cpn_fast.models.mobilenet_v2 import MobileNetV2
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -421,6 +422,23 @@ def test_settings_are_compared_with_the_config_as_it_is(small_voc: Path, tiny_co
     longer = measured(steps=3)
     assert longer[:4] == rows
     assert [(row["steps"], row["lead"]) for row in longer[4:]] == [(3, 0), (3, 0)]
+
+
+def test_a_setting_may_multiply_the_inner_features() -> None:
+    import settings
+
+    backbone = MobileNetV2(stride=16).eval()
+    images = torch.randn(1, 3, 65, 65)
+    with torch.inference_mode():
+        usual = backbone(images)
+        with settings.inner_features(("train.lr=0.04", "features=0.5")):
+            halved = backbone(images)
+        with settings.inner_features(("train.lr=0.04",)):
+            again = backbone(images)
+    assert all(torch.equal(a, b) for a, b in zip(usual, again, strict=True))
+    assert torch.equal(halved.last, usual.last)
+    for inner in ("low", "middle"):
+        torch.testing.assert_close(getattr(halved, inner), 0.5 * getattr(usual, inner))
 
 
 def test_one_run_has_no_spread() -> None:

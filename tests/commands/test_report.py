@@ -93,7 +93,7 @@ def test_a_browser_shows_the_whole_page_and_asks_for_nothing(run: Path, tmp_path
     page.write_text(report.run(run).page.read_text().replace("</body>", f"{LOOK}</body>"))
     options = [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
-        [CHROMIUM, *HEADLESS, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *HEADLESS, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300
     )
     assert f'data-images="{PLOTS + CAMS}" data-broken="0" data-beyond="0" data-asked=""' in done.stdout, (
         done.stdout[-300:] + done.stderr

@@ -294,7 +294,7 @@ def test_a_launcher_gets_every_run_as_it_is_meant(name: str, tmp_path: Path) -> 
     given = ["augment.long_side=[100, 200]", """data.root=Martin's "pictures" $HOME"""]
     lines = "\n".join(reproduce.commands(name, path, given)) + "\n"
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "GOT": str(got)}
-    subprocess.run(["sh", "-c", launcher], input=lines, text=True, env=environment, check=True, timeout=60)
+    subprocess.run(["sh", "-c", launcher], input=lines, text=True, env=environment, check=True, timeout=300)
 
     started = set()
     for file in got.iterdir():

@@ -472,8 +472,8 @@ def test_two_processes_share_one_build_and_outlive_a_killed_one(tmp_path):
         builder.stdin.write("go\n")
         builder.stdin.flush()
     # Both now find a folder that is locked and half built.
-    killed.communicate("\n", timeout=60)
-    results = [builder.communicate(timeout=60) for builder in builders]
+    killed.communicate("\n", timeout=300)
+    results = [builder.communicate(timeout=300) for builder in builders]
     assert [builder.returncode for builder in (killed, *builders)] == [-signal.SIGKILL, 0, 0], results
     lines = [output.strip().splitlines()[-1] for output, _ in results]
     assert sorted(lines) == ["made 0 left 0", "made 27 left 0"]

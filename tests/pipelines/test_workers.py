@@ -109,8 +109,8 @@ def test_workers_end_with_their_parent(number: signal.Signals) -> None:
     parent.send_signal(number)
     if number == signal.SIGINT:  # the waiting thread keeps this parent alive until its worker is gone
         parent.kill()
-    parent.communicate(timeout=60)
-    deadline = time.monotonic() + 30
+    parent.communicate(timeout=300)
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and any(is_alive(number) for number in numbers):
         time.sleep(0.05)
     assert not any(is_alive(number) for number in numbers)

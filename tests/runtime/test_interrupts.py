@@ -44,7 +44,7 @@ def test_a_signal_ends_the_step_keeps_it_and_has_an_exit_code_of_its_own(number:
     process = start(path)
     wait_for_steps(settings.run, lambda: process.poll() is None, 2)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == EXIT_CODE, errors
     (kept,) = (settings.run / "checkpoints").glob("*.pt")
     done = json.loads((settings.run / "metrics.jsonl").read_text().splitlines()[-1])["step"]

@@ -429,7 +429,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_config) -> None:
     while process.poll() is None and not checkpoint.existing(settings.run / "checkpoints"):
         time.sleep(0.01)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "step-" in errors
     assert "make room and give the same command again" in errors

@@ -29,7 +29,15 @@ from timing import RESULTS, print_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cpn_fast.kernels import losses_triton, pixel_triton, region_triton, slic_triton
+from cpn_fast.kernels import (
+    losses_triton,
+    pixel_triton,
+    region_triton,
+    selection_triton,
+    slic_triton,
+    suppression_triton,
+    upsampled_triton,
+)
 from cpn_fast.kernels.launch import Blocks, family, fitting
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -157,33 +165,34 @@ def cases(dtype: str, arch: int, shapes: str) -> Iterator[Case]:
     if dtype != "fp32":
         return
     t = losses_triton
-    strips, tile, side = {"STRIPS": t.STRIPS}, {"TILE": t.TILE}, {"SIDE": t.SIDE}
+    strips, tile, side = {"STRIPS": t.STRIPS}, {"TILE": upsampled_triton.TILE}, {"SIDE": upsampled_triton.SIDE}
+    digit = {"SHIFT": 20, "WIDTH": 11, "BINS": selection_triton.BINS}
+    options = upsampled_triton.OPTIONS
+    plain = triton.Config({}, num_warps=options["num_warps"], num_stages=options["num_stages"])
     variant = {"BEFORE": False, "ONE_HOT": True, "BATCH": False}
     for own in (False, True):
         flag = {"OWN": own}
         for name, kernel, constants, has_product in (
             ("extrema", t._extrema_kernel, {**strips, **tile, "HAS_REFINED": True}, False),
             ("join", t._join_kernel, {**strips, "MIN_MAX": True}, False),
-            ("histogram", t._histogram_kernel, {**variant, **tile, "SHIFT": 20, "WIDTH": 11, "BINS": t.BINS}, False),
+            ("histogram", t._histogram_kernel, {**variant, **tile, **digit}, False),
             ("cpcr", t._cpcr_kernel, {**variant, **tile, **side, "GRADIENTS": True}, True),
             ("finish", t._finish_kernel, {**tile, **side, "FIRST": 0, "MIN_MAX": True, "BLOCKS": 16}, True),
         ):
             label = f"losses {name}" + (" (own)" if own else "")
-            config = triton.Config({}, num_warps=t.OPTIONS["num_warps"], num_stages=t.OPTIONS["num_stages"])
-            yield Case(label, kernel, {**flag, **constants}, config, has_product, all_float32=True)
-    plain = triton.Config({}, num_warps=t.OPTIONS["num_warps"], num_stages=t.OPTIONS["num_stages"])
+            yield Case(label, kernel, {**flag, **constants}, plain, has_product, all_float32=True)
     for name, of_map in (("losses tcp", 0), ("losses tcp refined", 3)):
         tcp: dict[str, Any] = {**tile, **side, "MAP": of_map, "PAIR": of_map == 3, "GRADIENTS": True}
         yield Case(name, t._tcp_kernel, tcp, plain, True, all_float32=True)
     for name, directions, batch in (("losses classes", 2, True), ("suppression classes", 1, False)):
         classes = {"DIRECTIONS": directions, "BATCH": batch, "CHOICE": True, "CB": 32}
-        yield Case(name, t._classes_kernel, classes, plain, all_float32=True)
-    pick: dict[str, Any] = {"WIDTH": 10, "LAST": True, "SMALLEST": True, "BINS": t.BINS}
-    yield Case("losses pick", t._pick_kernel, pick, plain, all_float32=True)
-    scores: dict[str, Any] = {**tile, "SHIFT": 20, "WIDTH": 11, "BINS": t.BINS}
-    yield Case("suppression histogram", t._score_histogram_kernel, scores, plain, all_float32=True)
+        yield Case(name, selection_triton.classes_kernel, classes, plain, all_float32=True)
+    pick: dict[str, Any] = {"WIDTH": 10, "LAST": True, "SMALLEST": True, "BINS": selection_triton.BINS}
+    yield Case("losses pick", selection_triton.pick_kernel, pick, plain, all_float32=True)
+    scores: dict[str, Any] = {**tile, **digit}
+    yield Case("suppression histogram", suppression_triton._score_histogram_kernel, scores, plain, all_float32=True)
     suppression: dict[str, Any] = {**tile, **side, "GRADIENTS": True}
-    yield Case("suppression", t._suppression_kernel, suppression, plain, True, all_float32=True)
+    yield Case("suppression", suppression_triton._suppression_kernel, suppression, plain, True, all_float32=True)
 
 
 def superpixel_cases() -> Iterator[Case]:
@@ -323,8 +332,8 @@ def model() -> list[dict[str, Any]]:
     n, p, d, c, f = 12, 56 * 56, 192, 21, 195
     padded, columns = -(-p // pixel_triton.PAD) * pixel_triton.PAD, 32
     k, large = 1.56, 448 * 448
-    rim = ((losses_triton.SIDE + 1) / losses_triton.SIDE) ** 2
-    sample, maps, fold = 12, losses_triton.MAPS, 2 * 2 * losses_triton.TILE  # FLOPs a pixel
+    rim = ((upsampled_triton.SIDE + 1) / upsampled_triton.SIDE) ** 2
+    sample, maps, fold = 12, losses_triton.MAPS, 2 * 2 * upsampled_triton.TILE  # FLOPs a pixel
     small_map = 4 * n * p
     rows: list[tuple[str, float, float, float, float]] = [  # useful and executed FLOPs, bytes, FLOP/s
         ("pixel prepare", 4 * n * p * d, 4 * n * padded * d, 2 * n * (p * (d + c) + padded * (d + columns)), 67e12),

@@ -57,14 +57,16 @@ Backend = Literal["eager", "tiled", "triton"]
 _PIXEL: dict[str, Any] = {"eager": eager, "tiled": pixel_tiled}
 _REGION: dict[str, Any] = {"eager": eager, "tiled": region_tiled}
 _LOSSES: dict[str, Any] = {"eager": eager, "tiled": losses_tiled}
+_SUPPRESSION: dict[str, Any] = {"eager": eager, "tiled": losses_tiled}
 _SLIC: dict[str, Any] = {"eager": slic_eager}
 if importlib.util.find_spec("triton"):
-    from cpn_fast.kernels import losses_triton, pixel_triton, region_triton, slic_triton
+    from cpn_fast.kernels import losses_triton, pixel_triton, region_triton, slic_triton, suppression_triton
     from cpn_fast.kernels.launch import check
 
     _PIXEL["triton"] = pixel_triton
     _REGION["triton"] = region_triton
     _LOSSES["triton"] = losses_triton
+    _SUPPRESSION["triton"] = suppression_triton
     _SLIC["triton"] = slic_triton
 
 
@@ -97,7 +99,7 @@ def backends(device: torch.device, dtype: torch.dtype, *, channels: int = 192) -
         "region_pooling": _fitting(_REGION, cam, features),
         "region_correlation": _fitting(_REGION, cam, keys, features),
         "complementary_losses": _fitting(_LOSSES, cam),
-        "background_suppression": _fitting(_LOSSES, cam),
+        "background_suppression": _fitting(_SUPPRESSION, cam),
         "slic": _fitting(_SLIC, torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=device)),
     }
 
@@ -234,7 +236,7 @@ def background_suppression(
     _check_labels(labels, "refined", refined)
     _check_size(size)
     _check_share("share", share)
-    module = _choose(_LOSSES, backend, refined)
+    module = _choose(_SUPPRESSION, backend, refined)
     wide = eager.statistics_dtype(refined)
     with eager.full_precision(refined):
         return module.background_suppression(refined.to(wide), labels.to(wide), size, share)

@@ -1,16 +1,14 @@
-"""The losses in Triton: full-resolution maps exist only in registers.
+"""The complementary losses in Triton: full-resolution maps exist only in registers.
 
 Each program computes what it needs from the small maps, for present classes only:
 
 1. the extrema of every upsampled map, for normalisation: strips of rows first, then joined;
 2. the smallest error that counts, if not all errors of an image (or batch) count: a radix select over the bits of the
-   errors, 11 + 10 + 10 of them, which recomputes the errors in each round;
-3. losses and gradients: a program owns a block of the small map and goes in tiles through the pixels that touch it. It
-   upsamples, forms the gradient there and folds it back with two small products (the adjoint of upsampling);
+   errors, which recomputes the errors in each round (``selection_triton``);
+3. losses and gradients: a program owns a block of the small map and the pixels that touch it (``upsampled_triton``);
 4. the gradient through the extrema, which goes to the pixels that attain them.
 
-Nothing waits for the host, no float is added atomically, and the same input gives the same bits. Positions are integer
-arithmetic and no multiply and add are fused, so that every kernel sees exactly the same upsampled values.
+Nothing waits for the host, no float is added atomically, and the same input gives the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,107 +24,38 @@ import triton.language as tl
 from torch import Tensor
 
 from cpn_fast.kernels.eager import NORMALISE_EPS, Variant, counted
-from cpn_fast.kernels.launch import INTERPRETED, check, next_power, obstacle, on_device
+from cpn_fast.kernels.launch import check, next_power, obstacle, on_device
 from cpn_fast.kernels.losses_tiled import (
     SCHEMA,
     backward,
-    backward_suppression,
     differentiate,
-    differentiate_suppression,
     empty_gradients,
     fake,
     fake_backward,
-    fake_backward_suppression,
-    fake_suppression,
     needed,
     save,
-    save_suppression,
 )
 from cpn_fast.kernels.operators import operation
+from cpn_fast.kernels.selection_triton import BINS, BITS, classes_kernel, count_bits, pick_kernel
+from cpn_fast.kernels.upsampled_triton import (
+    OPTIONS,
+    SIDE,
+    TILE,
+    fold,
+    inside,
+    larger,
+    own_block,
+    position,
+    sample,
+    smaller,
+    span,
+)
 
-SIDE = 16  # small-map rows and columns that a program owns
-TILE = 16  # pixels of a tile's side
 STRIPS = 8
 MAPS = 6  # raw maps of the three branches, then refined ones
 FIELDS = 8  # of a map's statistics; the last one is unused
 HIGH, LOW, HIGHS, LOWS, SLOPE, OFFSET, SPAN = (tl.constexpr(field) for field in range(7))
 """Fields: the extrema, the numbers of pixels that have them, and what normalises: (x - offset) * slope, the span."""
-BITS = ((20, 11), (10, 10), (0, 10))  # lowest bit and width of each round's digit, of a float's 31 bits
-BINS = 2048
-OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1} | ({} if INTERPRETED else {"enable_fp_fusion": False})
-
-
-@triton.jit
-def _larger(a, b):
-    """Maximum that keeps NaN, which the hardware drops by default: a NaN in a CAM must reach losses and gradients."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _position(o, small, large):
-    """Lower neighbour and weight of the upper one, corners aligned."""
-    last = tl.maximum(large - 1, 1)
-    o_low = (o * (small - 1)) // last
-    return o_low, (o * (small - 1) - o_low * last).to(tl.float32) / last
-
-
-@triton.jit
-def _first(low, small, large):
-    """First pixel whose lower neighbour is at least ``low``."""
-    first = tl.minimum(large, tl.cdiv(low * (large - 1), tl.maximum(small - 1, 1)))
-    return tl.where(low <= 0, 0, tl.where(large == 1, large, first))  # a single pixel has the lower neighbour 0
-
-
-@triton.jit
-def _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask):
-    """One upsampled tile, summed in torch's order, so that infinity becomes NaN at the same pixels."""
-    p_top = source + (o_y * w)[:, None]
-    p_bottom = source + (tl.minimum(o_y + 1, h - 1) * w)[:, None]
-    o_left = o_x[None, :]
-    o_right = tl.minimum(o_x + 1, w - 1)[None, :]
-    b_a = tl.load(p_top + o_left, mask=mask, other=0.0)
-    b_b = tl.load(p_top + o_right, mask=mask, other=0.0)
-    b_c = tl.load(p_bottom + o_left, mask=mask, other=0.0)
-    b_d = tl.load(p_bottom + o_right, mask=mask, other=0.0)
-    b_top = (1.0 - b_fx)[None, :] * b_a + b_fx[None, :] * b_b
-    b_bottom = (1.0 - b_fx)[None, :] * b_c + b_fx[None, :] * b_d
-    return (1.0 - b_fy)[:, None] * b_top + b_fy[:, None] * b_bottom
-
-
-@triton.jit
-def _block(h, w, H, W, SIDE: tl.constexpr):
-    """The block of the small map that this program owns, and the pixels that touch it."""
-    across = tl.cdiv(w, SIDE)
-    block_y = (tl.program_id(0) // across) * SIDE
-    block_x = (tl.program_id(0) % across) * SIDE
-    top = _first(block_y - 1, h, H)
-    left = _first(block_x - 1, w, W)
-    bottom = tl.where(block_y + SIDE >= h, H, _first(block_y + SIDE, h, H))
-    right = tl.where(block_x + SIDE >= w, W, _first(block_x + SIDE, w, W))
-    return block_y, block_x, top, left, bottom, right
-
-
-@triton.jit
-def _inside(block_y, block_x, h, w, SIDE: tl.constexpr):
-    """Offsets of a block's elements in their small map, (SIDE, SIDE), and which of them exist."""
-    o_y = block_y + tl.arange(0, SIDE)
-    o_x = block_x + tl.arange(0, SIDE)
-    return o_y[:, None] * w + o_x[None, :], (o_y < h)[:, None] & (o_x < w)[None, :]
-
-
-@triton.jit
-def _span(start, stop, first_small, small, large, SIDE: tl.constexpr, TILE: tl.constexpr):
-    """One side of a tile: lower neighbours and weights of its pixels, masks of the pixels that exist and of those that
-    this program owns, and the weights (SIDE, TILE) that fold the tile back onto the block."""
-    o = start + tl.arange(0, TILE)
-    o_low, b_f = _position(o, small, large)
-    m = o < stop
-    return o_low, b_f, m, m & (o_low >= first_small), _weights(first_small + tl.arange(0, SIDE), o_low, b_f, m)
 
 
 @triton.jit
@@ -145,9 +74,9 @@ def _of_map(p_slot, i_map):
 def _value(maps, p_slot, i_map: tl.constexpr, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask):
     """A normalised tile, scaled by lambda."""
     source = maps + (((i_map % 3) * N + i_n) * (C + 1) + channel) * h * w
-    b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
+    b_u = sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
     p_map = _of_map(p_slot, i_map)
-    return _larger(b_u - tl.load(p_map + OFFSET), 0.0) * tl.load(p_map + SLOPE)
+    return larger(b_u - tl.load(p_map + OFFSET), 0.0) * tl.load(p_map + SLOPE)
 
 
 @triton.jit
@@ -191,20 +120,20 @@ def _extrema_kernel(
         stop = tl.minimum((i_strip + 1) * rows, H)
         for top in range(i_strip * rows, stop, TILE):
             o_row = top + tl.arange(0, TILE)
-            o_y, b_fy = _position(o_row, h, H)
+            o_y, b_fy = position(o_row, h, H)
             for left in range(0, W, TILE):
                 o_column = left + tl.arange(0, TILE)
-                o_x, b_fx = _position(o_column, w, W)
+                o_x, b_fx = position(o_column, w, W)
                 mask = (o_row < stop)[:, None] & (o_column < W)[None, :]
-                b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
+                b_u = sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
                 b_up = tl.where(mask, b_u, -float("inf"))
                 b_down = tl.where(mask, b_u, float("inf"))
                 b_highs = tl.where(b_up > b_high, 1.0, b_highs + tl.where(b_up == b_high, 1.0, 0.0))
                 b_lows = tl.where(b_down < b_low, 1.0, b_lows + tl.where(b_down == b_low, 1.0, 0.0))
-                b_high = _larger(b_high, b_up)
-                b_low = _smaller(b_low, b_down)
-        high = tl.reduce(b_high, None, _larger)
-        low = tl.reduce(b_low, None, _smaller)
+                b_high = larger(b_high, b_up)
+                b_low = smaller(b_low, b_down)
+        high = tl.reduce(b_high, None, larger)
+        low = tl.reduce(b_low, None, smaller)
         highs = tl.sum(tl.where(b_high == high, b_highs, 0.0))
         lows = tl.sum(tl.where(b_low == low, b_lows, 0.0))
         p_part = parts + (((i_n * (C + 1) + slot) * 6 + i_map) * STRIPS + i_strip) * 4
@@ -231,12 +160,12 @@ def _join_kernel(
     p_part = parts + (i_row * STRIPS + tl.arange(0, STRIPS)) * 4
     b_high = tl.load(p_part + HIGH)
     b_low = tl.load(p_part + LOW)
-    high = tl.reduce(b_high, 0, _larger)
-    low = tl.reduce(b_low, 0, _smaller)
+    high = tl.reduce(b_high, 0, larger)
+    low = tl.reduce(b_low, 0, smaller)
     highs = tl.sum(tl.where(b_high == high, tl.load(p_part + HIGHS), 0.0))
     lows = tl.sum(tl.where(b_low == low, tl.load(p_part + LOWS), 0.0))
-    high = _larger(high, 0.0)
-    low = _larger(low, 0.0)
+    high = larger(high, 0.0)
+    low = larger(low, 0.0)
     if not MIN_MAX:
         low = 0.0
     share = tl.load(visible + i_n)
@@ -276,21 +205,21 @@ def _scan(
         b_r0, b_r1, b_r2, b_q1, b_q2 = _values(
             cam, refined, p_slot, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask
         )
-        b_top1 = _larger(b_top1, b_r0 - b_r1)
-        b_top2 = _larger(b_top2, b_r0 - b_r2)
-        b_raw0 = _larger(b_raw0, b_r0)
-        b_raw1 = _larger(b_raw1, b_r1)
-        b_raw2 = _larger(b_raw2, b_r2)
+        b_top1 = larger(b_top1, b_r0 - b_r1)
+        b_top2 = larger(b_top2, b_r0 - b_r2)
+        b_raw0 = larger(b_raw0, b_r0)
+        b_raw1 = larger(b_raw1, b_r1)
+        b_raw2 = larger(b_raw2, b_r2)
         b_ties1 = tl.where(b_q1 > b_own1, 1.0, tl.where(b_q1 == b_own1, b_ties1 + 1.0, b_ties1))
         b_ties2 = tl.where(b_q2 > b_own2, 1.0, tl.where(b_q2 == b_own2, b_ties2 + 1.0, b_ties2))
-        b_own1 = _larger(b_own1, b_q1)
-        b_own2 = _larger(b_own2, b_q2)
+        b_own1 = larger(b_own1, b_q1)
+        b_own2 = larger(b_own2, b_q2)
     full1 = share if BEFORE else 1.0
     full2 = 1.0 - share if BEFORE else 1.0
     b_back1 = (1.0 - b_raw0) - (full1 - b_raw1)
     b_back2 = (1.0 - b_raw0) - (full2 - b_raw2)
-    b_top1 = _larger(b_top1, b_back1)
-    b_top2 = _larger(b_top2, b_back2)
+    b_top1 = larger(b_top1, b_back1)
+    b_top2 = larger(b_top2, b_back2)
     return b_back1, b_back2, b_top1, b_top2, b_own1, b_own2, b_ties1, b_ties2, full1, full2
 
 
@@ -305,25 +234,7 @@ def _residual(b_difference, b_top, b_guided, ONE_HOT: tl.constexpr):
 @triton.jit
 def _count_errors(bins, state, b_residual, mask, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
     """Add a tile's errors to the histogram of this round's digit."""
-    _count_bits(bins, state, tl.abs(b_residual).to(tl.int32, bitcast=True), mask, SHIFT, WIDTH)
-
-
-@triton.jit
-def _count_bits(bins, state, b_bits, mask, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """Count digits where the digits of earlier rounds agree.
-
-    Neighbouring errors are often equal, most often zero, and additions to one bin wait for each other. So the lowest
-    and the highest digit of a tile are counted first and added at once.
-    """
-    b_mask = mask & ((b_bits >> (SHIFT + WIDTH)) == tl.load(state))
-    b_digit = (b_bits >> SHIFT) & ((1 << WIDTH) - 1)
-    low = tl.min(tl.where(b_mask, b_digit, 1 << WIDTH))
-    high = tl.max(tl.where(b_mask, b_digit, -1))
-    lows = tl.sum((b_mask & (b_digit == low)).to(tl.int32))
-    highs = tl.sum((b_mask & (b_digit == high)).to(tl.int32))
-    tl.atomic_add(bins + low, lows, mask=lows > 0, sem="relaxed")
-    tl.atomic_add(bins + high, highs, mask=high > low, sem="relaxed")
-    tl.atomic_add(bins + b_digit, 1, mask=b_mask & (b_digit > low) & (b_digit < high), sem="relaxed")
+    count_bits(bins, state, tl.abs(b_residual).to(tl.int32, bitcast=True), mask, SHIFT, WIDTH)
 
 
 @triton.jit
@@ -340,8 +251,8 @@ def _histogram_kernel(
         share = tl.load(visible + i_n)
         o_row = tl.program_id(0) * TILE + tl.arange(0, TILE)
         o_column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        o_y, b_fy = _position(o_row, h, H)
-        o_x, b_fx = _position(o_column, w, W)
+        o_y, b_fy = position(o_row, h, H)
+        o_x, b_fx = position(o_column, w, W)
         mask = (o_row < H)[:, None] & (o_column < W)[None, :]
         b_back1, b_back2, b_top1, b_top2, b_own1, b_own2, _, _, full1, full2 = _scan(
             cam, refined, statistics, table, count, i_n, o_y, b_fy, o_x, b_fx, N, C, h, w, mask, share, BEFORE
@@ -367,34 +278,6 @@ def _histogram_kernel(
 
 
 @triton.jit
-def _pick_kernel(cut, state, bins, WIDTH: tl.constexpr, LAST: tl.constexpr, SMALLEST: tl.constexpr, BINS: tl.constexpr):
-    """Fix this round's digit: the bin of the last error that counts.
-
-    ``state`` holds the digits so far, the number of errors at or below them that count, and whether there is a choice.
-    After the last round ``cut`` holds the smallest error that counts and the weight of errors that are equal to it.
-    SMALLEST means that bits were counted from the top, so that the last error that counts is the largest.
-    """
-    i_row = tl.program_id(0)
-    p_state = state + i_row * 4
-    if tl.load(p_state + 2) != 0:
-        o_b = tl.arange(0, BINS)
-        b_count = tl.load(bins + i_row * BINS + o_b)
-        remaining = tl.load(p_state + 1)
-        b_from = tl.sum(b_count) - tl.cumsum(b_count) + b_count  # errors in this bin or above
-        digit = tl.max(tl.where(b_from >= remaining, o_b, 0))
-        inside = tl.sum(tl.where(o_b == digit, b_count, 0))
-        above = tl.sum(tl.where(o_b > digit, b_count, 0))
-        prefix = (tl.load(p_state) << WIDTH) | digit
-        tl.store(p_state, prefix)
-        tl.store(p_state + 1, remaining - above)
-        if LAST:
-            if SMALLEST:
-                prefix = 0x7FFFFFFF - prefix
-            tl.store(cut + i_row * 2, prefix.to(tl.float32, bitcast=True))
-            tl.store(cut + i_row * 2 + 1, (remaining - above).to(tl.float32) / inside.to(tl.float32))
-
-
-@triton.jit
 def _sign(b):
     return tl.where(b > 0, 1.0, 0.0) - tl.where(b < 0, 1.0, 0.0)
 
@@ -409,27 +292,12 @@ def _counting(b_residual, cut):
 
 
 @triton.jit
-def _fold(acc, b_grad, b_wy, b_wx):
-    """Adjoint of upsampling a tile: acc + wy (SIDE, TILE) @ grad (TILE, TILE) @ wx (SIDE, TILE) transposed."""
-    b_half = tl.dot(b_grad, tl.trans(b_wx), input_precision="tf32x3")
-    return tl.dot(b_wy, b_half, acc, input_precision="tf32x3")
-
-
-@triton.jit
-def _weights(o_small, o_low, b_fraction, m):
-    """Bilinear weight of every small row for every pixel row, (SIDE, TILE)."""
-    b_w = tl.where(o_small[:, None] == o_low[None, :], 1.0 - b_fraction[None, :], 0.0)
-    b_w += tl.where(o_small[:, None] == o_low[None, :] + 1, b_fraction[None, :], 0.0)
-    return tl.where(m[None, :], b_w, 0.0)
-
-
-@triton.jit
 def _accumulate(acc, s1, s2, b_grad, b_value, b_wy, b_wx, m_owned):
     """Fold a gradient of normalised values back, and add to the two sums for the gradient of the extrema."""
     b_live = tl.where(b_value <= 0, 0.0, b_grad)  # `b_value > 0` would drop a NaN
     s1 += tl.sum(tl.where(m_owned, b_live, 0.0))
     s2 += tl.sum(tl.where(m_owned, b_live * b_value, 0.0))
-    return _fold(acc, b_live, b_wy, b_wx), s1, s2
+    return fold(acc, b_live, b_wy, b_wx), s1, s2
 
 
 @triton.jit
@@ -442,7 +310,7 @@ def _meets_zero(o, small, large):
 def _flaw(maps, o_map, block_y, block_x, h, w, H, W, SIDE: tl.constexpr):
     """Gradient of a block of an unused map: zeros, but NaN where the plain formula, which multiplies absent classes by
     0, has NaN. That is at NaN and infinity, and at -infinity where upsampling multiplies it by 0."""
-    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+    o_block, m_block = inside(block_y, block_x, h, w, SIDE)
     b_zero_y = _meets_zero(block_y + tl.arange(0, SIDE), h, H)
     b_zero_x = _meets_zero(block_x + tl.arange(0, SIDE), w, W)
     b_map = tl.load(maps + o_map + o_block, mask=m_block, other=0.0)
@@ -472,13 +340,13 @@ def _tcp_kernel(
     """TCP of one class over the pixels of a block of the small map, and the gradients folded back onto the block,
     without the gradient through the extrema. MAP is 0 for raw maps and 3 for refined ones. Branches 1 and 2 of refined
     maps have a gradient too, which is zero unless PAIR."""
-    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
+    block_y, block_x, first_row, first_column, bottom, right = own_block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
     part = (i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0)
     count = tl.load(present + i_n)
     channel = tl.load(table + i_n * (C + 1) + slot)
-    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+    o_block, m_block = inside(block_y, block_x, h, w, SIDE)
     o_map = (i_n * (C + 1) + channel) * h * w
     branch = tl.num_programs(2).to(tl.int64) * (C + 1) * h * w
     tcp = 0.0
@@ -494,9 +362,9 @@ def _tcp_kernel(
         acc_1 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         acc_2 = tl.zeros([SIDE, SIDE], dtype=tl.float32)
         for top in range(first_row, bottom, TILE):
-            o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
+            o_y, b_fy, m_y, m_own_y, b_wy = span(top, bottom, block_y, h, H, SIDE, TILE)
             for left in range(first_column, right, TILE):
-                o_x, b_fx, m_x, m_own_x, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
+                o_x, b_fx, m_x, m_own_x, b_wx = span(left, right, block_x, w, W, SIDE, TILE)
                 mask = m_y[:, None] & m_x[None, :]
                 m_owned = m_own_y[:, None] & m_own_x[None, :]
                 b_0 = _value(maps, p_slot, MAP, i_n, channel, o_y, b_fy, o_x, b_fx, N, C, h, w, mask)
@@ -536,13 +404,13 @@ def _cpcr_kernel(
 ):  # fmt: skip
     """CPCR of one class, or of the background in the slot after the present classes; otherwise as ``_tcp_kernel``.
     ``gradient`` belongs to branches 1 and 2."""
-    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
+    block_y, block_x, first_row, first_column, bottom, right = own_block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = tl.program_id(2).to(tl.int64)
     part = (i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0)
     count = tl.load(present + i_n)
     channel = tl.load(table + i_n * (C + 1) + slot)
-    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+    o_block, m_block = inside(block_y, block_x, h, w, SIDE)
     o_map = (i_n * (C + 1) + channel) * h * w
     branch = tl.num_programs(2).to(tl.int64) * (C + 1) * h * w
     is_class = slot < count
@@ -558,9 +426,9 @@ def _cpcr_kernel(
         p_slot = _of_slot(statistics, i_n, slot, C)
         p_cut = cut + i_n * (0 if BATCH else 1) * 4
         for top in range(first_row, bottom, TILE):
-            o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
+            o_y, b_fy, m_y, m_own_y, b_wy = span(top, bottom, block_y, h, H, SIDE, TILE)
             for left in range(first_column, right, TILE):
-                o_x, b_fx, m_x, m_own_x, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
+                o_x, b_fx, m_x, m_own_x, b_wx = span(left, right, block_x, w, W, SIDE, TILE)
                 mask = m_y[:, None] & m_x[None, :]
                 m_owned = m_own_y[:, None] & m_own_x[None, :]
                 b_back1, b_back2, b_top1, b_top2, b_own1, b_own2, b_ties1, b_ties2, full1, full2 = _scan(
@@ -584,8 +452,8 @@ def _cpcr_kernel(
                     if not OWN:
                         b_back1 = _counting(_residual(b_back1, b_top1, b_g2, ONE_HOT), p_cut)
                         b_back2 = _counting(_residual(b_back2, b_top2, b_g1, ONE_HOT), p_cut + 2)
-                        b_k1 += tl.where(b_q2 == b_own2, b_back1 / _larger(b_ties2, 1.0), 0.0)
-                        b_k2 += tl.where(b_q1 == b_own1, b_back2 / _larger(b_ties1, 1.0), 0.0)
+                        b_k1 += tl.where(b_q2 == b_own2, b_back1 / larger(b_ties2, 1.0), 0.0)
+                        b_k2 += tl.where(b_q1 == b_own1, b_back2 / larger(b_ties1, 1.0), 0.0)
                     acc_1, q1_1, q1_2 = _accumulate(acc_1, q1_1, q1_2, b_k2, b_q1, b_wy, b_wx, m_owned)
                     acc_2, q2_1, q2_2 = _accumulate(acc_2, q2_1, q2_2, b_k1, b_q2, b_wy, b_wx, m_owned)
     takes_part = is_class | ((slot == count) & OWN)
@@ -617,7 +485,7 @@ def _finish_kernel(
 ):  # fmt: skip
     """Finish the six gradients, from number FIRST on: apply the slope, the extrema's gradient, and the factor.
     ``d_cam`` has TCP's gradient of cam[0]; ``d_refined`` has TCP's of all refined maps, then CPCR's of refined[1:]."""
-    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
+    block_y, block_x, first_row, first_column, bottom, right = own_block(h, w, H, W, SIDE)
     slot = tl.program_id(1)
     i_n = (tl.program_id(2) % N).to(tl.int64)
     i_gradient = FIRST + tl.program_id(2) // N
@@ -644,7 +512,7 @@ def _finish_kernel(
         at_high = tl.where(high > 0, d_span / tl.load(p_map + HIGHS), 0.0)
         at_low = tl.where(low > 0, (-s1 * slope - d_span) / tl.load(p_map + LOWS), 0.0) if MIN_MAX else 0.0
 
-        o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
+        o_block, m_block = inside(block_y, block_x, h, w, SIDE)
         if i_gradient == 0:
             p_g = d_cam + (i_n * (C + 1) + channel) * h * w + o_block
             source = cam + (i_n * (C + 1) + channel) * h * w
@@ -653,120 +521,15 @@ def _finish_kernel(
             source = refined + (((i_map - 3) * N + i_n) * (C + 1) + channel) * h * w
         acc = tl.load(p_g, mask=m_block, other=0.0) * slope
         for top in range(first_row, bottom, TILE):
-            o_y, b_fy, m_y, _, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
+            o_y, b_fy, m_y, _, b_wy = span(top, bottom, block_y, h, H, SIDE, TILE)
             for left in range(first_column, right, TILE):
-                o_x, b_fx, m_x, _, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
+                o_x, b_fx, m_x, _, b_wx = span(left, right, block_x, w, W, SIDE, TILE)
                 mask = m_y[:, None] & m_x[None, :]
-                b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
+                b_u = sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
                 b_at = tl.where(mask & (b_u == high), at_high, 0.0) + tl.where(mask & (b_u == low), at_low, 0.0)
                 if tl.max((b_at != 0).to(tl.int32)) > 0:
-                    acc = _fold(acc, b_at, b_wy, b_wx)
+                    acc = fold(acc, b_at, b_wy, b_wx)
         tl.store(p_g, acc * tl.where(i_gradient <= 3, factor, factor_cpcr), mask=m_block)
-
-
-@triton.jit
-def _strongest(refined, table, count, i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask):
-    """Score of each pixel's strongest present class, at least 0, and the number of equally strong classes."""
-    b_strongest = tl.zeros(mask.shape, dtype=tl.float32)
-    b_ties = tl.zeros(mask.shape, dtype=tl.float32)
-    for slot in range(count):
-        source = refined + (i_n * (C + 1) + tl.load(table + i_n * (C + 1) + slot)) * h * w
-        b_u = _sample(source, o_y, b_fy, o_x, b_fx, h, w, mask)
-        b_ties = tl.where(b_u > b_strongest, 1.0, tl.where(b_u == b_strongest, b_ties + 1.0, b_ties))
-        b_strongest = _larger(b_strongest, b_u)
-    return b_strongest, b_ties
-
-
-@triton.jit
-def _score_histogram_kernel(
-    bins, state, refined, table, present, C, h, w, H, W, SHIFT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BINS: tl.constexpr,
-):  # fmt: skip
-    """One round of the radix select for background suppression, smallest scores first."""
-    i_n = tl.program_id(2).to(tl.int64)
-    o_row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    o_column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    o_y, b_fy = _position(o_row, h, H)
-    o_x, b_fx = _position(o_column, w, W)
-    mask = (o_row < H)[:, None] & (o_column < W)[None, :]
-    b_s, _ = _strongest(refined, table, tl.load(present + i_n), i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask)
-    b_bits = 0x7FFFFFFF - tl.abs(b_s).to(tl.int32, bitcast=True)  # a NaN may have a sign
-    _count_bits(bins + i_n * BINS, state + i_n * 4, b_bits, mask, SHIFT, WIDTH)
-
-
-@triton.jit
-def _suppression_kernel(
-    partial, gradient, refined, cut, table, present, factor, C, h, w, H, W,
-    GRADIENTS: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Background suppression over the pixels of a block of the small map (the first class sums it), and its gradient
-    for one class."""
-    block_y, block_x, first_row, first_column, bottom, right = _block(h, w, H, W, SIDE)
-    slot = tl.program_id(1)
-    i_n = tl.program_id(2).to(tl.int64)
-    count = tl.load(present + i_n)
-    o_block, m_block = _inside(block_y, block_x, h, w, SIDE)
-    o_map = (i_n * (C + 1) + tl.load(table + i_n * (C + 1) + slot)) * h * w
-    acc = tl.zeros([SIDE, SIDE], dtype=tl.float32)
-    loss = 0.0
-    if slot < count:
-        last = tl.load(cut + i_n * 2)
-        place = tl.load(cut + i_n * 2 + 1)
-        for top in range(first_row, bottom, TILE):
-            o_y, b_fy, m_y, m_own_y, b_wy = _span(top, bottom, block_y, h, H, SIDE, TILE)
-            for left in range(first_column, right, TILE):
-                o_x, b_fx, m_x, m_own_x, b_wx = _span(left, right, block_x, w, W, SIDE, TILE)
-                mask = m_y[:, None] & m_x[None, :]
-                m_owned = m_own_y[:, None] & m_own_x[None, :]
-                b_s, b_ties = _strongest(refined, table, count, i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask)
-                b_weight = tl.where(b_s < last, 1.0, tl.where(b_s == last, place, 0.0))
-                loss += tl.sum(tl.where(m_owned, b_s * b_weight, 0.0))
-                if GRADIENTS:
-                    b_u = _sample(refined + o_map, o_y, b_fy, o_x, b_fx, h, w, mask)
-                    b_grad = tl.where((b_u == b_s) & (b_s > 0) & mask, b_weight / _larger(b_ties, 1.0), 0.0)
-                    acc = _fold(acc, tl.where(b_s != b_s, b_s, b_grad), b_wy, b_wx)
-        loss = tl.where(slot == 0, loss * factor, 0.0)
-    elif slot > count:  # an absent class: its label 0 times its map, as in eager
-        acc = tl.load(refined + o_map + o_block, mask=m_block, other=0.0)
-        acc = tl.where(tl.abs(acc) < float("inf"), 0.0, float("nan"))
-        loss = tl.sum(acc)
-    tl.store(partial + (i_n * (C + 1) + slot) * tl.num_programs(0) + tl.program_id(0), loss)
-    if GRADIENTS:
-        tl.store(gradient + o_map + o_block, acc * factor, mask=m_block)
-
-
-@triton.jit
-def _classes_kernel(
-    table, present, state, cut, labels, N, C, pixels, last,
-    DIRECTIONS: tl.constexpr, BATCH: tl.constexpr, CHOICE: tl.constexpr, CB: tl.constexpr,
-):  # fmt: skip
-    """Write an image's channels to ``table`` (present classes, background, absent classes), the number of present
-    classes, and the initial state of the radix select over the errors of the image or batch. ``last`` errors count, of
-    ``pixels`` for each present class and the background; without CHOICE all of them count."""
-    i_n = tl.program_id(0).to(tl.int64)
-    o_c = tl.arange(0, CB)
-    b_present = (tl.load(labels + i_n * C + o_c, mask=o_c < C, other=0.0) != 0).to(tl.int32)
-    count = tl.sum(b_present)
-    b_before = tl.cumsum(b_present) - b_present
-    b_slot = tl.where(b_present != 0, b_before, count + 1 + o_c - b_before)
-    tl.store(table + i_n * (C + 1) + b_slot, o_c + 1, mask=o_c < C)
-    tl.store(table + i_n * (C + 1) + count, 0)
-    tl.store(present + i_n, count)
-    if not BATCH or i_n == 0:
-        elements = (count + 1).to(tl.int64)
-        if BATCH:
-            for other in range(1, N):
-                b_other = tl.load(labels + other * C + o_c, mask=o_c < C, other=0.0) != 0
-                elements += tl.sum(b_other.to(tl.int32)) + 1
-        chosen = (elements * pixels > last).to(tl.int32)
-        for direction in tl.static_range(DIRECTIONS):
-            row = i_n * DIRECTIONS + direction
-            tl.store(cut + row * 2, -1.0)
-            tl.store(cut + row * 2 + 1, 0.0)
-            if CHOICE:
-                tl.store(state + row * 4, 0)
-                tl.store(state + row * 4 + 1, last)
-                tl.store(state + row * 4 + 2, chosen)
 
 
 def complementary_losses(
@@ -818,7 +581,7 @@ def _forward(
     }
     min_max = variant.normalise == "min-max"
     with on_device(cam):
-        _classes_kernel[(batch,)](
+        classes_kernel[(batch,)](
             table, present, state, cut, labels, batch, classes, pixels, count,
             DIRECTIONS=2, BATCH=over_batch, CHOICE=choice, CB=next_power(classes), **OPTIONS,
         )  # fmt: skip
@@ -837,7 +600,7 @@ def _forward(
                     of_round, state, cam, maps, statistics, table, present, visible, *shape,
                     SHIFT=shift, WIDTH=width, BINS=BINS, **flags, **OPTIONS,
                 )  # fmt: skip
-                _pick_kernel[(2 * rows,)](
+                pick_kernel[(2 * rows,)](
                     cut, state, of_round, WIDTH=width, LAST=shift == 0, SMALLEST=False, BINS=BINS, **OPTIONS
                 )
         grid = (blocks, channels, batch)
@@ -863,53 +626,7 @@ def _forward(
     return partial.flatten(1).sum(dim=1), d_cam, d_refined
 
 
-def background_suppression(refined: Tensor, labels: Tensor, size: tuple[int, int], share: float) -> Tensor:
-    """As ``eager.background_suppression``."""
-    check(obstacle(refined))
-    return _suppression(refined, labels, size, share, needed(refined)[0])
-
-
-def _forward_suppression(
-    refined: Tensor, labels: Tensor, size: list[int], share: float, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the loss () and its gradient."""
-    batch, channels, *small = refined.shape
-    classes, pixels, device = channels - 1, size[0] * size[1], refined.device
-    count = counted(pixels, share)
-    refined, labels = refined.contiguous(), labels.contiguous()
-    blocks = triton.cdiv(small[0], SIDE) * triton.cdiv(small[1], SIDE)
-    table = torch.empty(batch, channels, dtype=torch.int32, device=device)
-    present = torch.empty(batch, dtype=torch.int32, device=device)
-    state = torch.empty(batch, 4, dtype=torch.int32, device=device)
-    cut = refined.new_empty((batch, 2))
-    bins = torch.zeros(len(BITS), batch, BINS, dtype=torch.int32, device=device)
-    partial = refined.new_empty((batch, channels, blocks))
-    gradient = torch.empty_like(refined if needs_grad else refined[:0])
-    with on_device(refined):
-        _classes_kernel[(batch,)](
-            table, present, state, cut, labels, batch, classes, pixels, count,
-            DIRECTIONS=1, BATCH=False, CHOICE=True, CB=next_power(classes), **OPTIONS,
-        )  # fmt: skip
-        for (shift, width), of_round in zip(BITS, bins, strict=True):
-            _score_histogram_kernel[(triton.cdiv(size[0], TILE), triton.cdiv(size[1], TILE), batch)](
-                of_round, state, refined, table, present, classes, *small, *size,
-                SHIFT=shift, WIDTH=width, TILE=TILE, BINS=BINS, **OPTIONS,
-            )  # fmt: skip
-            _pick_kernel[(batch,)](
-                cut, state, of_round, WIDTH=width, LAST=shift == 0, SMALLEST=True, BINS=BINS, **OPTIONS
-            )
-        _suppression_kernel[(blocks, channels, batch)](
-            partial, gradient, refined, cut, table, present, 1 / (count * batch), classes, *small, *size,
-            GRADIENTS=needs_grad, SIDE=SIDE, TILE=TILE, **OPTIONS,
-        )  # fmt: skip
-    return partial.sum(), gradient
-
-
 _losses = operation(
     "complementary_losses_triton", _forward, fake, backward, fake_backward,
     save=save, differentiate=differentiate, schema=SCHEMA, fuse_backward=True,
-)  # fmt: skip
-_suppression = operation(
-    "background_suppression_triton", _forward_suppression, fake_suppression, backward_suppression,
-    fake_backward_suppression, save=save_suppression, differentiate=differentiate_suppression, fuse_backward=True,
 )  # fmt: skip

@@ -17,13 +17,13 @@ if INTERPRETED:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from cpn_fast.kernels import losses_triton
+    from cpn_fast.kernels import upsampled_triton
 
     @pytest.fixture(autouse=True)
     def _extrema_drop_nan_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         """Drop NaN unless the kernel keeps it. NumPy reduces: our own reduction would be a call for each element."""
         apply = interpreter.ReduceOps.apply_impl
-        keep = {losses_triton._larger: np.max, losses_triton._smaller: np.min}
+        keep = {upsampled_triton.larger: np.max, upsampled_triton.smaller: np.min}
 
         def reduced(self: Any, values: tuple[Any, ...]) -> Any:
             if self.combine_fn in keep:

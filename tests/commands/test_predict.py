@@ -74,9 +74,10 @@ def test_what_the_model_cannot_do_is_said(small_run: Path, samples) -> None:
         with pytest.raises(UserError, match="expected names of classes, the same for all images"):
             model.predict([samples[0].image], tags)
     if not torch.cuda.is_available():
-        for device in ("cuda", 0):
-            with pytest.raises(UserError, match=r"^device: "):
-                cpn_fast.load(small_run, device)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="cuda is asked for, and torch finds no GPU"):
+            cpn_fast.load(small_run, "cuda")
+        with pytest.raises(UserError, match=r"^device: "):  # the words depend on torch's build
+            cpn_fast.load(small_run, 0)  # type: ignore[arg-type]
 
 
 def test_an_array_is_predicted_as_its_file_is(small_run: Path, samples, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from cpn_fast.kernels.upsampled_triton import (
     inside,
     larger,
     own_block,
+    own_tile,
     position,
     sample,
     smaller,
@@ -249,11 +250,7 @@ def _histogram_kernel(
     if tl.load(state + i_row * 8 + 2) != 0:
         count = tl.load(present + i_n)
         share = tl.load(visible + i_n)
-        o_row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        o_column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        o_y, b_fy = position(o_row, h, H)
-        o_x, b_fx = position(o_column, w, W)
-        mask = (o_row < H)[:, None] & (o_column < W)[None, :]
+        o_y, b_fy, o_x, b_fx, mask = own_tile(h, w, H, W, TILE)
         b_back1, b_back2, b_top1, b_top2, b_own1, b_own2, _, _, full1, full2 = _scan(
             cam, refined, statistics, table, count, i_n, o_y, b_fy, o_x, b_fx, N, C, h, w, mask, share, BEFORE
         )

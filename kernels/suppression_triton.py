@@ -34,7 +34,7 @@ from cpn_fast.kernels.upsampled_triton import (
     inside,
     larger,
     own_block,
-    position,
+    own_tile,
     sample,
     span,
 )
@@ -60,11 +60,7 @@ def _score_histogram_kernel(
 ):  # fmt: skip
     """One round of the radix select for background suppression, smallest scores first."""
     i_n = tl.program_id(2).to(tl.int64)
-    o_row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    o_column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    o_y, b_fy = position(o_row, h, H)
-    o_x, b_fx = position(o_column, w, W)
-    mask = (o_row < H)[:, None] & (o_column < W)[None, :]
+    o_y, b_fy, o_x, b_fx, mask = own_tile(h, w, H, W, TILE)
     b_s, _ = _strongest(refined, table, tl.load(present + i_n), i_n, o_y, b_fy, o_x, b_fx, C, h, w, mask)
     b_bits = 0x7FFFFFFF - tl.abs(b_s).to(tl.int32, bitcast=True)  # a NaN may have a sign
     count_bits(bins + i_n * BINS, state + i_n * 4, b_bits, mask, SHIFT, WIDTH)

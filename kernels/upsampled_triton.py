@@ -65,6 +65,16 @@ def sample(source, o_y, b_fy, o_x, b_fx, h, w, mask):
 
 
 @triton.jit
+def own_tile(h, w, H, W, TILE: tl.constexpr):
+    """The tile of the large map that this program owns: lower neighbours and weights, and which pixels exist."""
+    o_row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    o_column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    o_y, b_fy = position(o_row, h, H)
+    o_x, b_fx = position(o_column, w, W)
+    return o_y, b_fy, o_x, b_fx, (o_row < H)[:, None] & (o_column < W)[None, :]
+
+
+@triton.jit
 def own_block(h, w, H, W, SIDE: tl.constexpr):
     """The block of the small map that this program owns, and the pixels that touch it."""
     across = tl.cdiv(w, SIDE)
